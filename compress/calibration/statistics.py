@@ -1,0 +1,84 @@
+"""What calibration knows of the rows seen at one tap: sums and counts, so that passes and ranks add up exactly."""
+
+from __future__ import annotations
+
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+
+class Statistics(Protocol):
+    """An accumulator over the rows (tokens, in) that reach the linears of one tap."""
+
+    tokens: int
+
+    def __init__(self, columns: int, device: torch.device) -> None: ...
+
+    @classmethod
+    def nbytes(cls, columns: int) -> int:
+        """Bytes that one accumulator over `columns` input features holds."""
+        ...
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows (tokens, in)."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Add another accumulator's sums and counts."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, to be reduced in place over ranks."""
+        ...
+
+
+class Hessian:
+    """The second moment of a linear's inputs, the sum of x x^T over tokens.
+
+    Products are formed in float32 and summed in float64. Batches are the same however the work is split, so totals of
+    different passes and ranks differ by float64 rounding only, and the float32 matrix that a method sees does not.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.total = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+
+    @classmethod
+    def nbytes(cls, columns: int) -> int:
+        """Bytes of the float64 sum and of the float32 product that is added to it."""
+        return columns * columns * 12
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows (tokens, in); products of bfloat16 and float16 values are exact in float32."""
+        if rows.shape[0] == 0:
+            return
+        rows = rows.float()
+        self.total += rows.T @ rows
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: Hessian) -> None:
+        """Add another accumulator's sum and count."""
+        self.total += other.total
+        self.tokens += other.tokens
+
+    def tensors(self) -> list[Tensor]:
+        """The sum, to be reduced in place over ranks."""
+        return [self.total]
+
+    def matrix(self) -> Tensor:
+        """Return the mean of x x^T, (in, in) float32; zeros when no token was seen."""
+        return (self.total / max(self.tokens, 1)).float()
+
+    def shrunk(self, pooled: Hessian, weight: float) -> Hessian:
+        """Return this accumulator with `weight` tokens of the pooled mean added: the estimate for an expert that saw few tokens.
+
+        H = (sum x x^T + weight * pooled mean) / (tokens + weight), see docs/methods.md, "Experts that saw few tokens".
+        """
+        result = Hessian(0, self.total.device)
+        result.total = self.total + pooled.total * (weight / max(pooled.tokens, 1))
+        result.tokens = self.tokens + round(weight)
+        return result
+
+
+Stats = dict[type[Statistics], Statistics]

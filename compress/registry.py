@@ -1,0 +1,46 @@
+"""The folder is the registry: a file `quant/foo.py` is the method `quant/foo`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from compress.errors import RecipeError
+
+KINDS = ("quant", "formats")
+_EXPORTS = {"formats": "FORMAT"}
+
+
+def names(kind: str) -> list[str]:
+    """List what one kind offers, without importing it; files that start with an underscore are private."""
+    folder = Path(__file__).parent / kind
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+
+
+def methods() -> list[str]:
+    """List every method as a recipe writes it: `kind/name`."""
+    return [f"{kind}/{name}" for kind in KINDS if kind != "formats" for name in names(kind)]
+
+
+def lookup(kind: str, name: str) -> Any:
+    """Import `compress.<kind>.<name>` and return its METHOD (or FORMAT); an unknown name raises RecipeError with the known ones."""
+    if kind not in KINDS or name not in names(kind):
+        known = names(kind) if kind in KINDS else []
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {kind}/{close[0]}?" if close else ""
+        choices = ", ".join(f"{kind}/{n}" for n in known) or ", ".join(methods())
+        raise RecipeError(f"{kind}/{name}: no such {'format' if kind == 'formats' else 'method'}; known are {choices}{hint}")
+    return getattr(importlib.import_module(f"compress.{kind}.{name}"), _EXPORTS.get(kind, "METHOD"))
+
+
+def method(path: str) -> Any:
+    """Return the options class of a method written as `kind/name`."""
+    kind, _, name = path.partition("/")
+    if kind == "formats" or not name:
+        close = difflib.get_close_matches(path, methods(), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise RecipeError(f"{path}: a method is written as kind/name; known are {', '.join(methods())}{hint}")
+    return lookup(kind, name)
