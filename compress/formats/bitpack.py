@@ -1,0 +1,90 @@
+"""`bitpack`: a `Uniform` part as bytes. Codes and zero codes are dense bit streams of any width 1 to 8, with no padding between rows.
+
+    codes   I32 (words,)            the codes row by row: (out * in * bits) bits, rounded up to one word
+    scale   BF16 (out, groups)
+    zero    I32 (words,)            zero codes row by row, only on asymmetric grids
+    group   U8, I16 or I32 (in,)    group of each column, only where columns of a group are not neighbours
+
+Where `in * bits` is a multiple of 32 every row begins on a word, which is the layout that kernels read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import FormatError
+from compress.formats import _bits
+from compress.weight import Uniform
+
+_GROUP_DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
+_GROUP_NAMES = {dtype: name for name, dtype in _GROUP_DTYPES.items()}
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class BitPack:
+    """The bijection between a Uniform part and named tensors."""
+
+    name = "bitpack"
+    part = Uniform
+
+    def describe(self, part: Uniform) -> dict[str, Any]:
+        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        described: dict[str, Any] = {"format": self.name, "bits": part.bits, "group_size": part.group_size, "zero": part.zero is not None}
+        if part.group is not None:
+            described["group"] = _GROUP_NAMES[part.group.dtype]
+        return described
+
+    def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> Layout:
+        """Return dtype and shape of each tensor of a part, without data. Raises FormatError."""
+        bits, group_size = described.get("bits"), described.get("group_size")
+        rows, columns = shape
+        if not (isinstance(bits, int) and 1 <= bits <= 8):
+            raise FormatError(f"bitpack: bits is {bits!r}; expected 1 to 8. The config does not belong to these weights")
+        if not (isinstance(group_size, int) and 0 < group_size <= columns and columns % group_size == 0):
+            raise FormatError(f"bitpack: group_size is {group_size!r}; expected a divisor of in={columns}")
+        groups = columns // group_size
+        layout: Layout = {
+            "codes": (torch.int32, (_bits.words(rows * columns, bits),)),
+            "scale": (torch.bfloat16, (rows, groups)),
+        }
+        if described.get("zero"):
+            layout["zero"] = (torch.int32, (_bits.words(rows * groups, bits),))
+        if "group" in described:
+            if described["group"] not in _GROUP_DTYPES:
+                raise FormatError(f"bitpack: group is {described['group']!r}; expected one of {', '.join(_GROUP_DTYPES)}")
+            layout["group"] = (_GROUP_DTYPES[described["group"]], (columns,))
+        return layout
+
+    def pack(self, part: Uniform) -> dict[str, Tensor]:
+        """Return the tensors of a part."""
+        tensors = {"codes": _bits.pack(part.codes, part.bits), "scale": part.scale.contiguous()}
+        if part.zero is not None:
+            tensors["zero"] = _bits.pack(part.zero, part.bits)
+        if part.group is not None:
+            tensors["group"] = part.group.contiguous()
+        return tensors
+
+    def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Uniform:
+        """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
+        layout = self.layout(described, shape)
+        for name, (dtype, expected) in layout.items():
+            got = tensors.get(name)
+            if got is None or got.dtype != dtype or tuple(got.shape) != expected:
+                found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
+                raise FormatError(f"bitpack: {name} is {found}; expected {dtype} {expected}")
+        bits, group_size = described["bits"], described["group_size"]
+        groups = shape[1] // group_size
+        codes = _bits.unpack(tensors["codes"], bits, math.prod(shape)).view(shape)
+        zero = _bits.unpack(tensors["zero"], bits, shape[0] * groups).view(shape[0], groups) if described.get("zero") else None
+        group = tensors.get("group")
+        if group is not None and not bool(((group >= 0) & (group < groups)).all()):
+            raise FormatError(f"bitpack: group names a group outside 0..{groups - 1}; the file is damaged")
+        return Uniform(codes, tensors["scale"], bits, group_size, zero, group)
+
+
+FORMAT = BitPack()
