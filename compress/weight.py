@@ -28,7 +28,7 @@ class Uniform:
     bits: int
     group_size: int  # columns per group; `in` for one group per row
     zero: Tensor | None = None  # (out, groups) uint8 zero codes; None: the middle of a symmetric grid
-    group: Tensor | None = None  # (in,) int32 group of each column; None: contiguous groups
+    group: Tensor | None = None  # (in,) group of each column, in the smallest of uint8, int16 and int32 that holds it; None: contiguous
 
     @property
     def shape(self) -> tuple[int, int]:

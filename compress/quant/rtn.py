@@ -1,0 +1,49 @@
+"""RTN: round every weight to the nearest point of its group's grid.
+
+Problem   minimise |W - Q|^2 over codes on a grid with a scale (and zero point) per group: no calibration data.
+Grid      value = (code - zero) * scale, see `_grid`: symmetric or asymmetric, 1 to 8 bits, any group size that divides the
+          columns (-1: one group per row), scales in bfloat16.
+Range     minmax  covers every weight
+          mse     the range of least squared error among shrunk ranges
+Source    the grids are those of GPTQ (arXiv 2210.17323).
+Failures  errors of neighbouring columns add up where inputs are correlated: GPTQ compensates them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.calibration.statistics import Stats
+from compress.method import Bits, GroupSize, Method, Result
+from compress.quant._grid import Range, encode, fit, indivisible
+from compress.weight import CompressedWeight, Uniform
+
+
+def rtn(weight: Tensor, *, bits: int = 4, group_size: int = 128, symmetric: bool = True, range: Range = "mse") -> Result:
+    """Round weight (out, in) to nearest."""
+    if weight.dtype != torch.float64:
+        weight = weight.float()
+    grid = fit(weight, bits, group_size, symmetric=symmetric, range=range)
+    columns = weight.shape[1] if group_size == -1 else group_size
+    return Result(CompressedWeight(Uniform(encode(weight, grid, group_size), grid.scale, bits, columns, grid.zero)))
+
+
+class RTN(Method):
+    """Options of round-to-nearest."""
+
+    bits: Bits = 4
+    group_size: GroupSize = 128
+    symmetric: bool = True
+    range: Range = "mse"
+
+    def check(self, shape: tuple[int, int]) -> str | None:
+        """Say whether the group size does not divide the columns of a weight (out, in)."""
+        return indivisible(shape[1], self.group_size)
+
+    def __call__(self, weight: Tensor, stats: Stats) -> Result:
+        """Round weight (out, in); the statistics are not looked at."""
+        return rtn(weight, **self.model_dump())
+
+
+METHOD = RTN
