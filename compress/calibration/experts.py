@@ -1,0 +1,88 @@
+"""Experts one by one: the only place that knows how transformers calls the experts of a block.
+
+transformers 5 holds all experts of a block in 3-D parameters and runs them fused, where hooks on linears see nothing.
+`ExpertLoop` takes the place of such a module: it has one linear per expert and matrix, named as on disk, and gives the same output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration.families import Experts
+from compress.errors import CheckpointError
+
+MakeLinear = Callable[[int, str, int, int], nn.Module]  # expert, name, in, out
+
+
+class ExpertLoop(nn.Module):
+    """Runs experts in turn over the tokens that were routed to them.
+
+    `experts` is the fused module (on meta): its sizes, activation and gate are kept, its weights are let go.
+    """
+
+    def __init__(self, experts: nn.Module, layout: Experts, make: MakeLinear) -> None:
+        super().__init__()
+        self.layout = layout
+        transposed = bool(getattr(experts, "is_transposed", False))
+        joined, down = _sizes(experts, transposed)  # rows of the joined inputs; (out, in) of the output
+        width = joined // len(layout.inputs)
+        self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
+        for expert in range(self.num_experts):
+            linears = nn.Module()
+            for name in layout.inputs:
+                linears.add_module(name, make(expert, name, down[0], width))
+            linears.add_module(layout.output, make(expert, layout.output, down[1], down[0]))
+            self.add_module(str(expert), linears)
+        for name, parameter in list(experts.named_parameters(recurse=False)):
+            delattr(experts, name)
+            if name.endswith("_bias"):  # biases stay joined, as they are on disk
+                self.register_parameter(name, parameter)
+        # A bound method, so that the emptied module is kept without becoming a child with state of its own.
+        self.apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
+
+    def linear(self, expert: int, name: str) -> nn.Module:
+        """One matrix of one expert."""
+        return self.get_submodule(f"{expert}.{name}")
+
+    def _run(self, expert: int, rows: Tensor) -> Tensor:
+        outputs = [self.linear(expert, name)(rows) for name in self.layout.inputs]
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if (bias := getattr(self, f"{self.layout.inputs[0]}_bias", None)) is not None:
+            joined = joined + bias[expert]
+        result: Tensor = self.linear(expert, self.layout.output)(self.apply_gate(joined))
+        if (bias := getattr(self, f"{self.layout.output}_bias", None)) is not None:
+            result = result + bias[expert]
+        return result
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """hidden (tokens, width), index and weights (tokens, experts per token) -> (tokens, width)."""
+        output = torch.zeros_like(hidden)
+        # One sort brings the tokens of each expert together; within an expert they keep their order.
+        flat = index.flatten()
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat, minlength=self.num_experts).tolist()
+        tokens = order // index.shape[1]
+        scales = weights.flatten()[order]
+        start = 0
+        for expert, count in enumerate(counts[: self.num_experts]):
+            if count == 0:
+                continue
+            mine = tokens[start : start + count]
+            result = self._run(expert, hidden[mine]) * scales[start : start + count, None]
+            output.index_add_(0, mine, result.to(output.dtype))
+            start += count
+        return output
+
+
+def _sizes(experts: nn.Module, transposed: bool) -> tuple[int, tuple[int, int]]:
+    parameters = dict(experts.named_parameters(recurse=False))
+    if "gate_up_proj" not in parameters or "down_proj" not in parameters or not hasattr(experts, "_apply_gate"):
+        raise CheckpointError(
+            f"{type(experts).__name__}: holds {', '.join(parameters) or 'no parameters'}; expected gate_up_proj and down_proj, as in the "
+            "tested range of transformers. Install a version in that range"
+        )
+    joined, down = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
+    return (joined[2], (down[2], down[1])) if transposed else (joined[1], (down[1], down[2]))

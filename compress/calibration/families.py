@@ -1,0 +1,320 @@
+"""Model families as data: where blocks, linears and experts are, which linears read the same tensor, and what else a block holds.
+
+Names are those on disk. Adding a family is one `Family(...)` below and one tiny config in tests/tiny.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from compress.checkpoint import Source
+from compress.container import Entry
+from compress.errors import CheckpointError
+
+Taps = tuple[tuple[str, ...], ...]
+
+_ATTENTION: Taps = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
+_MLP: Taps = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+_QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+_QKV_BIASES = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where the experts of a block are on disk, and the module of transformers that holds them fused."""
+
+    disk: str = "mlp.experts"  # per-expert tensors are {disk}.{expert}.{linear}.weight
+    module: str = "mlp.experts"
+    inputs: tuple[str, ...] = ("gate_proj", "up_proj")  # read the block's tokens; their outputs are joined in this order
+    output: str = "down_proj"
+    fused: bool = False  # on disk one (experts, in, out) tensor {disk}.{linear} for all experts
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. `taps` groups the linears of a block that read the same tensor; a block that has none of a group skips it."""
+
+    model_type: str
+    taps: Taps = _ATTENTION + _MLP
+    keep: tuple[str, ...] = _NORMS  # globs of block tensors that are copied byte for byte
+    experts: Experts | None = None
+    blocks: str = "model.layers"
+    outer: tuple[str, ...] = ("model.embed_tokens.weight", "model.norm.weight")  # globs outside the blocks, copied
+    head: str = "lm_head"
+    drop: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # globs of tensors that no current model reads
+    transposed: bool = False  # weights are stored (in, out)
+    renames: tuple[tuple[str, str], ...] = ()  # text of a disk name -> text of the module's parameter name
+    prefix: str = "model."  # what old checkpoints leave out in front of every name but the head's
+
+
+@dataclass(frozen=True)
+class Site:
+    """One 2-D weight: the unit of work, of the report and of distribution."""
+
+    name: str  # disk name without ".weight"
+    shape: tuple[int, int]  # (out, in)
+    block: int | None  # None: the head, after the last block
+    tap: str  # name of the tensor it reads; sites of one block with one tap share statistics
+    kind: str  # name within the block, experts unnumbered
+    tensor: str  # disk name of the tensor it is read from
+    expert: int | None = None
+    slice: int | None = None  # element of the tensor's first axis, where experts are fused on disk
+    transposed: bool = False  # the tensor is stored (in, out)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+_QWEN_MOE = Experts()
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", keep=(*_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.*_proj.bias")),
+        Family("mistral"),
+        Family("qwen2", keep=(*_NORMS, *_QKV_BIASES)),
+        Family("qwen3", keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias")),
+        Family("gemma2", keep=(*_NORMS, "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight")),
+        Family("gemma3_text", keep=(*_NORMS, *_QK_NORMS, "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight")),
+        Family("phi3", taps=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))),
+        Family(
+            "opt",
+            taps=(_ATTENTION[0], ("self_attn.out_proj",), ("fc1",), ("fc2",)),
+            keep=("self_attn.*.bias", "fc?.bias", "self_attn_layer_norm.*", "final_layer_norm.*"),
+            blocks="model.decoder.layers",
+            outer=("model.decoder.embed_*.weight", "model.decoder.final_layer_norm.*", "model.decoder.project_*.weight"),
+        ),
+        Family(
+            "gpt2",
+            taps=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+            keep=("attn.c_*.bias", "mlp.c_*.bias", "ln_?.*"),
+            blocks="transformer.h",
+            outer=("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.*"),
+            drop=("*.attn.bias", "*.attn.masked_bias"),
+            transposed=True,
+            prefix="transformer.",
+        ),
+        Family(
+            "mixtral",
+            taps=_ATTENTION,
+            keep=(*_NORMS, "block_sparse_moe.gate.weight"),
+            experts=Experts("block_sparse_moe.experts", "mlp.experts", ("w1", "w3"), "w2"),
+            renames=(("block_sparse_moe.", "mlp."),),
+        ),
+        Family(
+            "qwen2_moe",
+            taps=(*_ATTENTION, *_MLP, ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), ("mlp.shared_expert.down_proj",)),
+            keep=(*_NORMS, *_QKV_BIASES, "mlp.gate.weight", "mlp.shared_expert_gate.weight"),
+            experts=_QWEN_MOE,
+        ),
+        Family("qwen3_moe", keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.gate.weight"), experts=_QWEN_MOE),
+        Family("olmoe", taps=_ATTENTION, keep=(*_NORMS, *_QK_NORMS, "mlp.gate.weight"), experts=_QWEN_MOE),
+        Family(
+            "deepseek_v3",
+            taps=(
+                ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+                ("self_attn.q_b_proj",),
+                ("self_attn.kv_b_proj",),
+                ("self_attn.o_proj",),
+                *_MLP,
+                ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+                ("mlp.shared_experts.down_proj",),
+            ),
+            keep=(
+                *_NORMS,
+                "self_attn.q_a_layernorm.weight",
+                "self_attn.kv_a_layernorm.weight",
+                "self_attn.*.bias",
+                "mlp.gate.weight",
+                "mlp.gate.e_score_correction_bias",
+            ),
+            experts=_QWEN_MOE,
+        ),
+        Family(
+            "gpt_oss",
+            taps=_ATTENTION,
+            keep=(*_NORMS, "self_attn.*.bias", "self_attn.sinks", "mlp.router.*", "mlp.experts.*_bias"),
+            experts=Experts(inputs=("gate_up_proj",), fused=True),
+        ),
+    )
+}
+
+
+@dataclass
+class Claims:
+    """What becomes of every tensor of a source: a site is made of it, it is copied, or it is dropped by a rule."""
+
+    family: Family
+    sites: list[Site] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+
+def find(source: Source) -> Family:
+    """Return the family of a checkpoint, with the names that it has on disk. Raises CheckpointError."""
+    family = FAMILIES.get(source.model_type)
+    if family is None:
+        raise CheckpointError(
+            f"{source.folder}: model_type {source.model_type!r} is not a known family; known are {', '.join(sorted(FAMILIES))}. "
+            "A family is one entry in compress/calibration/families.py"
+        )
+    if "quantization_config" in source.config:
+        method = source.config["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(f"{source.folder}: already compressed (quant_method {method!r}); give the original checkpoint")
+    bare = family.blocks.removeprefix(family.prefix)
+    if not any(n.startswith(family.blocks + ".") for n in source.entries) and any(n.startswith(bare + ".") for n in source.entries):
+        outer = tuple(name.removeprefix(family.prefix) for name in family.outer)
+        family = replace(family, blocks=bare, outer=outer, renames=(*family.renames, ("", family.prefix)))
+    return family
+
+
+def number_of_blocks(source: Source) -> int:
+    """Return how many decoder blocks the config says there are. Raises CheckpointError."""
+    count = source.config.get("num_hidden_layers", source.config.get("n_layer"))
+    if not isinstance(count, int) or count < 1:
+        raise CheckpointError(f"{source.folder}/config.json: num_hidden_layers is {count!r}; expected a whole number of blocks")
+    return count
+
+
+def _shape(source: Source, entry: Entry, transposed: bool, fused: bool) -> tuple[int, int]:
+    shape = entry.shape[1:] if fused else entry.shape
+    if len(shape) != 2 or min(shape) < 1:
+        raise CheckpointError(f"{source.folder}: {entry.name} has shape {list(entry.shape)}; expected a matrix")
+    return (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+
+
+def _linear_sites(source: Source, family: Family, block: int, names: set[str]) -> list[Site]:
+    base = f"{family.blocks}.{block}."
+    sites = []
+    for group in family.taps:
+        for linear in (name for name in group if f"{base}{name}.weight" in names):
+            tensor = f"{base}{linear}.weight"
+            shape = _shape(source, source.entries[tensor], family.transposed, fused=False)
+            sites.append(Site(base + linear, shape, block, group[0], linear, tensor, transposed=family.transposed))
+    return sites
+
+
+def _expert_sites(source: Source, family: Family, block: int, names: set[str]) -> list[Site]:
+    layout = family.experts
+    if layout is None:
+        return []
+    base = f"{family.blocks}.{block}.{layout.disk}"
+    sites = []
+    linears = [(name, "input") for name in layout.inputs] + [(layout.output, "hidden")]
+    for linear, side in linears:
+        if layout.fused:
+            tensor = f"{base}.{linear}"
+            numbers = range(source.entries[tensor].shape[0]) if tensor in names else range(0)
+        else:
+            pattern = re.compile(re.escape(base) + r"\.(\d+)\." + re.escape(linear) + r"\.weight")
+            numbers_found = sorted(int(m[1]) for m in map(pattern.fullmatch, names) if m)
+            numbers = range(len(numbers_found))
+            if numbers_found != list(numbers):
+                raise CheckpointError(f"{source.folder}: {base}.*.{linear} has experts {numbers_found[:8]}...; expected 0, 1, 2, ...")
+        for expert in numbers:
+            name = f"{base}.{expert}.{linear}"
+            tensor = f"{base}.{linear}" if layout.fused else f"{name}.weight"
+            shape = _shape(source, source.entries[tensor], layout.fused, layout.fused)
+            tap = f"{layout.disk}.{expert}.{side}"
+            kind = f"{layout.disk}.{linear}"
+            sites.append(Site(name, shape, block, tap, kind, tensor, expert, expert if layout.fused else None, layout.fused))
+    return sites
+
+
+def _missing(source: Source, family: Family, block: int, sites: list[Site]) -> None:
+    """A block has all linears of a group or none, apart from alternatives such as q_proj or q_a_proj."""
+    kinds = {site.kind for site in sites}
+    for group in family.taps:
+        had = [name for name in group if name in kinds]
+        alternatives = {"self_attn.q_proj", "self_attn.q_a_proj"}
+        lacking = [name for name in group if name not in kinds and not (name in alternatives and alternatives & kinds)]
+        if had and lacking:
+            place = f"{source.folder}: {family.blocks}.{block}"
+            raise CheckpointError(f"{place} has {', '.join(had)} but not {', '.join(lacking)}; the checkpoint is incomplete, fetch it again")
+    if not sites:
+        raise CheckpointError(f"{source.folder}: {family.blocks}.{block} has no linear; the checkpoint is incomplete, fetch it again")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def claim(source: Source, family: Family, copy: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> Claims:
+    """Give every tensor of a source its disposition; one that no rule or two rules claim raises CheckpointError.
+
+    `copy` and `drop` are a recipe's own globs over disk names, and win over the family's.
+    """
+    claims = Claims(family)
+    by_block: dict[int, set[str]] = {block: set() for block in range(number_of_blocks(source))}
+    pattern = re.compile(re.escape(family.blocks) + r"\.(\d+)\.(.+)")
+    for name in source.entries:
+        if (match := pattern.fullmatch(name)) and int(match[1]) in by_block:
+            by_block[int(match[1])].add(name)
+    for block, names in by_block.items():
+        sites = _linear_sites(source, family, block, names) + _expert_sites(source, family, block, names)
+        _missing(source, family, block, sites)
+        claims.sites += sites
+    head = f"{family.head}.weight"
+    if head in source.entries and not source.config.get("tie_word_embeddings", False):
+        shape = _shape(source, source.entries[head], transposed=False, fused=False)
+        claims.sites.append(Site(family.head, shape, None, family.head, family.head, head))
+    _dispose(source, claims, copy, drop)
+    return claims
+
+
+def _dispose(source: Source, claims: Claims, copy: tuple[str, ...], drop: tuple[str, ...]) -> None:
+    family = claims.family
+    made = {site.tensor for site in claims.sites}
+    blocks = number_of_blocks(source)
+    pattern = re.compile(re.escape(family.blocks) + r"\.(\d+)\.(.+)")
+    unknown, twice = [], []
+    for name in source.entries:
+        match = pattern.fullmatch(name)
+        within = match[2] if match else ""
+        rules = [name in made]
+        if match and int(match[1]) < blocks:
+            rules += [_matches(within, family.keep)]
+        else:
+            # Blocks beyond the config's count are prediction heads that the model class does not load; they go along.
+            rules += [_matches(name, (*family.outer, f"{family.head}.*", "mtp.*")) and name not in made or bool(match)]
+        rules += [_matches(name, family.drop)]
+        if _matches(name, drop) or _matches(name, copy):
+            rules = [False, _matches(name, copy), _matches(name, drop)]
+            claims.sites = [site for site in claims.sites if site.tensor != name]
+        if sum(rules) != 1:
+            (twice if any(rules) else unknown).append(name)
+        elif rules[1]:
+            claims.copied.append(name)
+        elif rules[2]:
+            claims.dropped.append(name)
+    if unknown or twice:
+        what = "no rule claims" if unknown else "two rules claim"
+        names = unknown or twice
+        raise CheckpointError(
+            f"{source.folder}: {what} {len(names)} tensors, such as {names[0]!r}; every tensor needs one disposition. "
+            "Name them in the recipe's `copy:` (byte for byte) or `drop:` list of globs"
+        )
+
+
+def parameter_name(family: Family, name: str) -> str:
+    """Return the name that a copied tensor has in the model of transformers."""
+    for disk, module in family.renames:
+        if disk:
+            name = name.replace(disk, module, 1)
+        elif not name.startswith(family.head + "."):
+            name = module + name
+    return name
+
+
+def describe(claims: Claims) -> dict[str, Any]:
+    """Count sites by kind, for tables: {kind: (sites, weights)}."""
+    kinds: dict[str, tuple[int, int]] = {}
+    for site in claims.sites:
+        count, weights = kinds.get(site.kind, (0, 0))
+        kinds[site.kind] = (count + 1, weights + site.numel)
+    return kinds

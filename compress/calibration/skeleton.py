@@ -1,0 +1,259 @@
+"""A model without weights, filled one block at a time.
+
+Parameters are on the meta device and buffers are real: with everything on meta, buffers that are not stored in checkpoints
+(rotary frequencies, Gemma's embedding scale) would come back as garbage without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from compress.calibration.experts import ExpertLoop
+from compress.calibration.families import Claims, Site, parameter_name
+from compress.checkpoint import Source
+from compress.errors import CheckpointError
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand)
+_LARGE = 1 << 20  # elements; a parameter above this is never allocated, not even for a moment
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside the hidden states: masks, positions
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Send large allocations to meta: they are parameters that would be moved there anyway."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES:
+            size = args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args
+            if all(isinstance(n, int) for n in size) and torch.Size(size).numel() > _LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Within this block, modules get parameters on meta and buffers that are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        with _LargeOnMeta():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _Linear(nn.Linear):
+    """An expert's matrix on meta, without the initialisation of nn.Linear."""
+
+    def __init__(self, columns: int, rows: int, dtype: torch.dtype) -> None:
+        super().__init__(columns, rows, bias=False, device="meta", dtype=dtype)
+
+
+def build_model(config: dict[str, Any], folder: str, dtype: torch.dtype) -> nn.Module:
+    """Return the causal language model of a config with parameters on meta, computing in `dtype`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(loaded, "quantization_config"):
+            del loaded.quantization_config
+        with parameters_on_meta():
+            model: nn.Module = AutoModelForCausalLM.from_config(loaded, dtype=dtype)
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        kind = config.get("model_type")
+        raise CheckpointError(f"{folder}: transformers cannot build model_type {kind!r} ({error}); check config.json") from error
+    return model.eval()
+
+
+class Skeleton:
+    """The model of a source, with one block filled at a time."""
+
+    def __init__(self, source: Source, claims: Claims, dtype: torch.dtype, device: torch.device) -> None:
+        self.source, self.claims, self.family = source, claims, claims.family
+        self.dtype, self.device = dtype, device
+        self.model: Any = build_model(source.config, str(source.folder), dtype)
+        path = parameter_name(self.family, f"{self.family.blocks}.0").removesuffix(".0")
+        self.path = path
+        self.blocks: nn.ModuleList = self.model.get_submodule(path)
+        self.sites: dict[int | None, list[Site]] = {}
+        for site in claims.sites:
+            self.sites.setdefault(site.block, []).append(site)
+        self._split_experts()
+        self._copied: dict[str, list[str]] = {}
+        for name in claims.copied:
+            block, _, rest = name.removeprefix(self.family.blocks + ".").partition(".")
+            inside = name.startswith(self.family.blocks + ".") and block.isdigit()
+            self._copied.setdefault(block if inside else "", []).append(rest if inside else name)
+        self._calls: dict[int, list[Call]] = {}  # by batch size, one per block
+
+    def _split_experts(self) -> None:
+        layout = self.family.experts
+        if layout is None:
+            return
+
+        def make(expert: int, name: str, columns: int, rows: int) -> nn.Module:
+            return _Linear(columns, rows, self.dtype)
+
+        for number, block in enumerate(self.blocks):
+            if any(site.expert is not None for site in self.sites[number]):
+                block.set_submodule(layout.module, ExpertLoop(block.get_submodule(layout.module), layout, make))
+
+    def linear(self, site: Site) -> nn.Module:
+        """The module whose weight a site is."""
+        if site.block is None:
+            module: nn.Module = self.model.get_submodule(site.name)
+            return module
+        return self.blocks[site.block].get_submodule(self._within(site))
+
+    def _within(self, site: Site) -> str:
+        """Path of a site's module within its block."""
+        rest = site.name.removeprefix(f"{self.family.blocks}.{site.block}.")
+        layout = self.family.experts
+        if site.expert is not None and layout is not None:
+            return layout.module + rest.removeprefix(layout.disk)
+        return rest
+
+    def weight(self, site: Site) -> Tensor:
+        """Read a site's weight (out, in) from the source, in its own dtype."""
+        tensor = self.source.tensor(site.tensor, site.slice)
+        return tensor.T.contiguous() if site.transposed else tensor
+
+    def put(self, site: Site, weight: Tensor) -> None:
+        """Give a site's module a weight (out, in), cast to the dtype that the model computes in."""
+        module = self.linear(site)
+        weight = weight.to(self.device, self.dtype)
+        weight = weight.T.contiguous() if site.transposed and site.slice is None else weight
+        if tuple(module.weight.shape) != tuple(weight.shape):  # type: ignore[arg-type]
+            raise CheckpointError(f"{site.name}: shape {list(weight.shape)} on disk; expected {list(module.weight.shape)} by config.json")
+        module.weight = nn.Parameter(weight, requires_grad=False)
+
+    def load(self, number: int, decoded: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Fill block `number` and return it: sites from `decoded` (by site name) where it has them, all else from the source.
+
+        Raises CheckpointError when a parameter is left without a value or a tensor has no parameter.
+        """
+        block = self.blocks[number]
+        for site in self.sites[number]:
+            self.put(site, decoded[site.name] if decoded is not None and site.name in decoded else self.weight(site))
+        base = f"{self.family.blocks}.{number}."
+        for rest in self._copied.get(str(number), []):
+            inside = parameter_name(self.family, base + rest).removeprefix(f"{self.path}.{number}.")
+            self._assign(block, inside, base + rest)
+        self._complete(block, base)
+        return block
+
+    def _assign(self, module: nn.Module, inside: str, name: str) -> None:
+        """Give the parameter or buffer `inside` of a module the tensor `name` of the source."""
+        path, _, leaf = inside.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+        except AttributeError:
+            owner = nn.Module()
+        value = self.source.tensor(name)
+        known = {**owner._parameters, **owner._buffers}.get(leaf)
+        if known is None or tuple(known.shape) != tuple(value.shape):
+            expected = "no such parameter" if known is None else f"shape {list(known.shape)}"
+            raise CheckpointError(f"{self.source.folder}: {name} has shape {list(value.shape)}, but the model expects {expected}; check config.json")
+        value = value.to(self.device, known.dtype if known.is_floating_point() else value.dtype)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value
+        else:
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def _complete(self, module: nn.Module, base: str) -> None:
+        module.to(self.device) if not any(p.is_meta for p in module.parameters()) else None
+        empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+        if empty:
+            raise CheckpointError(f"{self.source.folder}: nothing fills {base}{empty[0]} ({len(empty)} in all); the checkpoint is incomplete")
+
+    def release(self, number: int) -> None:
+        """Let the weights of a block go."""
+        _to_meta(self.blocks[number])
+
+    @contextmanager
+    def outer(self) -> Iterator[None]:
+        """Within this block of code, embeddings, the last norm and the head are filled."""
+        for name in self._copied.get("", []):
+            module = parameter_name(self.family, name)
+            known = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+            if module in known:
+                self._assign(self.model, module, name)
+        for site in self.sites.get(None, []):
+            self.put(site, self.weight(site))
+        self._tie()
+        try:
+            yield
+        finally:
+            for module_name, module in self.model.named_modules():
+                if module is not self.model and not module_name.startswith(self.path):
+                    _to_meta(module, recurse=False)
+
+    def _tie(self) -> None:
+        head, table = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is not None and head.weight.is_meta and self.source.config.get("tie_word_embeddings", False):
+            head.weight = table.weight
+
+    @contextmanager
+    def _bypassed(self, first: Callable[[Tensor], Tensor], calls: list[Call]) -> Iterator[None]:
+        """Let every block return its input and record what it is called with; the first one returns what `first` says."""
+
+        def forward(number: int) -> Callable[..., Tensor]:
+            def bypass(hidden: Tensor, *args: Any, **given: Any) -> Tensor:
+                calls.append((args, given))
+                return first(hidden) if number == 0 else hidden
+
+            return bypass
+
+        for number, block in enumerate(self.blocks):
+            block.forward = forward(number)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (samples, length) -> input of the first block (samples, length, width); needs `outer`."""
+        kept: list[Tensor] = []
+
+        def first(hidden: Tensor) -> Tensor:
+            kept.append(hidden)
+            return hidden
+
+        calls: list[Call] = []
+        with torch.no_grad(), self._bypassed(first, calls):
+            self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
+        self._calls[ids.shape[0]] = calls
+        return kept[0]
+
+    def forward(self, number: int, hidden: Tensor) -> Tensor:
+        """Run a filled block on hidden states (samples, length, width); a batch of this size must have been embedded before."""
+        with torch.no_grad():
+            args, kwargs = self._calls[hidden.shape[0]][number]
+            output = self.blocks[number](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Output of the last block (samples, length, width) -> logits (samples, length, vocabulary); needs `outer`."""
+        with torch.no_grad(), self._bypassed(lambda _: hidden, []):
+            result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        return result
+
+
+def _to_meta(module: nn.Module, recurse: bool = True) -> None:
+    for part in module.modules() if recurse else (module,):
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
