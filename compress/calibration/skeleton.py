@@ -74,7 +74,20 @@ def build_model(config: dict[str, Any], folder: str, dtype: torch.dtype) -> nn.M
     except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
         kind = config.get("model_type")
         raise CheckpointError(f"{folder}: transformers cannot build model_type {kind!r} ({error}); check config.json") from error
+    _keep_float32(model, dtype)
     return model.eval()
+
+
+def _keep_float32(model: Any, dtype: torch.dtype) -> None:
+    """Give what a model class wants in float32 (a router's correction bias) that dtype, as from_pretrained does."""
+    wanted = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        wanted |= set(model._keep_in_fp32_modules or ())
+    for path, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and wanted & {*path.split("."), name}:
+                    tensors[name] = nn.Parameter(tensor.float(), requires_grad=False) if tensors is module._parameters else tensor.float()
 
 
 class Skeleton:
@@ -84,6 +97,9 @@ class Skeleton:
         self.source, self.claims, self.family = source, claims, claims.family
         self.dtype, self.device = dtype, device
         self.model: Any = build_model(source.config, str(source.folder), dtype)
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
         path = parameter_name(self.family, f"{self.family.blocks}.0").removesuffix(".0")
         self.path = path
         self.blocks: nn.ModuleList = self.model.get_submodule(path)
@@ -134,7 +150,8 @@ class Skeleton:
         """Give a site's module a weight (out, in), cast to the dtype that the model computes in."""
         module = self.linear(site)
         weight = weight.to(self.device, self.dtype)
-        weight = weight.T.contiguous() if site.transposed and site.slice is None else weight
+        if type(module).__name__ == "Conv1D":  # GPT-2's linear, which holds (in, out)
+            weight = weight.T.contiguous()
         if tuple(module.weight.shape) != tuple(weight.shape):  # type: ignore[arg-type]
             raise CheckpointError(f"{site.name}: shape {list(weight.shape)} on disk; expected {list(module.weight.shape)} by config.json")
         module.weight = nn.Parameter(weight, requires_grad=False)
@@ -173,7 +190,6 @@ class Skeleton:
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _complete(self, module: nn.Module, base: str) -> None:
-        module.to(self.device) if not any(p.is_meta for p in module.parameters()) else None
         empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
         if empty:
             raise CheckpointError(f"{self.source.folder}: nothing fills {base}{empty[0]} ({len(empty)} in all); the checkpoint is incomplete")
@@ -185,10 +201,10 @@ class Skeleton:
     @contextmanager
     def outer(self) -> Iterator[None]:
         """Within this block of code, embeddings, the last norm and the head are filled."""
+        known = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         for name in self._copied.get("", []):
             module = parameter_name(self.family, name)
-            known = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-            if module in known:
+            if module in known:  # prediction heads that go along have no module
                 self._assign(self.model, module, name)
         for site in self.sites.get(None, []):
             self.put(site, self.weight(site))

@@ -1,0 +1,235 @@
+"""The native container: how a site's parts become named tensors, and the table in config.json that tells how to read them.
+
+A site `S` owns the tensors of its parts: those of the base are `S.codes`, `S.scale`, ..., those of any other role `S.<role>_...`.
+`quantization_config` is `{quant_method, format_version, specs, sites, guard}`: distinct descriptions once, and for each the sites
+that have it, with runs of numbers folded: `model.layers.{0-31}.mlp.experts.{0-2,5}.up_proj`. `guard` names the site whose
+`.weight` is stored empty: a loader that does not know the format meets a tensor of the wrong shape and fails, instead of
+filling the model with random weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import registry
+from compress.checkpoint import Source
+from compress.container import DTYPE_NAMES, Entry, read_tensor
+from compress.errors import FormatError
+from compress.weight import CompressedWeight
+
+METHOD = "compress"
+FORMAT_VERSION = 1
+Spec = dict[str, Any]
+_MAX_SITES = 10_000_000  # what a table may unfold to, so that a hostile one cannot fill the memory
+
+
+def _prefix(role: str) -> str:
+    return "" if role == "base" else f"{role}_"
+
+
+def _format_of(part: Any) -> Any:
+    for name in registry.names("formats"):
+        form = registry.lookup("formats", name)
+        if isinstance(part, form.part):
+            return form
+    raise FormatError(f"{type(part).__name__}: no format stores such a part; known are {', '.join(registry.names('formats'))}")
+
+
+def pack(weight: CompressedWeight) -> tuple[dict[str, Tensor], Spec]:
+    """Return the tensors of a compressed weight, by the name they have within their site, and what is needed to read them."""
+    tensors: dict[str, Tensor] = {}
+    spec: Spec = {"shape": list(weight.shape)}
+    for role, part in weight.parts.items():
+        form = _format_of(part)
+        spec[role] = form.describe(part)
+        tensors |= {_prefix(role) + name: tensor for name, tensor in form.pack(part).items()}
+    return tensors, spec
+
+
+def _shape(spec: Spec) -> tuple[int, int]:
+    shape = spec.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise FormatError(f"quantization_config: shape is {shape!r}; expected [out, in]")
+    return shape[0], shape[1]
+
+
+def _parts(spec: Spec) -> dict[str, Spec]:
+    parts = {role: described for role, described in spec.items() if role != "shape"}
+    if set(parts) != {"base"} or not isinstance(parts["base"], dict):
+        raise FormatError(f"quantization_config: a site has the parts {sorted(parts)}; expected base. Written by a newer compress?")
+    return parts
+
+
+def layout(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor of a site, by the name within the site. Raises FormatError."""
+    result: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for role, described in _parts(spec).items():
+        form = registry.lookup("formats", str(described.get("format")))
+        result |= {_prefix(role) + name: value for name, value in form.layout(described, _shape(spec)).items()}
+    return result
+
+
+def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedWeight:
+    """Return the compressed weight that was packed, equal bit for bit. Raises FormatError."""
+    parts = {}
+    for role, described in _parts(spec).items():
+        form = registry.lookup("formats", str(described.get("format")))
+        mine = {n.removeprefix(_prefix(role)): t for n, t in tensors.items() if n.startswith(_prefix(role))}
+        parts[role] = form.unpack(described, _shape(spec), mine)
+    return CompressedWeight(**parts)
+
+
+def _fold(numbers: Iterable[int]) -> str:
+    """{0, 1, 2, 5} -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def fold(names: Iterable[str]) -> list[str]:
+    """Fold runs of numbers in dotted names into patterns whose unfolding gives the names back, each once."""
+    shapes: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
+    for name in names:
+        pieces = name.split(".")
+        numbers = tuple(int(p) for p in pieces if p.isdecimal())
+        shapes.setdefault(tuple("#" if p.isdecimal() else p for p in pieces), set()).add(numbers)
+    patterns = []
+    for shape, tuples in shapes.items():
+        for ranges in _products(tuples):
+            fill = iter(ranges)
+            patterns.append(".".join("{" + next(fill) + "}" if p == "#" else p for p in shape))
+    return patterns
+
+
+def _products(tuples: set[tuple[int, ...]]) -> list[tuple[str, ...]]:
+    """Write a set of number tuples as products of ranges: last axis first, equal tails joined over the axis before."""
+    if not next(iter(tuples)):
+        return [()]
+    tails: dict[int, set[tuple[int, ...]]] = {}
+    for head, *tail in tuples:
+        tails.setdefault(head, set()).add(tuple(tail))
+    heads: dict[frozenset[tuple[int, ...]], list[int]] = {}
+    for head, tail_set in sorted(tails.items()):
+        heads.setdefault(frozenset(tail_set), []).append(head)
+    return [(_fold(group), *product) for tail_key, group in heads.items() for product in _products(set(tail_key))]
+
+
+def _unfold_range(text: str) -> list[str]:
+    result: list[str] = []
+    for run in text.split(","):
+        match = re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", run)
+        if match is None:
+            raise FormatError(f"quantization_config: {text!r} is not a list of numbers such as 0-3,5")
+        result += [str(n) for n in range(int(match[1]), int(match[2] or match[1]) + 1)]
+    return result
+
+
+def unfold(pattern: str) -> list[str]:
+    """Return the names that a folded pattern stands for. Raises FormatError."""
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [[piece] if i % 2 == 0 else _unfold_range(piece) for i, piece in enumerate(pieces)]
+    total = 1
+    for choice in choices:
+        total *= len(choice)
+    if total > _MAX_SITES:
+        raise FormatError(f"quantization_config: {pattern[:80]!r} stands for {total} sites; the config is damaged")
+    return ["".join(combination) for combination in itertools.product(*choices)]
+
+
+def write_table(specs: Mapping[str, Spec], guard: str | None) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint, given the description of each of its sites."""
+    distinct: list[Spec] = []
+    members: list[list[str]] = []
+    for name, spec in specs.items():
+        if spec not in distinct:
+            distinct.append(spec)
+            members.append([])
+        members[distinct.index(spec)].append(name)
+    sites = {pattern: number for number, names in enumerate(members) for pattern in fold(names)}
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "guard": guard, "specs": distinct, "sites": sites}
+
+
+def read_table(config: Mapping[str, Any]) -> dict[str, Spec]:
+    """Return the description of each compressed site of a `quantization_config`. Raises FormatError."""
+    version = config.get("format_version")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise FormatError(f"quantization_config: format_version is {version!r}; this compress reads up to {FORMAT_VERSION}: upgrade it")
+    specs, sites = config.get("specs"), config.get("sites")
+    if not isinstance(specs, list) or not isinstance(sites, dict) or not all(isinstance(spec, dict) for spec in specs):
+        raise FormatError("quantization_config: no specs and sites; the config is damaged, fetch the checkpoint again")
+    table: dict[str, Spec] = {}
+    for pattern, number in sites.items():
+        if not isinstance(number, int) or not 0 <= number < len(specs):
+            raise FormatError(f"quantization_config: {pattern!r} has spec {number!r}; expected 0 to {len(specs) - 1}")
+        for name in unfold(pattern):
+            if name in table:
+                raise FormatError(f"quantization_config: {name} is described twice; the config is damaged")
+            table[name] = specs[number]
+    return table
+
+
+@dataclass(frozen=True)
+class PackedSource(Source):
+    """A compressed checkpoint that reads like the original: each site's weight is decoded from its packed tensors."""
+
+    table: dict[str, Spec] = field(default_factory=dict)  # description by site
+    packed: dict[str, Entry] = field(default_factory=dict)  # the sites' tensors by disk name
+
+    @classmethod
+    def open_packed(cls, folder: Path) -> PackedSource:
+        """Open a checkpoint in the native format; the headers must hold what the table says. Raises CheckpointError."""
+        plain = Source.open(folder)
+        config = plain.config.get("quantization_config")
+        if not isinstance(config, dict) or config.get("quant_method") != METHOD:
+            raise FormatError(f"{folder}: config.json has no quantization_config of compress; give a checkpoint that compress wrote")
+        table = read_table(config)
+        entries = dict(plain.entries)
+        if (guard := config.get("guard")) is not None:
+            entries.pop(f"{guard}.weight", None)
+        packed: dict[str, Entry] = {}
+        virtual: dict[str, Entry] = {}
+        for name, spec in table.items():
+            for leaf, (dtype, shape) in layout(spec).items():
+                entry = entries.pop(f"{name}.{leaf}", None)
+                if entry is None or entry.shape != shape or entry.dtype != DTYPE_NAMES[dtype]:
+                    found = "missing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+                    raise FormatError(f"{folder}: {name}.{leaf} is {found}; expected {DTYPE_NAMES[dtype]} {list(shape)}. Fetch it again")
+                packed[f"{name}.{leaf}"] = entry
+            rows, columns = _shape(spec)
+            virtual[f"{name}.weight"] = Entry(f"{name}.weight", "F32", (rows, columns), 0, rows * columns * 4, plain.folder)
+        dense = {key: value for key, value in plain.config.items() if key != "quantization_config"}
+        return cls(plain.folder, plain.name, dense, {**entries, **virtual}, plain.revision, table, packed)
+
+    def compressed(self, site: str) -> CompressedWeight:
+        """Read one site's parts."""
+        spec = self.table[site]
+        return unpack(spec, {leaf: read_tensor(self.packed[f"{site}.{leaf}"]) for leaf in layout(spec)})
+
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        """Read a tensor; a compressed site's weight comes decoded, (out, in) in float32."""
+        site = name.removesuffix(".weight")
+        return self.compressed(site).dequantize() if site in self.table else super().tensor(name, index)
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of all tensors as they are on disk."""
+        plain = sum(e.nbytes for n, e in self.entries.items() if n.removesuffix(".weight") not in self.table)
+        return plain + sum(entry.nbytes for entry in self.packed.values())
+
+
+def packed_family(family: Any) -> Any:
+    """Return a family as a compressed checkpoint stores it: weights (out, in), experts one by one."""
+    experts = None if family.experts is None else replace(family.experts, fused=False)
+    return replace(family, transposed=False, experts=experts)

@@ -1,0 +1,273 @@
+"""Recipes: what to do to which weights, as typed YAML. Unknown keys are refused, patterns are globs over disk names, first match wins."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from compress import registry
+from compress.errors import RecipeError
+from compress.recipe_data import Data
+
+SHRINK = "shrink"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Step(_Strict):
+    """A method for the sites whose disk names match."""
+
+    match: str | tuple[str, ...]
+    method: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    min_tokens: Annotated[int, Field(ge=0)] | None = None  # None: for experts as many as the weight has columns, else 0
+    fallback: str = SHRINK  # below min_tokens: a method, or "shrink" towards the mean Hessian of the block's experts
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The globs of this step."""
+        return (self.match,) if isinstance(self.match, str) else self.match
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in registry.methods():
+            close = difflib.get_close_matches(value, registry.methods(), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"no method {value!r}; known are {', '.join(registry.methods())}{hint}")
+        return value
+
+    @field_validator("fallback")
+    @classmethod
+    def _known_fallback(cls, value: str) -> str:
+        return value if value == SHRINK else cls._known_method(value)
+
+
+class Recipe(_Strict):
+    """Everything that decides the bytes of a result, apart from the source."""
+
+    description: str = ""
+    data: Data | None = None
+    steps: tuple[Step, ...]
+    copy_: tuple[str, ...] = Field(default=(), alias="copy")  # globs of tensors to copy although no family rule names them
+    drop: tuple[str, ...] = ()  # globs of tensors to leave out
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the calibration's forward passes
+    batch_tokens: Annotated[int, Field(ge=1)] = 8192  # tokens that pass through a block at a time
+    max_shard_size: str = "5GB"
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+    @model_validator(mode="after")
+    def _some_step(self) -> Self:
+        if not self.steps:
+            raise ValueError("a recipe needs at least one step")
+        return self
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes of a size such as 5GB, 500MB or 4GiB. Raises ValueError."""
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    digits = text.strip().rstrip("aAbBiIgGkKmMtT ").strip()
+    unit = text.strip()[len(digits) :].strip().upper() or "B"
+    try:
+        size = int(float(digits) * units[unit])
+    except (KeyError, ValueError):
+        raise ValueError(f"{text!r} is not a size; write it as 5GB, 500MB or 4GiB") from None
+    if size < 1:
+        raise ValueError(f"{text!r} is not a positive size")
+    return size
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without silent overwriting: a key twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def folder() -> Path:
+    """Where the shipped recipes are: in the package, or beside it in a source tree."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def presets() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def read(name: str) -> dict[str, Any]:
+    """Read a recipe, a file or the name of a shipped one, as plain values. Raises RecipeError."""
+    path = Path(name)
+    if not path.is_file():
+        if name not in presets():
+            close = difflib.get_close_matches(name, presets(), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise RecipeError(f"{name}: neither a file nor a shipped recipe; shipped are {', '.join(presets())}{hint}")
+        path = folder() / f"{name}.yaml"
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: holds a {type(value).__name__}; expected keys such as data: and steps:")
+    return value
+
+
+def change(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Apply `a.b=c` settings to a recipe's plain values; numbers address list elements. Raises RecipeError."""
+    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(values))  # a deep copy of plain values
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise RecipeError(f"--set {setting}: expected a path and a value, as in steps.0.options.bits=3")
+        place: Any = result
+        try:
+            for key in keys[:-1]:
+                place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+            target: Any = int(keys[-1]) if isinstance(place, list) else keys[-1]
+            place[target] = yaml.safe_load(text)
+        except (IndexError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+            raise RecipeError(f"--set {setting}: the recipe has no such place ({error})") from error
+    return result
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = {"data": Data, "steps": Step}.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def explain(error: ValidationError, known: Sequence[str] | None = None, prefix: str = "") -> str:
+    """Write what pydantic found as `place: what is wrong`, one line each, with the nearest key for a misspelt one."""
+    lines = []
+    for item in error.errors():
+        place = prefix + ".".join(str(p) for p in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            keys = list(known) if known is not None else _known_keys(item["loc"])
+            close = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
+            message = f"unknown key; did you mean {close[0]}?" if close else f"unknown key; known are {', '.join(keys)}"
+        elif item["type"] != "missing" and not isinstance(item["input"], (dict, list)):
+            message += f" (got {item['input']!r})"
+        lines.append(f"{place}: {message}" if place else message)
+    return "\n".join(lines)
+
+
+def parse(values: dict[str, Any], name: str = "recipe") -> Recipe:
+    """Validate plain values. Raises RecipeError that names each wrong place."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{name}:\n{explain(error)}") from error
+
+
+def load(name: str, settings: Sequence[str] = ()) -> Recipe:
+    """Load a recipe by path or shipped name, with `a.b=c` settings applied. Raises RecipeError."""
+    return parse(change(read(name), settings), name)
+
+
+def dump(recipe: Recipe) -> str:
+    """Write a recipe as YAML that loads to the same recipe, all defaults spelt out."""
+    return yaml.safe_dump(plain(recipe), sort_keys=False, allow_unicode=True)
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain values."""
+    values: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True)
+    return values
+
+
+class Named(Protocol):
+    """What `resolve` needs to know of a site."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def expert(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What is to be done to one site."""
+
+    site: Any
+    step: int
+    method: Any  # an options object of the step's method
+    fallback: Any  # an options object, or None for the shrunk Hessian
+    min_tokens: int
+
+
+def _methods_of(step: Step, number: int) -> tuple[Any, Any]:
+    """Build the options objects of a step: the method's own, and the fallback's, which takes over the options it knows."""
+    build = registry.method(step.method)
+    try:
+        method = build(**step.options)
+    except ValidationError as error:
+        raise RecipeError(explain(error, list(build.model_fields), f"steps.{number}.options.")) from error
+    if step.fallback == SHRINK:
+        return method, None
+    other = registry.method(step.fallback)
+    try:
+        return method, other(**{k: v for k, v in step.options.items() if k in other.model_fields})
+    except ValidationError as error:
+        raise RecipeError(explain(error, list(other.model_fields), f"steps.{number}.fallback options.")) from error
+
+
+def resolve(recipe: Recipe, sites: Sequence[Named]) -> list[Assignment]:
+    """Give each site its step: the first whose pattern matches; a site that none matches is copied.
+
+    Raises RecipeError for a step that matches nothing, for options a method refuses and for shapes it cannot take.
+    """
+    built = [_methods_of(step, number) for number, step in enumerate(recipe.steps)]
+    used: set[int] = set()
+    matched: set[int] = set()
+    assignments = []
+    problems = []
+    for site in sites:
+        hits = [n for n, step in enumerate(recipe.steps) if any(fnmatchcase(site.name, p) for p in step.patterns)]
+        matched |= set(hits)
+        if not hits:
+            continue
+        number = hits[0]
+        used.add(number)
+        step, (method, fallback) = recipe.steps[number], built[number]
+        for options in (method, fallback):
+            if options is not None and (problem := options.check(site.shape)):
+                problems.append(f"{site.name}: {problem}")
+        least = step.min_tokens if step.min_tokens is not None else (site.shape[1] if site.expert is not None else 0)
+        assignments.append(Assignment(site, number, method, fallback, least))
+    for number, step in enumerate(recipe.steps):
+        if number not in used:
+            pattern = " ".join(step.patterns)
+            why = "an earlier step takes all it matches" if number in matched else _nearest(pattern, sites)
+            raise RecipeError(f"steps.{number}.match: {pattern!r} takes no weight of this model; {why}")
+    if problems:
+        more = f" ({len(problems)} weights in all)" if len(problems) > 1 else ""
+        raise RecipeError(problems[0] + more)
+    return assignments
+
+
+def _nearest(pattern: str, sites: Sequence[Named]) -> str:
+    names = [site.name for site in sites]
+    close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3) or names[:1]
+    return f"names look like {close[0]!r}; `compress inspect MODEL` lists them"
