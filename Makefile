@@ -1,0 +1,55 @@
+# make demo   compress the small model in examples/demo and show what it costs in quality
+# make test   lint, types and tests
+# Both first make a virtual environment in .venv with the versions of constraints.txt; they need Python 3.11 or 3.12 only.
+
+# The first that starts and can make environments: a version manager may list a command that does not run.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1 && echo $$p && break; done)
+VENV ?= .venv
+RUN := $(VENV)/bin
+# Two processes with one thread each: on small models, torch's threads cost more than they give.
+JOBS ?= 2
+PYTEST_ARGS ?= -q -n $(JOBS)
+INPUTS := pyproject.toml constraints.txt tools/install.py
+
+.PHONY: demo test lint types pytest format wheel clean
+
+# DEMO: the command below is the one to adjust when the command line has its final form.
+demo: $(VENV)/.run
+	$(RUN)/python -m compress demo
+
+test: lint types pytest
+
+lint: $(VENV)/.dev
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(RUN)/mypy
+
+pytest: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(RUN)/pytest $(PYTEST_ARGS)
+
+format: $(VENV)/.dev
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+wheel: $(VENV)/.run
+	$(RUN)/pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) .demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The stamps are written last, so a run that was interrupted installs again.
+$(VENV)/.run: $(INPUTS) | $(RUN)/pip
+	$(RUN)/python tools/install.py
+	@touch $@
+
+$(VENV)/.dev: $(INPUTS) | $(RUN)/pip
+	$(RUN)/python tools/install.py dev
+	@touch $@ $(VENV)/.run
+
+$(RUN)/pip:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 that can make virtual environments. Install one" \
+		"(on Debian and Ubuntu with its package python3-venv), or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
