@@ -175,6 +175,8 @@ def read_tensor(entry: Entry, index: int | None = None) -> Tensor:
 
 def stream_entry(entry: Entry) -> Iterator[bytes]:
     """Yield the bytes of a tensor as they stand in the file, a chunk at a time. Raises CheckpointError."""
+    if entry.nbytes == 0:
+        return
     try:
         with entry.file.open("rb") as stream:
             stream.seek(entry.start)

@@ -65,11 +65,14 @@ def share(pieces: Sequence[T]) -> list[T]:
     return list(pieces[start_at : start_at + size + (rank() < extra)])
 
 
-def reduce_to_owner(tensors: Sequence[Tensor], owner: int) -> None:
-    """Sum tensors over ranks into the owner's, in place; what other ranks hold afterwards is not meaningful."""
+def reduce_to(tensors: Sequence[Tensor], owner: int | None) -> None:
+    """Sum tensors over ranks in place: into the owner's (others' are not meaningful afterwards), or for None into everyone's."""
     if world() > 1:
         for tensor in tensors:
-            torch.distributed.reduce(tensor, dst=owner)
+            if owner is None:
+                torch.distributed.all_reduce(tensor)
+            else:
+                torch.distributed.reduce(tensor, dst=owner)
 
 
 def gather(value: Any) -> list[Any]:

@@ -24,6 +24,11 @@ class Method(BaseModel):
     # Rows do not influence each other given the statistics: sites that share a tap are compressed in one call.
     rows_independent: ClassVar[bool] = True
 
+    @property
+    def path(self) -> str:
+        """The method as a recipe writes it: kind/name."""
+        return "/".join(type(self).__module__.split(".")[-2:])
+
 
 @dataclass(frozen=True)
 class Result:
@@ -38,6 +43,11 @@ class SiteMethod(Protocol):
 
     needs: ClassVar[tuple[type[Statistics], ...]]
     rows_independent: ClassVar[bool]
+
+    @property
+    def path(self) -> str:
+        """The method as a recipe writes it: kind/name."""
+        ...
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Compress weight (out, in) in float32, given the statistics of its input; deterministic."""

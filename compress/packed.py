@@ -10,8 +10,9 @@ filling the model with random weights.
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from compress import registry
 from compress.checkpoint import Source
-from compress.container import DTYPE_NAMES, Entry, read_tensor
+from compress.container import DTYPE_NAMES, Entry, read_header, read_tensor, save
 from compress.errors import FormatError
 from compress.weight import CompressedWeight
 
@@ -98,13 +99,35 @@ def _fold(numbers: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
+def write_part(path: Path, tensors: dict[str, Tensor], specs: dict[str, Spec]) -> None:
+    """Write the packed tensors of some sites, with their descriptions, into one file."""
+    save(path, tensors, {"sites": json.dumps(specs, separators=(",", ":"))})
+
+
+def part_specs(metadata: Mapping[str, str]) -> dict[str, Spec]:
+    """Return the descriptions that `write_part` put into a file's metadata."""
+    specs: dict[str, Spec] = json.loads(metadata["sites"])
+    return specs
+
+
+def read_part(path: Path) -> Iterator[tuple[str, CompressedWeight]]:
+    """Yield the sites of a part, each with its compressed weight."""
+    entries, metadata = read_header(path)
+    for site, spec in part_specs(metadata).items():
+        yield site, unpack(spec, {leaf: read_tensor(entries[f"{site}.{leaf}"]) for leaf in layout(spec)})
+
+
+def _is_number(piece: str) -> bool:
+    return piece.isascii() and piece.isdecimal() and str(int(piece)) == piece
+
+
 def fold(names: Iterable[str]) -> list[str]:
     """Fold runs of numbers in dotted names into patterns whose unfolding gives the names back, each once."""
     shapes: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
     for name in names:
         pieces = name.split(".")
-        numbers = tuple(int(p) for p in pieces if p.isdecimal())
-        shapes.setdefault(tuple("#" if p.isdecimal() else p for p in pieces), set()).add(numbers)
+        numbers = tuple(int(p) for p in pieces if _is_number(p))
+        shapes.setdefault(tuple("#" if _is_number(p) else p for p in pieces), set()).add(numbers)
     patterns = []
     for shape, tuples in shapes.items():
         for ranges in _products(tuples):
@@ -228,8 +251,3 @@ class PackedSource(Source):
         plain = sum(e.nbytes for n, e in self.entries.items() if n.removesuffix(".weight") not in self.table)
         return plain + sum(entry.nbytes for entry in self.packed.values())
 
-
-def packed_family(family: Any) -> Any:
-    """Return a family as a compressed checkpoint stores it: weights (out, in), experts one by one."""
-    experts = None if family.experts is None else replace(family.experts, fused=False)
-    return replace(family, transposed=False, experts=experts)

@@ -13,6 +13,7 @@ from typing import Any
 from compress.checkpoint import Source
 from compress.container import Entry
 from compress.errors import CheckpointError
+from compress.packed import PackedSource
 
 Taps = tuple[tuple[str, ...], ...]
 
@@ -163,9 +164,17 @@ def find(source: Source) -> Family:
             f"{source.folder}: model_type {source.model_type!r} is not a known family; known are {', '.join(sorted(FAMILIES))}. "
             "A family is one entry in compress/calibration/families.py"
         )
+    if isinstance(source, PackedSource):  # weights are decoded to (out, in), and experts one by one
+        experts = None if family.experts is None else replace(family.experts, fused=False)
+        return _bare(source, replace(family, transposed=False, experts=experts))
     if "quantization_config" in source.config:
         method = source.config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(f"{source.folder}: already compressed (quant_method {method!r}); give the original checkpoint")
+    return _bare(source, family)
+
+
+def _bare(source: Source, family: Family) -> Family:
+    """Take a family's prefix off its names where a checkpoint leaves it out."""
     bare = family.blocks.removeprefix(family.prefix)
     if not any(n.startswith(family.blocks + ".") for n in source.entries) and any(n.startswith(bare + ".") for n in source.entries):
         outer = tuple(name.removeprefix(family.prefix) for name in family.outer)

@@ -261,6 +261,15 @@ class Skeleton:
             output = self.blocks[number](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    def rows_to_head(self, ids: Tensor, hidden: Tensor) -> None:
+        """Send the output of the last block to the head, for the hooks on it, without computing logits; needs `outer`."""
+        head = self.model.get_output_embeddings()
+        head.forward = lambda rows: rows[..., :1]
+        try:
+            self.logits(ids, hidden)
+        finally:
+            del head.forward
+
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Output of the last block (samples, length, width) -> logits (samples, length, vocabulary); needs `outer`."""
         with torch.no_grad(), self._bypassed(lambda _: hidden, []):

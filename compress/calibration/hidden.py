@@ -1,0 +1,82 @@
+"""The calibration's hidden states between two blocks: this rank's batches, in memory or on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.errors import CheckpointError
+from compress.files import replacing
+
+
+class Hidden:
+    """Batches of hidden states (samples, length, width) in `dtype`, one after the other in memory or in one file.
+
+    On disk (`folder`) the output of a block is written beside its input and takes its place when it is whole.
+    """
+
+    def __init__(self, samples: list[int], length: int, width: int, dtype: torch.dtype, folder: Path | None) -> None:
+        self.shapes = [(count, length, width) for count in samples]
+        self.dtype, self.folder = dtype, folder
+        self._memory: list[Tensor | None] = [None] * len(samples)
+        self._file: Path | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all batches."""
+        return sum(a * b * c for a, b, c in self.shapes) * self.dtype.itemsize
+
+    def _offset(self, batch: int) -> int:
+        return sum(a * b * c for a, b, c in self.shapes[:batch]) * self.dtype.itemsize
+
+    def read(self, batch: int) -> Tensor:
+        """Return one batch (samples, length, width) on the CPU."""
+        kept = self._memory[batch]
+        if kept is not None:
+            return kept
+        if self._file is None:
+            raise RuntimeError("hidden states are read before they were written")
+        return self._read_file(self._file, batch)
+
+    def _read_file(self, path: Path, batch: int) -> Tensor:
+        shape = self.shapes[batch]
+        buffer = torch.empty(shape, dtype=self.dtype)
+        view = memoryview(buffer.view(torch.uint8).numpy()).cast("B")
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(self._offset(batch))
+            if stream.readinto(view) != view.nbytes:
+                raise CheckpointError(f"{path}: ends early; remove the job folder and start again")
+        return buffer
+
+    def update(self, outputs: Iterator[Tensor], name: str) -> None:
+        """Replace every batch by the next of `outputs`; on disk the new file is `name`, and the old one is left to the caller."""
+        if self.folder is None:
+            for batch, output in enumerate(outputs):
+                self._memory[batch] = output.to("cpu", self.dtype)
+            return
+        path = self.folder / name
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            for output in outputs:
+                stream.write(memoryview(output.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()).cast("B"))
+        self._file = path
+
+    def save(self, path: Path) -> None:
+        """Write all batches into a file that `restore` reads; on disk they are there already."""
+        if self._file is not None:
+            return
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            for batch in range(len(self.shapes)):
+                stream.write(memoryview(self.read(batch).contiguous().view(torch.uint8).numpy()).cast("B"))
+
+    def restore(self, path: Path) -> bool:
+        """Take all batches from a file; False when it is not there or has another size."""
+        if not path.is_file() or path.stat().st_size != self.nbytes:
+            return False
+        if self.folder is not None:
+            self._file = path
+        else:
+            self._memory = [self._read_file(path, batch) for batch in range(len(self.shapes))]
+        return True

@@ -1,0 +1,126 @@
+"""From parts to a checkpoint: shards in bounded memory, index, config and side files, under the final name only when whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compress import packed
+from compress.calibration.families import Claims
+from compress.checkpoint import INDEX, SINGLE, Source
+from compress.container import Entry, copy_entries, read_header
+from compress.errors import CheckpointError, OutputError
+from compress.files import copy, fsync_folder, write_json, writing
+
+SUMMARY = "summary.json"
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts block 2 before block 10."""
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
+
+
+def collect(parts: Iterable[Path]) -> tuple[dict[str, packed.Spec], dict[str, Entry]]:
+    """Read the headers of all parts: descriptions by site, and packed tensors by name."""
+    specs: dict[str, packed.Spec] = {}
+    entries: dict[str, Entry] = {}
+    for path in parts:
+        found, metadata = read_header(path)
+        specs |= packed.part_specs(metadata)
+        entries |= found
+    return specs, entries
+
+
+def plan(source: Source, claims: Claims, specs: Mapping[str, packed.Spec], parts: Mapping[str, Entry]) -> tuple[list[Entry], str | None]:
+    """Return every tensor of the result in order, and the name of the guard's site.
+
+    Each tensor of the source is compressed, copied or dropped by a rule; one that is none of these raises CheckpointError.
+    """
+    made: dict[str, list[str]] = {}
+    for site in claims.sites:
+        made.setdefault(site.tensor, []).append(site.name)
+    copied, dropped = set(claims.copied), set(claims.dropped)
+    result: list[Entry] = []
+    for name in sorted(source.entries, key=_natural):
+        sites = made.get(name, [])
+        compressed = [site for site in sites if site in specs]
+        if compressed and len(compressed) < len(sites):
+            raise CheckpointError(f"{name}: {len(compressed)} of its {len(sites)} experts are compressed; expected all or none, as it is one tensor")
+        for site in compressed:
+            result += [parts[f"{site}.{leaf}"] for leaf in packed.layout(specs[site])]
+        if not compressed and (sites or name in copied):
+            result.append(source.entries[name])
+        elif not compressed and name not in dropped:
+            raise CheckpointError(f"{name}: neither compressed nor copied nor dropped; this is a bug, please report it")
+    experts = {site.name for site in claims.sites if site.expert is not None}
+    guard = min((s for s in specs if s not in experts), key=_natural, default=None)
+    if guard is not None:
+        result.append(Entry(f"{guard}.weight", "BF16", (0,), 0, 0, source.folder))
+    return result, guard
+
+
+def shards(entries: Iterable[Entry], limit: int) -> list[list[Entry]]:
+    """Cut tensors into files of at most `limit` bytes, in order; a tensor above the limit gets a file of its own."""
+    result: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if result[-1] and size + entry.nbytes > limit:
+            result.append([])
+            size = 0
+        result[-1].append(entry)
+        size += entry.nbytes
+    return result
+
+
+def write_shards(folder: Path, entries: list[Entry], limit: int) -> dict[str, list[Entry]]:
+    """Write the tensors into `folder` and return the files with what they hold; several get an index."""
+    cut = shards(entries, limit)
+    names = [SINGLE] if len(cut) == 1 else [f"model-{i + 1:05d}-of-{len(cut):05d}.safetensors" for i in range(len(cut))]
+    for name, members in zip(names, cut, strict=True):
+        copy_entries(folder / name, members)
+    if len(cut) > 1:
+        weight_map = {entry.name: name for name, members in zip(names, cut, strict=True) for entry in members}
+        sizes = {"total_size": sum(entry.nbytes for entry in entries)}
+        write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
+    return dict(zip(names, cut, strict=True))
+
+
+def write_config(folder: Path, config: Mapping[str, Any], table: Mapping[str, Any]) -> None:
+    """Write the source's config with the table of compressed sites; last, because a folder without it is not a checkpoint."""
+    write_json(folder / "config.json", {**config, "quantization_config": dict(table)})
+
+
+def carry(source: Source, folder: Path) -> None:
+    """Copy the side files of the source byte for byte."""
+    for path in source.carried():
+        target = folder / path.relative_to(source.folder)
+        target.parent.mkdir(exist_ok=True)
+        copy(path, target)
+
+
+def finished(out: Path) -> dict[str, Any] | None:
+    """Return the summary of a checkpoint of ours, None when nothing is there. Raises OutputError when something else is."""
+    if not out.exists() and not out.is_symlink():
+        return None
+    if out.is_dir() and not any(out.iterdir()):
+        return None
+    try:
+        summary: dict[str, Any] = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        if summary["tool"] == "compress":
+            return summary
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise OutputError(f"{out}: exists and is not a checkpoint that compress wrote; choose another place, or remove it")
+
+
+def publish(checkpoint: Path, out: Path) -> None:
+    """Give a whole checkpoint its final name, in one step."""
+    with writing(out):
+        fsync_folder(checkpoint)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(checkpoint, out)
+        fsync_folder(out.parent)
