@@ -57,7 +57,7 @@ def load_ids(data: Data, model_folder: Path, vocabulary: int, max_length: int | 
     stride = length - len(prefix)
     if stride < 1:
         raise CalibrationError(
-            f"data.length: {length}, but the tokenizer puts {len(prefix)} tokens in front of a text; use {len(prefix) + 1} or more"
+            f"data.length: {length}, but the tokenizer puts {len(prefix)} tokens before a text; use {len(prefix) + 1} or more"
         )
     stream = _stream(rows(path, data, generator), data, tokenizer, POOL * data.samples * stride)
     count = len(stream) // stride

@@ -25,7 +25,6 @@ SHUFFLE = 10_000  # rows in the shuffle buffer of a streamed dataset
 STREAM_ABOVE = 1 << 30  # bytes of a dataset that are not downloaded whole
 TIMEOUT = 10.0  # seconds to wait for the Hub's first answer
 COLUMNS = ("text", "messages", "conversations")
-LOCAL = "pass a local file instead: --data text.jsonl, text.txt, text.parquet or ids.npy"
 # Suffixes that mean a file and not a dataset of the Hub, whose names may hold a dot too (org/name-2.5).
 OTHER_FILES = (".text", ".md", ".json", ".csv", ".tsv", ".gz", ".zst", ".xz", ".zip", ".npz", ".pt", ".bin", ".pkl", ".arrow")
 
@@ -150,8 +149,12 @@ def _open_hub(data: Data, preset: Preset) -> tuple[Any, bool]:
     where = (preset.path, data.config or preset.config)
     split = data.split or preset.split
     if not _hub_answers(preset.path):
-        with _cache_only():
-            return datasets.load_dataset(*where, split=split), False
+        try:
+            with _cache_only():
+                return datasets.load_dataset(*where, split=split), False
+        except ConnectionError as error:
+            reason = "offline mode is set" if datasets.config.HF_HUB_OFFLINE else "it does not answer"
+            raise CalibrationError(_no_dataset(data.name, preset.path, reason)) from error
     streamed = preset.streaming
     if streamed is None:
         size = datasets.load_dataset_builder(*where).info.download_size
@@ -199,11 +202,15 @@ def _hub_errors(name: str, path: str) -> Iterator[None]:
         yield
     # RuntimeError: datasets that are scripts; ValueError: names, splits and configurations that there are not.
     except (OSError, HTTPError, DatasetsError, ValueError, RuntimeError) as error:
-        title = f"{name} ({path})" if name in PRESETS else f"{name}: neither a file nor a preset ({', '.join(PRESETS)})"
-        raise CalibrationError(
-            f"{title}: cannot be had from the Hugging Face Hub or its local cache ({first_line(error)}); "
-            f"expected a dataset that can be read; {LOCAL}"
-        ) from error
+        raise CalibrationError(_no_dataset(name, path, first_line(error))) from error
+
+
+def _no_dataset(name: str, path: str, reason: str) -> str:
+    place = f"{name} ({path})" if name in PRESETS else f"{name}: neither a file nor a preset ({', '.join(PRESETS)})"
+    return (
+        f"{place}: cannot be read from the Hugging Face Hub or its local cache ({reason}); "
+        "expected a dataset that can be reached; or pass a local file: --data text.jsonl, text.txt, text.parquet, ids.npy"
+    )
 
 
 def _column(names: Collection[str], column: str | None, place: str) -> str:
