@@ -88,6 +88,20 @@ def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedWeight:
     return CompressedWeight(**parts)
 
 
+def unpack_rows(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], start: int, stop: int) -> CompressedWeight:
+    """Return the rows start..stop of a packed weight; `start` must be a multiple of 32, where every row begins on a word."""
+    rows, columns = _shape(dict(spec))
+    if (start, stop) == (0, rows):
+        return unpack(dict(spec), tensors)
+    parts: dict[str, Any] = {}
+    for role, described in _parts(dict(spec)).items():
+        form = registry.lookup("formats", str(described.get("format")))
+        mine = {n.removeprefix(_prefix(role)): t for n, t in tensors.items() if n.startswith(_prefix(role))}
+        cut = form.cut_rows(described, (rows, columns), mine, start, stop)
+        parts[role] = form.unpack(described, (stop - start, columns), cut)
+    return CompressedWeight(**parts)
+
+
 def _fold(numbers: Iterable[int]) -> str:
     """{0, 1, 2, 5} -> "0-2,5"."""
     runs: list[list[int]] = []

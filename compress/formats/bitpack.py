@@ -86,5 +86,15 @@ class BitPack:
             raise FormatError(f"bitpack: group names a group outside 0..{groups - 1}; the file is damaged")
         return Uniform(codes, tensors["scale"], bits, group_size, zero, group)
 
+    def cut_rows(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+        """Return the tensors of rows start..stop as views; `start` is a multiple of 32, so that it lies on a word of each stream."""
+        columns, bits = shape[1], described["bits"]
+        groups = columns // described["group_size"]
+        first, last = start * columns * bits // 32, _bits.words(stop * columns, bits)
+        cut = {**tensors, "codes": tensors["codes"][first:last], "scale": tensors["scale"][start:stop]}
+        if described.get("zero"):
+            cut["zero"] = tensors["zero"][start * groups * bits // 32 : _bits.words(stop * groups, bits)]
+        return cut
+
 
 FORMAT = BitPack()

@@ -1,0 +1,25 @@
+"""`x @ W.T` from packed tensors in plain torch: what every other kernel must equal, and what runs where none of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import packed
+
+_CHUNK = 1 << 24  # weights decoded at a time: 64 MB in float32
+_ALIGN = 32  # rows of any width start on a word of the bit stream when their number is a multiple of this
+
+
+def matmul(x: Tensor, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    """x (..., in) times the decoded weight (out, in), transposed -> (..., out); the weight is decoded some rows at a time."""
+    rows, columns = spec["shape"]
+    step = max(_CHUNK // columns // _ALIGN, 1) * _ALIGN
+    outputs = []
+    for start in range(0, rows, step):
+        weight = packed.unpack_rows(spec, tensors, start, min(start + step, rows))
+        outputs.append(torch.nn.functional.linear(x, weight.dequantize().to(x.dtype)))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
