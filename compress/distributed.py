@@ -19,6 +19,11 @@ def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
+def leads() -> bool:
+    """Whether this is rank 0, also before the group is joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def world() -> int:
     """Number of processes."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

@@ -29,6 +29,14 @@ class Method(BaseModel):
         """The method as a recipe writes it: kind/name."""
         return "/".join(type(self).__module__.split(".")[-2:])
 
+    def check(self, shape: tuple[int, int]) -> str | None:
+        """Say what is wrong with a weight of this shape (out, in), or None; called before any weight is read."""
+        return None
+
+    def stored_bits(self, shape: tuple[int, int]) -> int | None:
+        """Bits that a weight of this shape (out, in) will occupy; None where it depends on the values."""
+        return None
+
 
 @dataclass(frozen=True)
 class Result:
@@ -55,4 +63,8 @@ class SiteMethod(Protocol):
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Say what is wrong with a weight of this shape (out, in), or None; called before any weight is read."""
+        ...
+
+    def stored_bits(self, shape: tuple[int, int]) -> int | None:
+        """Bits that a weight of this shape (out, in) will occupy; None where it depends on the values."""
         ...

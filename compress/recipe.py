@@ -179,6 +179,14 @@ def parse(values: dict[str, Any], name: str = "recipe") -> Recipe:
         raise RecipeError(f"{name}:\n{explain(error)}") from error
 
 
+def parse_data(values: dict[str, Any]) -> Data:
+    """Validate the values of a `data:` section. Raises RecipeError."""
+    try:
+        return Data.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(explain(error, list(Data.model_fields), "data.")) from error
+
+
 def load(name: str, settings: Sequence[str] = ()) -> Recipe:
     """Load a recipe by path or shipped name, with `a.b=c` settings applied. Raises RecipeError."""
     return parse(change(read(name), settings), name)

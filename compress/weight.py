@@ -19,6 +19,13 @@ def middle(bits: int) -> float:
     return float(1 << (bits - 1)) if bits > 1 else 0.5
 
 
+def uniform_bits(shape: tuple[int, int], bits: int, group_size: int, zero: bool, group_bits: int = 0) -> int:
+    """Stored bits of codes on an affine grid, (out, in): codes, bfloat16 scales, zero codes, and `group_bits` per column."""
+    rows, columns = shape
+    groups = rows * (columns // group_size)
+    return stream_bits(rows * columns, bits) + groups * 16 + (stream_bits(groups, bits) if zero else 0) + columns * group_bits
+
+
 @dataclass(frozen=True, eq=False)
 class Uniform:
     """Codes on an affine grid per group of columns: `value = (code - zero) * scale`."""
@@ -38,13 +45,8 @@ class Uniform:
     @property
     def stored_bits(self) -> int:
         """Every bit that this part occupies on disk."""
-        rows, columns = self.shape
-        bits = stream_bits(rows * columns, self.bits) + self.scale.numel() * self.scale.element_size() * 8
-        if self.zero is not None:
-            bits += stream_bits(self.zero.numel(), self.bits)
-        if self.group is not None:
-            bits += self.group.numel() * self.group.element_size() * 8
-        return bits
+        group_bits = 0 if self.group is None else self.group.element_size() * 8
+        return uniform_bits(self.shape, self.bits, self.group_size, self.zero is not None, group_bits)
 
     def dequantize(self) -> Tensor:
         """Return the weight (out, in) in float32; exact, because codes and bfloat16 scales are exact in float32."""

@@ -1,0 +1,311 @@
+"""The command line. Nothing heavy is imported before a command runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress._version import __version__
+from compress.errors import CompressError, RecipeError
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+EXIT_CODES = """Exit codes: 0 done; 1 a bug; 2 wrong command line or recipe; 3 a checkpoint that cannot be read; 4 calibration data;
+5 the job folder holds another job; 6 the result cannot be written; 7 verification failed; 8 a kernel. 130 interrupted."""
+
+app = typer.Typer(
+    name="compress",
+    help="Make a language model smaller and keep it good.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a Hub id.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]
+DataName = Annotated[str | None, typer.Option("--data", help="Calibration: .txt .jsonl .parquet .npy, a preset (c4, wikitext2, ...) or a Hub id.")]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
+Length = Annotated[int | None, typer.Option(help="Tokens of a window.")]
+Seed = Annotated[int | None, typer.Option(help="Draws documents and windows.")]
+ChatTemplate = Annotated[bool | None, typer.Option("--chat-template/--no-chat-template", help="Write messages with the tokenizer's template.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: steps.0.options.bits=3. May be repeated.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and its sizes, and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str | None, typer.Option(help="Of the calibration's forward passes: auto, float32, bfloat16, float16.")]
+Offload = Annotated[bool, typer.Option("--offload", help="Keep the calibration's hidden states on disk.")]
+Memory = Annotated[str, typer.Option(help="Room for statistics; a block that needs more is calibrated in several passes.")]
+JobFolder = Annotated[Path | None, typer.Option("--job", help="Where progress is kept; OUTPUT.job if not given.")]
+KeepJob = Annotated[bool, typer.Option("--keep-job", help="Do not remove the job folder in the end.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Evaluate = Annotated[str | None, typer.Option("--evaluate", help="Then measure quality on this text or dataset, for the report and the model card.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def main() -> None:
+    """Run the command line; errors of the user's end in one message and an exit code of their own."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        app(standalone_mode=False)
+    except CompressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except typer.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # what typer says about the command line
+            error.show()
+            raise SystemExit(2) from None
+        raise
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Output,
+    method: Annotated[str | None, typer.Option(help="As `compress methods` lists it; gptq is short for quant/gptq.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits per code, 1 to 8.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1 for the whole row.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid without or with zero points.")] = None,
+    data: DataName = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    chat_template: ChatTemplate = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe to start from: a file, or a name from `compress recipes`.")] = None,
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    offload: Offload = False,
+    memory: Memory = "4GB",
+    job: JobFolder = None,
+    keep_job: KeepJob = False,
+    revision: Revision = None,
+    evaluate: Evaluate = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model.
+
+    compress quantize MODEL -o OUT --bits 4 --data text.jsonl
+    """
+    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    given = {key: value for key, value in options.items() if value is not None}
+    made = _recipe(recipe, method, given, _data(data, samples, length, seed, chat_template), dtype, settings)
+    _run(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe: a file, or a name from `compress recipes`.")],
+    model: Model,
+    output: Output,
+    data: DataName = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    chat_template: ChatTemplate = None,
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    offload: Offload = False,
+    memory: Memory = "4GB",
+    job: JobFolder = None,
+    keep_job: KeepJob = False,
+    revision: Revision = None,
+    evaluate: Evaluate = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run any recipe.
+
+    compress run gptq-3bit MODEL -o OUT --data text.jsonl
+    """
+    made = _recipe(recipe, None, {}, _data(data, samples, length, seed, chat_template), dtype, settings)
+    _run(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet)
+
+
+@app.command()
+def inspect(model: Model, json_: Json = False) -> None:
+    """Show what a checkpoint holds."""
+    from compress import screen
+    from compress.inspection import contents
+
+    found = contents(model)
+    print(json.dumps(found.plain(), indent=2)) if json_ else screen.show_contents(found)
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", help="Text to measure on: .txt .jsonl .parquet .npy, a preset or a Hub id.")],
+    original: Annotated[str | None, typer.Option(help="The model it was made from; if not given, the one it names.")] = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Load the model and measure tokens per second.")] = True,
+    save: Annotated[bool, typer.Option("--save", help="Put the result into the checkpoint's report and model card.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model on a text.
+
+    Perplexity, and against the original KL divergence and top-1 agreement; tokens per second of generation.
+    """
+    from compress import screen
+    from compress.evaluate import quality as evaluation
+    from compress.recipe import parse_data
+
+    values = _data(data, samples, length, seed, None)
+    with _progress(quiet or json_) as listen:
+        result = evaluation.evaluate(model, original, parse_data(values), device, dtype, speed, listen)
+    if save:
+        evaluation.save(Path(model), result)
+    print(json.dumps(result.plain(), indent=2)) if json_ else screen.show_quality(result)
+
+
+@app.command()
+def verify(model: Model, device: Device = "cpu", json_: Json = False, quiet: Quiet = False) -> None:
+    """Check that a checkpoint is intact.
+
+    Checksums, every tensor decoded, one batch against the result that was recorded when it was written.
+    """
+    from compress import screen
+    from compress.evaluate.verify import verify as check
+
+    with _progress(quiet or json_) as listen:
+        found = check(Path(model), device, listen)
+    print(json.dumps(found, indent=2)) if json_ else screen.show_verified(found)
+
+
+@app.command()
+def methods(json_: Json = False) -> None:
+    """List methods and their options."""
+    from compress import screen
+
+    found = screen.describe_methods()
+    print(json.dumps(found, indent=2)) if json_ else screen.show_methods(found)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None, json_: Json = False) -> None:
+    """List the shipped recipes, or print one."""
+    from compress import recipe as recipe_module
+
+    if name is not None:
+        values = recipe_module.read(name)
+        print(json.dumps(values, indent=2) if json_ else (recipe_module.folder() / f"{name}.yaml").read_text(encoding="utf-8"), end="")
+        return
+    found = {preset: recipe_module.read(preset).get("description", "") for preset in recipe_module.presets()}
+    print(json.dumps(found, indent=2)) if json_ else [print(f"{preset:20} {text}") for preset, text in found.items()]
+
+
+def _data(name: str | None, samples: int | None, length: int | None, seed: int | None, chat_template: bool | None) -> dict[str, Any]:
+    values = {"name": name, "samples": samples, "length": length, "seed": seed, "chat_template": chat_template}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _recipe(
+    name: str | None, method: str | None, options: dict[str, Any], data: dict[str, Any], dtype: str | None, settings: list[str] | None
+) -> Recipe:
+    """Make the recipe that the command line describes: a given one with changes, or one step over all linears in blocks."""
+    from compress import recipe as recipe_module
+    from compress import registry
+
+    if name is None:
+        path = method or "quant/gptq"
+        path = path if "/" in path else f"quant/{path}"
+        known = registry.method(path).model_fields
+        if unknown := [key for key in options if key not in known]:
+            raise RecipeError(f"--{unknown[0].replace('_', '-')}: {path} has no such option; it has {', '.join(known)}")
+        # Names of linears in blocks have a dot; the head's has none and stays as it is.
+        values: dict[str, Any] = {"data": {"name": "c4"}, "steps": [{"match": "*.*", "method": path, "options": options}]}
+    else:
+        if method or options:
+            flag = "--method" if method else "--" + next(iter(options)).replace("_", "-")
+            raise RecipeError(f"{flag}: not with --recipe; change the recipe with --set, as in --set steps.0.options.bits=3")
+        values = recipe_module.read(name)
+    if data:
+        # A name of its own replaces the recipe's data; other settings change it.
+        values["data"] = data if "name" in data else {**(values.get("data") or {}), **data}
+    if dtype is not None:
+        values["dtype"] = dtype
+    return recipe_module.parse(recipe_module.change(values, settings or []), name or "command line")
+
+
+def _run(
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    dry_run: bool,
+    json_: bool,
+    device: str,
+    offload: bool,
+    memory: str,
+    job: Path | None,
+    keep_job: bool,
+    revision: str | None,
+    evaluate: str | None,
+    quiet: bool,
+) -> None:
+    from compress import distributed, estimate, prepare, screen
+    from compress import run as runs
+    from compress.evaluate import quality as evaluation
+    from compress.pipeline import Settings as RunSettings
+    from compress.recipe import parse_data, parse_size
+
+    try:
+        room = parse_size(memory)
+    except ValueError as error:
+        raise RecipeError(f"--memory: {error}") from error
+    plan = prepare.prepare(model, recipe, device, revision)
+    ids = prepare.calibration(plan)
+    expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], room, offload)
+    if dry_run:
+        found = screen.describe_plan(plan, expected, tuple(ids.shape))
+        print(json.dumps(found, indent=2)) if json_ else screen.show_plan(found)
+        return
+    leader = distributed.leads()
+    with _progress(quiet or json_ or not leader) as listen:
+        summary = runs.run(plan, ids, output, RunSettings(offload=offload, memory=room), listen, expected, job, keep_job)
+    result = None
+    if evaluate is not None and leader:
+        with _progress(quiet or json_) as listen:
+            result = evaluation.evaluate(str(output), model, parse_data({"name": evaluate}), device, "float32", True, listen)
+        evaluation.save(output, result)
+    distributed.stop()
+    if leader:
+        print(json.dumps(screen.plain_summary(summary, result), indent=2)) if json_ else screen.show_summary(summary, result)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    from compress import screen
+
+    with screen.progress(quiet) as listen:
+        yield listen

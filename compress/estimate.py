@@ -1,0 +1,83 @@
+"""What a run will take and give, known before a weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.block import units
+from compress.errors import OutputError
+from compress.files import human_bytes
+from compress.prepare import Plan
+
+_BASE = 600 << 20  # bytes that Python, torch and transformers occupy
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes in bytes; `bytes_after` is exact for methods that know their size beforehand."""
+
+    bytes_before: int
+    bytes_after: int
+    exact: bool
+    block: int  # the largest block, in the dtype that the calibration computes in
+    statistics: int  # of the largest block, all at once
+    passes_memory: int  # of one pass
+    hidden: int  # the calibration's hidden states
+    disk: int  # parts, hidden states and the result, while both are there
+
+    @property
+    def memory(self) -> int:
+        """Peak resident memory, roughly, with hidden states in memory."""
+        return _BASE + 2 * self.block + self.passes_memory + self.hidden
+
+
+def estimate(plan: Plan, samples: int, length: int, memory: int, offload: bool) -> Estimate:
+    """Add up what a run over `samples` windows of `length` tokens takes."""
+    source, item = plan.source, plan.dtype.itemsize
+    after, exact = 0, True
+    assigned = {a.site.name: a for a in plan.assignments}
+    for site in plan.claims.sites:
+        if site.name in assigned:
+            bits = assigned[site.name].method.stored_bits(site.shape)
+            exact = exact and bits is not None
+            after += site.numel * 2 if bits is None else bits // 8
+        else:
+            after += site.numel * _itemsize(plan, site.tensor)
+    after += sum(source.entries[name].nbytes for name in plan.claims.copied)
+    blocks: dict[int, int] = {}
+    statistics: dict[int, int] = {}
+    for site in plan.claims.sites:
+        number = -1 if site.block is None else site.block
+        blocks[number] = blocks.get(number, 0) + site.numel * item
+    by_block: dict[int, list] = {}
+    for a in plan.assignments:
+        by_block.setdefault(-1 if a.site.block is None else a.site.block, []).append(a)
+    for number, members in by_block.items():
+        statistics[number] = sum(sum(kind.nbytes(u.columns) for kind in u.kinds) for u in units(members))
+    width = int(source.config.get("hidden_size", source.config.get("n_embd", 0)))
+    hidden = samples * length * width * item
+    most = max(statistics.values(), default=0)
+    kept = hidden * (2 if offload else 1)
+    return Estimate(
+        source.nbytes, after, exact, max(blocks.values()), most, min(most, memory), 0 if offload else hidden, 2 * after + kept
+    )
+
+
+def _itemsize(plan: Plan, tensor: str) -> int:
+    entry = plan.source.entries[tensor]
+    return entry.nbytes // max(entry.numel, 1)
+
+
+def check_disk(expected: Estimate, folder: Path) -> None:
+    """Raise OutputError when the disk under `folder` has less room than a run needs."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < expected.disk:
+        raise OutputError(
+            f"{existing}: {human_bytes(free)} free; a run needs about {human_bytes(expected.disk)} there for the parts and the result. "
+            "Free some space or choose another place"
+        )
+
+

@@ -1,0 +1,187 @@
+"""How good a checkpoint is: perplexity, and divergence and agreement with the model it was made from.
+
+Both models run one block at a time side by side, so that any checkpoint can be measured in the memory of its largest block.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.calibration.data import fingerprint, load_ids
+from compress.calibration.hidden import Hidden
+from compress.calibration.observe import batches
+from compress.calibration.skeleton import Skeleton
+from compress.checkpoint import Source
+from compress.errors import CheckpointError, OutputError
+from compress.evaluate.speed import tokens_per_second
+from compress.evaluate.streamed import open_skeleton
+from compress.files import write_json
+from compress.packed import METHOD, PackedSource
+from compress.prepare import DTYPES, pick_device
+from compress.recipe_data import Data
+
+FILE = "evaluation.json"
+Listen = Callable[[int, int, str, float], None]
+_TOKENS = 8192  # that pass through a block at a time
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured. Divergence and agreement are None without an original."""
+
+    model: str
+    original: str | None
+    data: str
+    windows: int
+    length: int
+    ids_sha256: str
+    perplexity: float
+    perplexity_before: float | None = None
+    kl: float | None = None  # mean over positions of KL(original || model), nats
+    kl_standard_error: float | None = None  # over windows
+    agreement: float | None = None  # share of positions with the same most likely token
+    tokens_per_second: float | None = None
+    tokens_per_second_before: float | None = None
+    bytes: int = 0
+    bytes_before: int | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def plain(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return asdict(self)
+
+
+def open_any(model: str) -> Source:
+    """Open a checkpoint, dense or compressed by this package."""
+    source = Source.open(model)
+    config = source.config.get("quantization_config")
+    if isinstance(config, dict) and config.get("quant_method") == METHOD:
+        return PackedSource.open_packed(source.folder)
+    return source
+
+
+def stored_bytes(source: Source) -> int:
+    """Bytes of all tensors as they are on disk."""
+    return source.stored_nbytes if isinstance(source, PackedSource) else source.nbytes
+
+
+def base_of(model: str) -> str | None:
+    """Return the model that a compressed checkpoint names as the one it was made from, if it can be opened."""
+    path = Path(model) / "summary.json"
+    if not path.is_file():
+        return None
+    base = json.loads(path.read_text(encoding="utf-8")).get("base_model")
+    return base if isinstance(base, str) and Path(base).is_dir() else None
+
+
+class _Stream:
+    """The hidden states of one model on the way through its blocks."""
+
+    def __init__(self, source: Source, ids: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self.skeleton: Skeleton = open_skeleton(source, dtype, device)
+        self.ids = ids
+        self.cuts = list(batches(ids.shape[0], ids.shape[1], _TOKENS))
+        with self.skeleton.outer():
+            first = self.skeleton.embed(self._ids(0))
+            self.hidden = Hidden([len(c) for c in self.cuts], ids.shape[1], first.shape[2], first.dtype, None)
+            self.hidden.update((self.skeleton.embed(self._ids(b)) if b else first for b in range(len(self.cuts))), "")
+
+    def _ids(self, batch: int) -> Tensor:
+        return self.ids[self.cuts[batch].start : self.cuts[batch].stop]
+
+    def run(self, listen: Callable[[int], None]) -> None:
+        """Run all blocks."""
+        for block in range(len(self.skeleton.blocks)):
+            listen(block)
+            self.skeleton.load(block)
+            device = self.skeleton.device
+            self.hidden.update((self.skeleton.forward(block, self.hidden.read(b).to(device)) for b in range(len(self.cuts))), "")
+            self.skeleton.release(block)
+
+    def window(self, index: int) -> Tensor:
+        """Log probabilities (length - 1, vocabulary) of the tokens after the first of one window; needs `outer`."""
+        size = len(self.cuts[0])
+        hidden = self.hidden.read(index // size)[index % size].unsqueeze(0).to(self.skeleton.device)
+        return self.skeleton.logits(self.ids[index : index + 1], hidden)[0, :-1].float().log_softmax(-1)
+
+
+def compare(source: Source, original: Source | None, ids: Tensor, dtype: torch.dtype, device: torch.device, listen: Listen) -> dict[str, Any]:
+    """Measure a model over windows of ids (windows, length), position by position, against the original if there is one."""
+    streams = [_Stream(s, ids, dtype, device) for s in (source, original) if s is not None]
+    total = sum(len(s.skeleton.blocks) for s in streams)
+    for number, stream in enumerate(streams):
+        before = sum(len(s.skeleton.blocks) for s in streams[:number])
+        stream.run(lambda block, start=before: listen(start + block, total, "evaluating", 0.0))  # type: ignore[misc]
+    losses: list[list[float]] = [[] for _ in streams]
+    divergences, agreements = [], []
+    mine, other = streams[0], streams[1] if original is not None else None
+    with mine.skeleton.outer(), (other or mine).skeleton.outer():
+        for index in range(ids.shape[0]):
+            listen(total, total, "comparing", index / ids.shape[0])
+            target = ids[index, 1:].to(device)
+            logs = [stream.window(index) for stream in streams]
+            for number, log in enumerate(logs):
+                losses[number].append(float(-log.gather(1, target.unsqueeze(1)).double().mean()))
+            if other is not None:
+                q, p = logs
+                divergences.append(float((p.exp() * (p - q)).sum(-1).double().mean()))
+                agreements.append(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    result: dict[str, Any] = {"perplexity": float(torch.tensor(losses[0], dtype=torch.float64).mean().exp())}
+    if other is not None:
+        kl = torch.tensor(divergences, dtype=torch.float64)
+        result["perplexity_before"] = float(torch.tensor(losses[1], dtype=torch.float64).mean().exp())
+        result["kl"] = float(kl.mean())
+        result["kl_standard_error"] = float(kl.std() / len(kl) ** 0.5) if len(kl) > 1 else None
+        result["agreement"] = sum(agreements) / len(agreements)
+    return result
+
+
+def evaluate(
+    model: str, original: str | None, data: Data, device: str, dtype: str, speed: bool, listen: Listen
+) -> Quality:
+    """Measure a checkpoint on a text. Raises CheckpointError, CalibrationError, RecipeError."""
+    where, kind = pick_device(device), DTYPES[dtype]
+    source = open_any(model)
+    original = original or base_of(model)
+    before = open_any(original) if original is not None else None
+    if before is not None and before.config.get("vocab_size") != source.config.get("vocab_size"):
+        raise CheckpointError(f"{original}: has another vocabulary than {model}; give the model it was made from")
+    context = source.config.get("max_position_embeddings", source.config.get("n_positions"))
+    ids = load_ids(data, source.folder, int(source.config["vocab_size"]), context if isinstance(context, int) else None)
+    values = compare(source, before, ids, kind, where, listen)
+    if speed:
+        listen(1, 1, "timing", 0.0)
+        values["tokens_per_second"] = tokens_per_second(str(source.folder), where)
+        values["tokens_per_second_before"] = None if before is None else tokens_per_second(str(before.folder), where)
+    return Quality(
+        model=model,
+        original=original,
+        data=data.name,
+        windows=ids.shape[0],
+        length=ids.shape[1],
+        ids_sha256=fingerprint(ids),
+        bytes=stored_bytes(source),
+        bytes_before=None if before is None else stored_bytes(before),
+        dtype=dtype,
+        device=where.type,
+        **values,
+    )
+
+
+def save(folder: Path, result: Quality) -> None:
+    """Put a result into a compressed checkpoint: beside the weights, into its report and its model card. Raises OutputError."""
+    from compress import card
+
+    if not (folder / "summary.json").is_file():
+        raise OutputError(f"{folder}: not a checkpoint that compress wrote; a result can only be saved into one")
+    write_json(folder / FILE, {**result.plain(), "measured": time.strftime("%Y-%m-%d")})
+    card.write(folder)

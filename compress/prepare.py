@@ -1,0 +1,99 @@
+"""What a run will do, settled before a weight is read: source, recipe, a step for every site, device and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import recipe as recipes
+from compress._version import __version__
+from compress.calibration.data import fingerprint, load_ids
+from compress.calibration.families import Claims, claim, find
+from compress.checkpoint import Source
+from compress.errors import RecipeError
+from compress.recipe import Assignment, Recipe
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: everything that is known before a weight is read."""
+
+    source: Source
+    claims: Claims
+    recipe: Recipe
+    assignments: list[Assignment]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a method needs to see data."""
+        return any(o.needs for a in self.assignments for o in (a.method, a.fallback) if o is not None)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of a name such as auto, cpu, cuda or cuda:1. Raises RecipeError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"--device {name}: not a device; expected auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"--device {name}: torch sees no GPU; use --device cpu, or install a CUDA build of torch")
+    return device
+
+
+def pick_dtype(name: str, source: Source, device: torch.device) -> torch.dtype:
+    """Return the dtype of the forward passes: for auto the checkpoint's own, or float32 where the CPU has no bfloat16 arithmetic."""
+    if name != "auto":
+        return DTYPES[name]
+    own = DTYPES.get(str(source.config.get("dtype", source.config.get("torch_dtype"))), torch.float32)
+    if device.type == "cpu" and (own == torch.float16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return torch.float32
+    return own
+
+
+def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | None = None) -> Plan:
+    """Open the source, give every tensor its disposition and every site its step. Raises CheckpointError, RecipeError."""
+    source = Source.open(model, revision)
+    claims = claim(source, find(source), recipe.copy_, recipe.drop)
+    assignments = recipes.resolve(recipe, claims.sites)
+    chosen = pick_device(device)
+    return Plan(source, claims, recipe, assignments, pick_dtype(recipe.dtype, source, chosen), chosen)
+
+
+def calibration(plan: Plan) -> Tensor:
+    """Return the token ids (samples, length) that run through the model: the recipe's data, or for data-free methods a few at random."""
+    vocabulary = int(plan.source.config.get("vocab_size", 0))
+    if not plan.calibrated:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, vocabulary, (1, 32), generator=generator)
+    if plan.recipe.data is None:
+        raise RecipeError("data: missing, but a method needs calibration data; give --data FILE, a dataset's name, or a data: section")
+    context = plan.source.config.get("max_position_embeddings", plan.source.config.get("n_positions"))
+    return load_ids(plan.recipe.data, plan.source.folder, vocabulary, context if isinstance(context, int) else None)
+
+
+def identity(plan: Plan, ids: Tensor) -> dict[str, Any]:
+    """Every field that decides the result."""
+    return {
+        "recipe": recipes.plain(effective(plan, ids)),
+        "source": plan.source.fingerprint(),
+        "calibration": fingerprint(ids),
+        "run": {"dtype": str(plan.dtype).removeprefix("torch."), "device": plan.device.type, "compress": __version__, "torch": torch.__version__},
+    }
+
+
+def effective(plan: Plan, ids: Tensor) -> Recipe:
+    """The recipe with the shape of the data as it was in the end."""
+    data = plan.recipe.data
+    if data is None or not plan.calibrated:
+        return plan.recipe
+    used = data.model_copy(update={"samples": ids.shape[0], "length": ids.shape[1]})
+    return plan.recipe.model_copy(update={"data": used})

@@ -1,0 +1,244 @@
+"""What people see in the terminal: progress, plans, tables. The only file beside the command line that knows rich."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from compress.files import human_bytes
+
+if TYPE_CHECKING:
+    from compress.estimate import Estimate
+    from compress.evaluate.quality import Quality
+    from compress.inspection import Contents
+    from compress.prepare import Plan
+    from compress.run import Summary
+
+Listen = Callable[[int, int, str, float], None]
+_NUMBERS = ("count", "bits", "size", "before", "after", "original", "model")
+# Where a step of a block begins and how much of the block's time it is likely to take.
+_STEPS = {"loading": (0.0, 0.02), "calibrating": (0.02, 0.45), "compressing": (0.47, 0.28), "running": (0.75, 0.25), "replaying": (0.0, 1.0)}
+
+
+def _out() -> Console:
+    return Console(highlight=False)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table without boxes: only the last column may wrap, numbers stand on the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        table.add_column(name, no_wrap=name not in ("method", "stored"), justify="right" if name in _NUMBERS else "left")
+    return table
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _TimeLeft(ProgressColumn):
+    """Time left at the rate of the blocks that are done."""
+
+    def render(self, task: Task) -> Text:
+        done = task.completed - task.fields["begun"]
+        if done < 0.02 * task.fields["blocks"] or not task.elapsed:
+            return Text("-:-- left")
+        seconds = int(task.elapsed / done * ((task.total or 0) - task.completed))
+        return Text(f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left" if seconds >= 3600 else f"{seconds // 60}:{seconds % 60:02d} left")
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Listen]:
+    """Yield what a run reports to: a live line on a terminal, a line per block elsewhere, nothing when quiet."""
+    if quiet:
+        yield lambda block, blocks, step, share: None
+        return
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield _plain_lines()
+        return
+    columns = [TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), _TimeLeft()]
+    with Progress(*columns, TextColumn("{task.fields[memory]}"), console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=1.0, begun=0.0, blocks=1, memory="")
+        first: list[float] = []
+
+        def listen(block: int, blocks: int, step: str, share: float) -> None:
+            start, size = _STEPS.get(step, (0.0, 1.0))
+            done = block + start + size * share
+            first.append(done) if not first else None
+            name = f"block {min(block + 1, blocks)}/{blocks}  {step}" if step in _STEPS else step
+            memory = f"{human_bytes(peak_memory())} peak"
+            bar.update(task, description=name, total=float(blocks), completed=done, begun=first[0], blocks=blocks, memory=memory)
+
+        yield listen
+
+
+def _plain_lines() -> Listen:
+    said: set[tuple[int, str]] = set()
+    start = time.monotonic()
+
+    def listen(block: int, blocks: int, step: str, share: float) -> None:
+        key = (block, step if step not in ("calibrating", "compressing", "running") else "block")
+        if key in said or step == "loading":
+            return
+        said.add(key)
+        what = f"block {block + 1}/{blocks}" if key[1] == "block" else step if block >= blocks else f"block {block + 1}/{blocks} {step}"
+        print(f"{time.monotonic() - start:8.1f} s  {what}  ({human_bytes(peak_memory())} peak)", file=sys.stderr, flush=True)
+
+    return listen
+
+
+def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[str, Any]:
+    """What a dry run says, as JSON values."""
+    kinds: dict[tuple[str, str, str], list[Any]] = {}
+    for a in plan.assignments:
+        shape = f"{a.site.shape[0]} x {a.site.shape[1]}"
+        options = ", ".join(f"{k}={v}" for k, v in a.method.model_dump().items() if k in ("bits", "group_size", "symmetric", "order", "range"))
+        kinds.setdefault((a.site.kind, shape, f"{a.method.path} {options}"), []).append(a)
+    rows = []
+    for (kind, shape, method), members in kinds.items():
+        bits = members[0].method.stored_bits(members[0].site.shape)
+        rows.append({"kind": kind, "count": len(members), "shape": shape, "method": method, "bits_per_weight": bits and bits / members[0].site.numel})
+    untouched = len(plan.claims.sites) - len(plan.assignments)
+    return {
+        "model": plan.source.name,
+        "model_type": plan.source.model_type,
+        "device": plan.device.type,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "calibration": {"samples": ids[0], "length": ids[1]} if plan.calibrated else None,
+        "sites": rows,
+        "untouched_linears": untouched,
+        "copied_tensors": len(plan.claims.copied),
+        "dropped_tensors": plan.claims.dropped,
+        "bytes_before": expected.bytes_before,
+        "bytes_after": expected.bytes_after,
+        "bytes_after_exact": expected.exact,
+        "memory": expected.memory,
+        "statistics": expected.statistics,
+        "disk": expected.disk,
+    }
+
+
+def show_plan(found: dict[str, Any]) -> None:
+    """Print a plan as a table."""
+    out = _out()
+    table = _table(f"{found['model']} ({found['model_type']})", "kind", "count", "out x in", "bits", "method")
+    for row in found["sites"]:
+        bits = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
+        table.add_row(row["kind"], str(row["count"]), row["shape"], bits, row["method"])
+    out.print(table)
+    about = "" if found["bytes_after_exact"] else "about "
+    out.print(f"size       {human_bytes(found['bytes_before'])} -> {about}{human_bytes(found['bytes_after'])}")
+    out.print(f"untouched  {found['untouched_linears']} linears, {found['copied_tensors']} other tensors copied, {len(found['dropped_tensors'])} dropped")
+    if found["calibration"]:
+        out.print(f"data       {found['calibration']['samples']} windows of {found['calibration']['length']} tokens")
+    out.print(f"memory     about {human_bytes(found['memory'])}, of which statistics {human_bytes(found['statistics'])} if all at once")
+    out.print(f"disk       about {human_bytes(found['disk'])} while it runs")
+    out.print(f"runs on    {found['device']} in {found['dtype']}")
+
+
+def plain_summary(summary: Summary, quality: Quality | None) -> dict[str, Any]:
+    """What a run gave, as JSON values."""
+    values = {k: v for k, v in summary.values.items() if k not in ("identity", "check")}
+    evaluation = quality.plain() if quality else None
+    return {"output": str(summary.out), **values, "peak_memory": peak_memory(), "evaluation": evaluation}
+
+
+def show_summary(summary: Summary, quality: Quality | None) -> None:
+    """Print what a run gave."""
+    v, out = summary.values, _out()
+    if summary.resumed:
+        out.print(f"{summary.out} is there already, made by the same job")
+    table = _table(str(summary.out), "", "before", "after")
+    table.add_row("size", human_bytes(v["bytes_before"]), human_bytes(v["bytes_after"]))
+    table.add_row("bits per weight, whole file", f"{v['bytes_before'] * 8 / v['weights']:.3f}", f"{v['bits_per_weight']:.3f}")
+    table.add_row(f"bits per weight, {v['sites']} compressed", "", f"{v['bits_per_compressed_weight']:.3f}")
+    if quality is not None:
+        _quality_rows(table, quality)
+    out.print(table)
+    fallbacks = f", {v['fallbacks']} weights by a fallback (see the report)" if v["fallbacks"] else ""
+    out.print(f"{v['seconds']:.1f} s, {human_bytes(peak_memory())} peak memory{fallbacks}")
+    out.print(f"report     {summary.out / 'report.html'}", soft_wrap=True)
+    out.print(f'load with  import compress; AutoModelForCausalLM.from_pretrained("{summary.out}")', soft_wrap=True)
+
+
+def _quality_rows(table: Table, q: Quality) -> None:
+    table.add_row("perplexity", "" if q.perplexity_before is None else f"{q.perplexity_before:.3f}", f"{q.perplexity:.3f}")
+    if q.kl is not None:
+        error = "" if q.kl_standard_error is None else f" ± {q.kl_standard_error:.5f}"
+        table.add_row("KL divergence (nats)", "", f"{q.kl:.5f}{error}")
+        table.add_row("top-1 agreement", "", f"{q.agreement:.2%}")
+    if q.tokens_per_second is not None:
+        before = "" if q.tokens_per_second_before is None else f"{q.tokens_per_second_before:.1f}"
+        table.add_row("tokens per second, batch 1", before, f"{q.tokens_per_second:.1f}")
+
+
+def show_quality(q: Quality) -> None:
+    """Print a measurement."""
+    out = _out()
+    table = _table(f"{q.model} on {q.data}: {q.windows} windows of {q.length} tokens", "", "original", "model")
+    table.add_row("size", "" if q.bytes_before is None else human_bytes(q.bytes_before), human_bytes(q.bytes))
+    _quality_rows(table, q)
+    out.print(table)
+    if q.original is None:
+        out.print("no original: give --original MODEL for KL divergence and agreement")
+
+
+def show_contents(c: Contents) -> None:
+    """Print what a checkpoint holds."""
+    out = _out()
+    state = "compressed" if c.compressed else "dense"
+    table = _table(f"{c.folder} ({c.model_type}, {state})", "kind", "count", "out x in", "blocks", "bits", "size", "stored")
+    for kind in c.kinds:
+        shapes = ", ".join(f"{a} x {b}" for a, b in kind.shapes)
+        blocks = f"{kind.blocks[0]}-{kind.blocks[-1]}" if kind.blocks else "-"
+        table.add_row(kind.name, str(kind.count), shapes, blocks, f"{kind.bits_per_weight:.3f}", human_bytes(kind.bytes), kind.stored)
+    table.add_row("other tensors", str(c.other_tensors), "", "", "", human_bytes(c.other_bytes), "")
+    out.print(table)
+    sizes = [size for label, _, size in c.by_block if label != "head"]
+    out.print(f"{c.blocks} blocks of {human_bytes(min(sizes))} to {human_bytes(max(sizes))}")
+    out.print(f"{c.weights:,} weights in {human_bytes(c.bytes)}: {c.bytes * 8 / c.weights:.3f} bits per weight")
+
+
+def show_verified(found: dict[str, Any]) -> None:
+    """Print that a checkpoint is what was written."""
+    out = _out()
+    out.print(f"{found['folder']}: {found['files']} weight files match their checksums, {found['sites']} sites decode,", soft_wrap=True)
+    out.print(f"{found['tokens']} tokens give the recorded losses to within {found['mean_difference_nats']:.2g} nats (limit {found['limit_nats']})")
+
+
+def describe_methods() -> dict[str, Any]:
+    """All methods with their options, as JSON values."""
+    from compress import registry
+
+    found = {}
+    for path in registry.methods():
+        method = registry.method(path)
+        module = sys.modules[method.__module__].__doc__ or ""
+        schema = method.model_json_schema()["properties"]
+        options = {k: {"default": v.get("default"), "choices": v.get("enum"), "about": v.get("description", "")} for k, v in schema.items()}
+        found[path] = {"about": module.strip().splitlines()[0], "needs": [kind.__name__ for kind in method.needs], "options": options}
+    return found
+
+
+def show_methods(found: dict[str, Any]) -> None:
+    """Print the methods."""
+    out = _out()
+    for path, method in found.items():
+        needs = f" (needs calibration: {', '.join(method['needs'])})" if method["needs"] else " (needs no data)"
+        out.print(f"[bold]{path}[/bold]{needs}\n  {method['about']}")
+        for name, option in method["options"].items():
+            choices = f", one of {', '.join(map(str, option['choices']))}" if option["choices"] else ""
+            out.print(f"    {name} = {option['default']}{choices}   {option['about']}", markup=False)
