@@ -219,8 +219,10 @@ def test_messages_in_parts_and_without_content(tmp_path: Path, models: dict[str,
     rows = [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": None}, {"role": "user"}]}] * 20
     path = lab.write_jsonl(tmp_path / "chat.jsonl", rows)
     text = "<|im_start|>user\nWhy so?<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
-    ids = lab.load(path, models["chat"], samples=2, length=20)
-    np.testing.assert_array_equal(ids.numpy(), lab.reference(models["chat"], [text] * 20, 2, 20, 0, []))
+    ids = lab.load(path, models["chat"], samples=16, length=20)
+    np.testing.assert_array_equal(ids.numpy(), lab.reference(models["chat"], [text] * 20, 16, 20, 0, []))
+    ids = lab.load(path, models["chat"], samples=3, length=20, chat_template=False)
+    np.testing.assert_array_equal(ids.numpy(), lab.reference(models["chat"], ["Why so?\n\n\n\n"] * 20, 3, 20, 0, [EOS]))
 
 
 def test_chat_errors(tmp_path: Path, models: dict[str, Path], lab: Any) -> None:
@@ -315,6 +317,12 @@ def test_presets_of_text(plain: Path, monkeypatch: pytest.MonkeyPatch, name: str
     first, again, other = (lab.load(name, plain, samples=5, length=40, seed=seed) for seed in (1, 1, 2))
     assert hub.asked == (preset.path, preset.config, preset.split, preset.streaming)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_order_of_a_stream_is_drawn_from_the_seed(monkeypatch: pytest.MonkeyPatch, lab: Any) -> None:
+    Hub(monkeypatch, [{"text": text} for text in lab.sentences(60)])
+    orders = [[row.value for row in documents.rows(None, Data(name="c4", seed=seed), torch.Generator())] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2] and sorted(map(str, orders[2])) == sorted(lab.sentences(60))
 
 
 def test_preset_of_chats(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, lab: Any) -> None:
