@@ -14,9 +14,9 @@ INPUTS := pyproject.toml constraints.txt tools/install.py
 
 .PHONY: demo test lint types pytest format wheel clean
 
-# DEMO: the command below is the one to adjust when the command line has its final form.
 demo: $(VENV)/.run
-	$(RUN)/python -m compress demo
+	rm -rf .demo
+	$(RUN)/compress run demo examples/demo -o .demo/llama-4bit --evaluate examples/demo/evaluation.jsonl
 
 test: lint types pytest
 

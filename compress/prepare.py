@@ -91,9 +91,10 @@ def identity(plan: Plan, ids: Tensor) -> dict[str, Any]:
 
 
 def effective(plan: Plan, ids: Tensor) -> Recipe:
-    """The recipe with the shape of the data as it was in the end."""
+    """The recipe as it was used: defaults of methods spelt out, and the data's shape as it was in the end."""
+    options = {a.step: a.method.model_dump(mode="json") for a in plan.assignments}
+    steps = tuple(step.model_copy(update={"options": options[n]}) for n, step in enumerate(plan.recipe.steps))
     data = plan.recipe.data
-    if data is None or not plan.calibrated:
-        return plan.recipe
-    used = data.model_copy(update={"samples": ids.shape[0], "length": ids.shape[1]})
-    return plan.recipe.model_copy(update={"data": used})
+    if data is not None and plan.calibrated:
+        data = data.model_copy(update={"samples": ids.shape[0], "length": ids.shape[1]})
+    return plan.recipe.model_copy(update={"steps": steps, "data": data if plan.calibrated else None})

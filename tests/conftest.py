@@ -1,0 +1,41 @@
+"""Fixtures for all tests: everything runs offline, on the CPU, on models made on the fly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that gives the folder of a tiny checkpoint of a family; the same settings give the same folder."""
+    from tiny import tiny_checkpoint
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    made: dict[str, Path] = {}
+
+    def get(family: str, **settings: object) -> Path:
+        key = f"{family} {sorted(settings.items())}"
+        if key not in made:
+            made[key] = tiny_checkpoint(tmp_path_factory.mktemp(family), family, **settings)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of calibration ids for the tiny models' vocabulary."""
+    from runs import ids_file
+
+    return ids_file(tmp_path_factory.mktemp("data") / "ids.npy")

@@ -1,0 +1,72 @@
+"""Runs on tiny models, as a test needs them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def ids_file(path: Path, samples: int = 12, length: int = 16, vocabulary: int = 96, seed: int = 0) -> Path:
+    """Write random calibration ids."""
+    generator = np.random.default_rng(seed)
+    np.save(path, generator.integers(0, vocabulary, (samples, length), dtype=np.int32))
+    return path
+
+
+def steps(method: str = "quant/gptq", match: str = "*.*", **options: Any) -> list[dict[str, Any]]:
+    """One step."""
+    return [{"match": match, "method": method, "options": options}]
+
+
+def compress(model: Path, out: Path, data: Path | None, steps: list[dict[str, Any]], **more: Any) -> Any:
+    """Run a recipe with these steps in this process and return its summary; `job`, `settings` and `listen` go to the run."""
+    from compress import estimate, prepare, recipe, run
+    from compress.pipeline import Settings
+
+    settings = more.pop("settings", Settings())
+    listen = more.pop("listen", lambda *_: None)
+    job, keep_job = more.pop("job", None), more.pop("keep_job", False)
+    values = {"steps": steps, "dtype": "float32", "batch_tokens": 64, **more}
+    if data is not None:
+        values["data"] = {"name": str(data), **values.pop("data_options", {})}
+    plan = prepare.prepare(str(model), recipe.parse(values), "cpu")
+    ids = prepare.calibration(plan)
+    expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], settings.memory, settings.offload)
+    return run.run(plan, ids, out, settings, listen, expected, job, keep_job)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that must not depend on when or how often a run was interrupted."""
+    names = ("*.safetensors", "*.index.json", "config.json", "recipe.yaml")
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for name in names for p in sorted(folder.glob(name))}
+
+
+def killed_at(event: int, model: Path, out: Path, data: Path | None, steps: list[dict[str, Any]], more: dict[str, Any]) -> None:
+    """Run a recipe in a process of its own that kills itself at the `event`-th durable step (fsync, replace or rename); 0: never."""
+    import os
+    import signal
+
+    import torch
+
+    torch.set_num_threads(1)
+    seen = 0
+
+    def counted(name: str) -> Any:
+        real = getattr(os, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "replace", "rename", "unlink"):
+        setattr(os, name, counted(name))
+    compress(model, out, data, steps, **more)
+    out.with_name(out.name + ".events").write_text(str(seen))
