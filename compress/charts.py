@@ -13,7 +13,7 @@ from compress.report import SiteRow, bits_per_weight
 LEVELS = 9  # shades of a colour scale, 0 the faintest
 WIDTH = 960.0  # of a heat map, in SVG units
 _CHARACTER = 6.6  # width of a character of a label
-_PANEL = (300.0, 150.0, 46.0, 6.0, 22.0)  # of an error chart: width, height, and the margins left, top and bottom
+_PANEL = (300.0, 156.0, 46.0, 12.0, 22.0)  # of an error chart: width, height, and the margins left, top and bottom
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,11 @@ class HeatMap:
     height: float
     shades: list[tuple[int, str]]
     outlines: str
+    stroke: float  # width of the outlines
     rows: list[Label]
     columns: list[Label]
     numbers: list[Label]
+    unit: str  # of the legend
     legend: list[tuple[int, str]]
     hover: dict[str, Any]  # where the fields are, and the text of each: what the script needs to say what is under the pointer
 
@@ -109,6 +111,7 @@ def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
     cells: Mapping[tuple[int, int], Cell],
+    unit: str,
     legend: list[tuple[int, str]],
 ) -> HeatMap:
     """Lay out a heat map; `cells` by (row, column), and where there is none the field stays empty."""
@@ -135,9 +138,11 @@ def heat_map(
         height + 18,
         [(level, "".join(paths)) for level, paths in sorted(shades.items())],
         "".join(outlines),
+        min(1.5, wide / 4),
         [Label(left - 8, r * high + high / 2 + 3, rows[r]) for r in _every(len(rows), high, 11)],
         [Label(left + (c + 0.5) * wide - gap / 2, height + 12, columns[c]) for c in _every(len(columns), wide, 26)],
         numbers,
+        unit,
         legend,
         {"left": left, "wide": wide, "high": high, "texts": texts},
     )
@@ -153,6 +158,17 @@ def blocks_of(rows: Iterable[SiteRow]) -> list[int | None]:
 def name_of(block: int | None) -> str:
     """What a block is called on an axis."""
     return "head" if block is None else str(block)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Write numbers in order with runs folded: 0-2, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _place(block: int | None) -> str:
@@ -185,30 +201,26 @@ def bits_map(rows: Sequence[SiteRow]) -> HeatMap | None:
     names, order = list(kinds), {block: i for i, block in enumerate(blocks)}
     cells = {
         (names.index(k), order[b]): Cell(
-            levels[round(v, 3)], f"{k}, {_place(b)}: {v:.3f} bits per weight" + _many(kinds[k][b], "weights"), f"{v:.3f}"
+            levels[round(v, 3)], f"{k}, {_place(b)}: {v:.3f} bits per weight" + _many(kinds[k][b]), f"{v:.3f}"
         )
         for (k, b), v in values.items()
     }
-    same = (
-        f"All compressed weights take {distinct[0]:.3f} bits each."
-        if len(distinct) == 1
-        else "Scales and zero points are counted."
+    same = len(distinct) == 1
+    caption = f"All compressed matrices take {low:.3f} bits per weight." if same else "Scales and zero points are counted."
+    columns = [name_of(b) for b in blocks]
+    return heat_map("Bits per weight by kind and block", caption, names, columns, cells, "bits per weight", legend)
+
+
+def _many(members: Sequence[SiteRow]) -> str:
+    return f" ({len(members)} matrices)" if len(members) > 1 else ""
+
+
+_SHARES = tuple(
+    zip(
+        (0.125, 0.25, 0.5, 1, 2, 4, math.inf),
+        ("under ⅛", "⅛ to ¼", "¼ to ½", "½ to 1", "1 to 2", "2 to 4", "over 4"),
+        strict=True,
     )
-    return heat_map("Bits per weight by kind and block", same, names, [name_of(b) for b in blocks], cells, legend)
-
-
-def _many(members: Sequence[SiteRow], noun: str) -> str:
-    return f" ({len(members)} {noun})" if len(members) > 1 else ""
-
-
-_SHARES = (
-    (0.125, "under ⅛"),
-    (0.25, "⅛ to ¼"),
-    (0.5, "¼ to ½"),
-    (1.0, "½ to 1"),
-    (2.0, "1 to 2"),
-    (4.0, "2 to 4"),
-    (math.inf, "over 4"),
 )
 
 
@@ -242,9 +254,8 @@ def expert_map(rows: Sequence[SiteRow]) -> HeatMap | None:
         f"Tokens that reached an expert (a column), as a multiple of an even share of its block's (a row). "
         f"An expert saw {min(tokens.values()):,} to {max(tokens.values()):,}."
     )
-    return heat_map(
-        "Calibration tokens by expert", caption, [_place(b) for b in blocks], [str(e) for e in range(experts)], cells, legend
-    )
+    names, columns = [_place(b) for b in blocks], [str(e) for e in range(experts)]
+    return heat_map("Calibration tokens by expert", caption, names, columns, cells, "of an even share", legend)
 
 
 @dataclass(frozen=True)
@@ -263,7 +274,7 @@ class _Scale:
         low = max(s for s in steps if s <= min(positive) * (1 + 1e-9) or s == steps[0])
         high = min(s for s in steps if (s >= max(positive) * (1 - 1e-9) and s > low) or s == steps[-1])
         within = [s for s in steps if low <= s <= high]
-        if len(within) > 5:  # powers of ten alone, and of these at most about five
+        if len(within) > 7:  # powers of ten alone, and of these at most about five
             tens = [s for s in within if round(math.log10(s), 6).is_integer()]
             within = tens[:: math.ceil(len(tens) / 5)]
         return cls(low, high, within)
@@ -278,7 +289,8 @@ class _Scale:
 
 
 def error_panels(rows: Sequence[SiteRow]) -> list[Panel]:
-    """The error by block, one panel for each kind, all on one logarithmic axis."""
+    """The error by block, one panel for each kind, all on one logarithmic axis; the head is in no block and would stretch it."""
+    rows = [row for row in rows if row.block is not None]
     blocks = blocks_of(rows)
     scale = _Scale.over(row.error for row in rows)
     return [_panel(kind, members, blocks, scale) for kind, members in by_kind(rows).items()]

@@ -1,0 +1,400 @@
+"""What a compressed checkpoint tells about itself: the files beside its weights, read and put into figures and sentences.
+
+The folder may be published, so of a path on the machine that made it only the last name is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from statistics import median
+from typing import Any
+
+import yaml
+
+from compress import charts
+from compress.files import human_bytes
+from compress.recipe_data import PRESETS, SUFFIXES, Data
+from compress.report import SiteRow, bits_per_weight, read_rows
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Where the Hub's client keeps a model.
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]+)[/\\]?$")
+_LOCAL = ("/", "~", "./", "../", ".\\", "..\\", "\\\\", "file:")
+# An absolute path in the middle of a text.
+_WITHIN = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+-]+){2,}[/\\]?")
+# What an evaluation may leave out.
+_OPTIONAL = (
+    "original",
+    "perplexity_before",
+    "kl",
+    "kl_standard_error",
+    "agreement",
+    "tokens_per_second",
+    "tokens_per_second_before",
+    "measured",
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A key figure of the header."""
+
+    label: str
+    value: str
+    before: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A sentence that a user should read before using the checkpoint."""
+
+    text: str
+    serious: bool = True
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All compressed weights of one kind."""
+
+    name: str
+    count: int
+    shapes: str
+    method: str
+    bits: float
+    bytes: int
+    error: float  # median
+    worst: float
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that was compressed, as it may be shown."""
+
+    name: str  # a Hub id, or the last name of a local folder
+    hub: str | None
+    revision: str | None
+
+    @property
+    def short(self) -> str:
+        """The last part of the name."""
+        return self.name.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration data, as it may be shown."""
+
+    name: str
+    hub: str | None  # of the dataset
+    samples: int
+    length: int
+    seed: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder tells about itself, read and made fit to show."""
+
+    summary: dict[str, Any]
+    rows: list[SiteRow]
+    recipe: str
+    config: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    base: Base
+    calibration: Calibration | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Read the files that a run and an evaluation left in a folder."""
+        summary = _json(folder / "summary.json")
+        rows = read_rows(folder / "report.jsonl")
+        measured = folder / "evaluation.json"
+        return cls(
+            summary,
+            rows,
+            _recipe((folder / "recipe.yaml").read_text(encoding="utf-8")),
+            _json(folder / "config.json"),
+            _evaluation(measured) if measured.is_file() else None,
+            _base(summary.get("base_model"), summary.get("base_revision")),
+            _calibration(summary["identity"], rows),
+        )
+
+    def _stored(self, key: str) -> list[int]:
+        """The values that a property of the codes has in this checkpoint, in order."""
+        table = self.config.get("quantization_config") or {}
+        found = {spec.get("base", {}).get(key) for spec in table.get("specs", [])}
+        return sorted(value for value in found if isinstance(value, int))
+
+    @property
+    def widths(self) -> list[int]:
+        """The widths of the codes, in bits."""
+        return self._stored("bits") or ([round(self.summary["bits_per_compressed_weight"])] if self.rows else [])
+
+    @property
+    def headline(self) -> str:
+        """How the weights are stored, in a few words."""
+        if not self.widths:
+            return "nothing compressed"
+        methods = sorted({row.method.rsplit("/", 1)[-1].upper() for row in self.rows})
+        bits = " and ".join(map(str, self.widths)) if len(self.widths) < 3 else f"{self.widths[0]} to {self.widths[-1]}"
+        sizes = self._stored("group_size")
+        groups = [f"groups of {sizes[0]}"] if len(sizes) == 1 else []
+        return ", ".join([" + ".join(methods), f"{bits} bit{'s' if bits != '1' else ''}", *groups])
+
+    @property
+    def compressed_bytes(self) -> int:
+        """Bytes of the compressed weights alone."""
+        return sum(row.stored_bits for row in self.rows) // 8
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks with compressed weights."""
+        return len({row.block for row in self.rows} - {None})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    values = dict.fromkeys(_OPTIONAL) | _json(path)
+    return values | {"data": _data_name(str(values["data"]))}
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith(_LOCAL) or re.match(r"[A-Za-z]:[\\/]", text) is not None
+
+
+def _data_name(name: str) -> str:
+    """A preset or a Hub id as it is, a file without its folders."""
+    return _last(name) if _is_path(name) or PureWindowsPath(name).suffix.lower() in SUFFIXES else name
+
+
+def _last(text: str) -> str:
+    return PureWindowsPath(text).name or "model"  # splits at both kinds of slash
+
+
+def _public(value: Any) -> Any:
+    """Plain values with every absolute path cut to its last name, within longer texts too."""
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = _is_path(value) and "\n" not in value
+    return _last(value) if whole else _WITHIN.sub(lambda found: _last(found[0]), value)
+
+
+def _recipe(text: str) -> str:
+    """A recipe with nothing left out but the folders of local files."""
+    values = yaml.safe_load(text)
+    data = values.get("data")
+    if isinstance(data, dict) and isinstance(data.get("name"), str):
+        data["name"] = _data_name(data["name"])
+    return yaml.safe_dump(_public(values), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _base(name: Any, revision: Any) -> Base:
+    """A name that came with a revision was fetched from the Hub; a folder has none, even where its path looks like an id."""
+    text = str(name or "model")
+    if cached := _CACHED.search(text):
+        hub = f"{cached[1]}/{cached[2]}"
+        return Base(hub, hub, cached[3])
+    if revision and not _is_path(text) and _HUB_ID.fullmatch(text):
+        return Base(text, text, str(revision))
+    return Base(_last(text), None, None)
+
+
+def _calibration(identity: dict[str, Any], rows: Sequence[SiteRow]) -> Calibration | None:
+    data = identity["recipe"].get("data")
+    if data is None or all(row.tokens is None for row in rows):
+        return None
+    name = str(data["name"])
+    shown = _data_name(name)
+    hub = PRESETS[name].path if name in PRESETS else name if Data(name=name).suffix is None and _HUB_ID.fullmatch(shown) else None
+    return Calibration(shown, hub, data["samples"], data["length"], data["seed"], identity["calibration"])
+
+
+def kinds(rows: Sequence[SiteRow]) -> list[Kind]:
+    """Sum up the rows by kind."""
+    result = []
+    for name, blocks in charts.by_kind(rows).items():
+        members = [row for group in blocks.values() for row in group]
+        shapes = Counter(f"{row.shape[0]} × {row.shape[1]}" for row in members)
+        methods = sorted({row.method for row in members})
+        errors = [charts.ordered(row.error) for row in members]
+        stored = sum(row.stored_bits for row in members) // 8
+        bits = bits_per_weight(members)
+        result.append(Kind(name, len(members), ", ".join(shapes), ", ".join(methods), bits, stored, median(errors), max(errors)))
+    return result
+
+
+def fallbacks(rows: Sequence[SiteRow]) -> list[str]:
+    """Say for each kind of fallback how many weights took it and where."""
+    groups: dict[str, list[SiteRow]] = {}
+    for row in rows:
+        if row.fallback is not None:
+            groups.setdefault(re.sub(r":\s*\d+ of \d+ tokens", "", row.fallback), []).append(row)
+    sentences = []
+    for text, members in groups.items():
+        experts = len({(row.block, row.expert) for row in members if row.expert is not None})
+        blocks = charts.ranges({row.block for row in members if row.block is not None})
+        where = [_count(len(members), "matrix", "matrices"), *([_count(experts, "expert")] if experts else [])]
+        where += [f"blocks {blocks}" if "-" in blocks or "," in blocks else f"block {blocks}"] if blocks else ["the head"]
+        sentences.append(f"{text}: {', '.join(where)}")
+    return sentences
+
+
+def _tokens_notices(c: Checkpoint) -> list[Notice]:
+    """What calibration did not reach."""
+    found, s = [], c.summary
+    if s["fallbacks"]:
+        few = [row.tokens for row in c.rows if row.fallback is not None and row.tokens is not None]
+        seen = f" These saw {min(few):,} to {max(few):,} calibration tokens." if few else ""
+        text = f"{s['fallbacks']:,} of {s['sites']:,} matrices were compressed by a fallback, not as the recipe asks.{seen}"
+        found.append(Notice(text))
+    if cold := {(row.block, row.expert) for row in c.rows if row.expert is not None and row.tokens == 0}:
+        blocks = len({block for block, _ in cold})
+        found.append(Notice(f"No calibration token reached {_count(len(cold), 'expert')} in {_count(blocks, 'block')}."))
+    if dead := sum(bool(row.notes.get("dead_columns")) for row in c.rows):
+        text = f"{_count(dead, 'matrix', 'matrices')} had input columns that were zero on all calibration tokens."
+        found.append(Notice(text + " Nothing is known about how these are used.", False))
+    return found
+
+
+def _size_notices(c: Checkpoint) -> list[Notice]:
+    """Why the file is not smaller."""
+    found = []
+    text = c.config.get("text_config") or c.config
+    if text.get("tie_word_embeddings") is False and c.rows and all(row.block is not None for row in c.rows):
+        size = int(text.get("vocab_size", 0)) * int(text.get("hidden_size", 0))
+        how = f" ({charts.compact(size)} weights)" if size else ""
+        sentence = f"The output head{how}, not tied to the embeddings, was left as it was: no step of the recipe takes it."
+        found.append(Notice(sentence, False))
+    after, untouched = c.summary["bytes_after"], c.summary["bytes_after"] - c.compressed_bytes
+    if c.rows and untouched > 0.2 * after:
+        sentence = f"{untouched / after:.0%} of the file, {human_bytes(untouched)}, was copied as it was, such as embeddings."
+        found.append(Notice(sentence, False))
+    return found
+
+
+def notices(c: Checkpoint) -> list[Notice]:
+    """What a user should know before using the checkpoint, in sentences."""
+    found = []
+    if c.evaluation is None:
+        found.append(Notice("Quality was not measured. Measure it with the command below before you rely on this checkpoint."))
+    elif c.calibration is not None and c.evaluation["ids_sha256"] == c.calibration.sha256:
+        found.append(Notice("Quality was measured on the calibration data itself, so it looks better than it is on other text."))
+    found += _tokens_notices(c) + _size_notices(c)
+    if c.rows:
+        errors = [charts.ordered(row.error) for row in c.rows]
+        worst, middle = worst_first(c.rows)[0], median(errors)
+        times = f", {worst.error / middle:.1f} times the median" if 0 < middle < math.inf and worst.error > middle else ""
+        found.append(Notice(f"The largest error is that of {worst.site}: {worst.error:.3g}{times}.", False))
+        if bad := sum(error >= 1 for error in errors):
+            few = _count(bad, "matrix has", "matrices have")
+            found.append(Notice(f"{few} an error of 1 or more: zeros in their place would be no worse."))
+    return found
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def worst_first(rows: Sequence[SiteRow]) -> list[SiteRow]:
+    """Rows by falling error; one that is not a number counts as the largest."""
+    return sorted(rows, key=lambda row: (-charts.ordered(row.error), row.site))
+
+
+def figures(c: Checkpoint) -> list[Figure]:
+    """The key figures."""
+    s, e = c.summary, c.evaluation
+    before, after, weights = s["bytes_before"], s["bytes_after"], max(s["weights"], 1)
+    time = Figure("Time", duration(s["seconds"]), "", f"{duration(s['compute_seconds'])} of it in the blocks")
+    return [
+        Figure("Size", human_bytes(after), human_bytes(before), f"{after / max(before, 1):.1%} of the original"),
+        Figure(
+            "Bits per compressed weight",
+            f"{s['bits_per_compressed_weight']:.3f}",
+            f"{before * 8 / weights:.4g}",
+            f"{s['bits_per_weight']:.3f} over the whole file",
+        ),
+        *(_quality_figures(e) if e is not None else []),
+        time,
+        Figure("Fallbacks", f"{s['fallbacks']:,}", "", f"of {_count(s['sites'], 'matrix', 'matrices')}"),
+    ]
+
+
+def _quality_figures(e: dict[str, Any]) -> list[Figure]:
+    was, speed_was = e["perplexity_before"], e["tokens_per_second_before"]
+    change = f"{e['perplexity'] / was - 1:+.2%}" if was else "the original was not measured"
+    result = [Figure("Perplexity", f"{e['perplexity']:.3f}", f"{was:.3f}" if was else "", change)]
+    if e["kl"] is not None:
+        error = "" if e["kl_standard_error"] is None else f"± {e['kl_standard_error']:.5f} "
+        result.append(Figure("KL divergence", f"{e['kl']:.5f}", "", f"{error}nats per token"))
+    if e["agreement"] is not None:
+        result.append(Figure("Top-1 agreement", f"{e['agreement']:.2%}", "", "of positions, same likeliest token"))
+    if e["tokens_per_second"] is not None:
+        before = f"{speed_was:.1f}" if speed_was else ""
+        result.append(Figure("Tokens per second", f"{e['tokens_per_second']:.1f}", before, f"batch 1, {e['device']}"))
+    return result
+
+
+def duration(seconds: float) -> str:
+    """Write a time as people read it: 12.3 min."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def versions(c: Checkpoint) -> list[tuple[str, str]]:
+    """What made the checkpoint, and from what."""
+    run, s = c.summary["identity"].get("run", {}), c.summary
+    table = c.config.get("quantization_config") or {}
+    found = [
+        ("compress", s["version"]),
+        ("torch", run.get("torch")),
+        ("format version", table.get("format_version")),
+        ("computed on", " in ".join(str(run[key]) for key in ("device", "dtype") if key in run)),
+        ("architecture", ", ".join(c.config.get("architectures") or []) or c.config.get("model_type")),
+        ("source revision", c.base.revision),
+        ("recipe sha256", s["recipe_sha256"]),
+    ]
+    return [(name, str(value)) for name, value in found if value]
+
+
+def commands(c: Checkpoint) -> dict[str, str]:
+    """The commands that make, measure and check the checkpoint; `.` is its folder."""
+    e, run = c.evaluation, c.summary["identity"].get("run", {})
+    make = ["compress run recipe.yaml", shlex.quote(c.base.name), "-o OUT", f"--device {run.get('device', 'auto')}"]
+    if c.base.revision:
+        make.insert(2, f"--revision {shlex.quote(c.base.revision)}")
+    measure = ["compress eval .", "--data TEXT", f"--original {shlex.quote(c.base.name)}", "--save"]
+    if e is not None:
+        measure = ["compress eval .", f"--data {shlex.quote(e['data'])}", f"--samples {e['windows']} --length {e['length']}"]
+        if e["original"] is not None:
+            other = _base(e["original"], None)
+            measure.append(f"--original {shlex.quote(c.base.name if other.short == c.base.short else other.name)}")
+        measure += [f"--dtype {e['dtype']} --device {e['device']}", "--save"]
+    return {"make": _lines(make), "measure": _lines(measure), "verify": "compress verify ."}
+
+
+def _lines(parts: Sequence[str]) -> str:
+    """Join the parts of a command, on several lines when it gets long."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) > 90:
+            lines[-1] += " \\"
+            lines.append("    " + part)
+        else:
+            lines[-1] += " " + part
+    return "\n".join(lines)
