@@ -49,8 +49,8 @@ def _escaped(value: Any) -> str:
     """Any text as Markdown that shows it, on one line."""
     if isinstance(value, _Markdown):
         return value
-    text = re.sub(r"\s+", " ", str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", text)
+    text = re.sub(r"\s+", " ", str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "&#96;")
+    return re.sub(r"([\\*_{}\[\]|~$])", r"\\\1", text)
 
 
 def _code(value: Any) -> _Markdown:

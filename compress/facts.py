@@ -293,7 +293,7 @@ def notices(c: Checkpoint) -> list[Notice]:
     """What a user should know before using the checkpoint, in sentences."""
     found = []
     if c.evaluation is None:
-        found.append(Notice("Quality was not measured. Measure it with the command below before you rely on this checkpoint."))
+        found.append(Notice("Quality was not measured. Measure it with compress eval before you rely on this checkpoint."))
     elif c.calibration is not None and c.evaluation["ids_sha256"] == c.calibration.sha256:
         found.append(Notice("Quality was measured on the calibration data itself, so it looks better than it is on other text."))
     found += _tokens_notices(c) + _size_notices(c)
