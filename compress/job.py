@@ -24,6 +24,7 @@ from compress.errors import CheckpointError, OutputError, ResumeError
 from compress.files import fsync_folder, sha256, write_json, write_text, writing
 
 _MARKER = "job.json"
+_FIRST = {_MARKER, "lock", "recipe.yaml", "parts", "hidden"}  # what a folder may hold before its marker is there
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ class Job:
         return job
 
     def _own(self) -> None:
-        foreign = [p.name for p in self.folder.iterdir() if p.name not in (_MARKER, "lock") and not p.name.startswith(_MARKER)]
-        if not (self.folder / _MARKER).exists() and set(foreign) - {"recipe.yaml", "parts", "hidden"}:
+        """Take the folder, if it is a job's or may become one, and keep other runs out of it."""
+        names = [path.name.partition(".tmp-")[0] for path in self.folder.iterdir()]
+        foreign = sorted(set(names) - _FIRST)
+        if _MARKER not in names and foreign:
             raise OutputError(f"{self.folder}: holds {foreign[0]!r} and is not a job folder; choose another place, or remove it")
         self._lock = (self.folder / "lock").open("w")
         try:
@@ -150,7 +153,30 @@ class Job:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
+
+
+def remove_leftover(folder: Path, identity: dict[str, Any]) -> None:
+    """Remove the folder of a job that was killed after its result had got its name; any other folder is left alone."""
+    if not folder.is_dir():
+        return
+    try:
+        recorded = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        recorded = None
+    if recorded == identity or not any(folder.iterdir()):
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a job folder, its marker last, so that what a kill leaves of it is still known for what it is."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _MARKER:
+            path.unlink()
+    (folder / _MARKER).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _compare(folder: Path, identity: dict[str, Any]) -> None:

@@ -56,8 +56,8 @@ class Recipe(_Strict):
     """Everything that decides the bytes of a result, apart from the source."""
 
     description: str = ""
-    data: Data | None = None
     steps: tuple[Step, ...]
+    data: Data | None = None
     copy_: tuple[str, ...] = Field(default=(), alias="copy")  # globs of tensors to copy although no family rule names them
     drop: tuple[str, ...] = ()  # globs of tensors to leave out
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the calibration's forward passes

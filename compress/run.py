@@ -20,7 +20,7 @@ from compress.errors import VerificationError
 from compress.estimate import Estimate, check_disk
 from compress.evaluate.streamed import last_hidden, token_losses
 from compress.files import sha256, write_json, write_text
-from compress.job import Job, differ, flatten
+from compress.job import Job, differ, flatten, remove_leftover
 from compress.pipeline import Run, Settings, rows_of
 from compress.prepare import Plan, effective, identity
 
@@ -54,8 +54,10 @@ def run(
     mine = identity(plan, ids)
     if (before := seal.finished(out)) is not None:
         differ(flatten(before["identity"]), flatten(mine), str(out))
+        if distributed.rank() == 0 and not keep_job:
+            remove_leftover(job_folder or _job_of(out), mine)
         return Summary(out, before, report.read_rows(out / "report.jsonl"), resumed=True)
-    folder = job_folder or out.with_name(out.name + ".job")
+    folder = job_folder or _job_of(out)
     check_disk(expected, folder)
     text = recipes.dump(effective(plan, ids))
     leader = distributed.rank() == 0
@@ -74,6 +76,10 @@ def run(
             job.remove()
     distributed.barrier()
     return summary or Summary(out, {}, rows_of(job))
+
+
+def _job_of(out: Path) -> Path:
+    return out.with_name(out.name + ".job")
 
 
 def finish(

@@ -26,8 +26,9 @@ class CompressedLinear(nn.Module):
         self.leaves = tuple(packed.layout(spec))
         for leaf, (dtype, shape) in packed.layout(spec).items():
             self.register_buffer(leaf, torch.empty(shape, dtype=dtype, device=device))
-        if guard:  # what is stored under the dense weight's name, so that a loader that ignores the format fails
-            self.register_buffer("weight", torch.empty(0, dtype=torch.bfloat16, device=device))
+        # Models look at a linear's weight for its dtype, or initialise it: an empty one serves. The guard's is stored, so that a
+        # loader that ignores the format meets a tensor of the wrong shape.
+        self.register_buffer("weight", torch.empty(0, device=device), persistent=guard)
         self.bias = bias
         self._int4: tuple[Tensor, Tensor] | None = None
 

@@ -117,6 +117,13 @@ def changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor
     return target
 
 
+def without(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[name]
+
+    return change
+
+
 def test_a_tensor_that_no_rule_claims_is_an_error_until_the_recipe_names_it(tiny: Tiny, tmp_path: Path) -> None:
     folder = changed(tiny("llama"), tmp_path / "odd", lambda t: t.update({"model.layers.1.extra.weight": torch.ones(3)}))
     source = Source.open(folder)
@@ -135,14 +142,14 @@ def test_prediction_heads_beyond_the_last_block_go_along_byte_for_byte(tiny: Tin
 
 
 def test_a_missing_linear_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
-    folder = changed(tiny("llama"), tmp_path / "gap", lambda t: t.pop("model.layers.1.self_attn.k_proj.weight") and None)
+    folder = changed(tiny("llama"), tmp_path / "gap", without("model.layers.1.self_attn.k_proj.weight"))
     source = Source.open(folder)
     with pytest.raises(CheckpointError, match=r"layers.1 has .*q_proj.* but not self_attn.k_proj"):
         claim(source, find(source))
 
 
 def test_a_missing_norm_is_an_error_and_not_garbage(tiny: Tiny, tmp_path: Path) -> None:
-    folder = changed(tiny("llama"), tmp_path / "gap", lambda t: t.pop("model.layers.2.input_layernorm.weight") and None)
+    folder = changed(tiny("llama"), tmp_path / "gap", without("model.layers.2.input_layernorm.weight"))
     source = Source.open(folder)
     skeleton = Skeleton(source, claim(source, find(source)), torch.float32, CPU)
     with pytest.raises(CheckpointError, match=r"nothing fills model.layers.2.input_layernorm.weight"):
@@ -150,7 +157,7 @@ def test_a_missing_norm_is_an_error_and_not_garbage(tiny: Tiny, tmp_path: Path) 
 
 
 def test_experts_out_of_order_are_an_error(tiny: Tiny, tmp_path: Path) -> None:
-    folder = changed(tiny("mixtral"), tmp_path / "gap", lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w1.weight") and None)
+    folder = changed(tiny("mixtral"), tmp_path / "gap", without("model.layers.1.block_sparse_moe.experts.2.w1.weight"))
     source = Source.open(folder)
     with pytest.raises(CheckpointError, match=r"experts"):
         claim(source, find(source))
