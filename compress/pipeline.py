@@ -152,7 +152,8 @@ class Run:
             name, mine = self._compress(block)
         everyone = distributed.gather((name, sha256(self.job.parts / name) if name else "", [row.plain() for row in mine]))
         parts = {part: digest for part, digest, _ in everyone if part}
-        rows = [row for _, _, theirs in everyone for row in theirs]
+        order = {a.site.name: number for number, a in enumerate(self.work.get(block, []))}
+        rows = sorted((row for _, _, theirs in everyone for row in theirs), key=lambda row: order[row["site"]])
         stored = False
         if not head:
             for site, weight in self._decoded(list(parts)).items():

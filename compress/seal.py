@@ -19,7 +19,7 @@ from compress.files import copy, fsync_folder, write_json, writing
 SUMMARY = "summary.json"
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts block 2 before block 10."""
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
 
@@ -32,7 +32,7 @@ def collect(parts: Iterable[Path]) -> tuple[dict[str, packed.Spec], dict[str, En
         found, metadata = read_header(path)
         specs |= packed.part_specs(metadata)
         entries |= found
-    return specs, entries
+    return {name: specs[name] for name in sorted(specs, key=natural)}, entries
 
 
 def plan(source: Source, claims: Claims, specs: Mapping[str, packed.Spec], parts: Mapping[str, Entry]) -> tuple[list[Entry], str | None]:
@@ -45,7 +45,7 @@ def plan(source: Source, claims: Claims, specs: Mapping[str, packed.Spec], parts
         made.setdefault(site.tensor, []).append(site.name)
     copied, dropped = set(claims.copied), set(claims.dropped)
     result: list[Entry] = []
-    for name in sorted(source.entries, key=_natural):
+    for name in sorted(source.entries, key=natural):
         sites = made.get(name, [])
         compressed = [site for site in sites if site in specs]
         if compressed and len(compressed) < len(sites):
@@ -57,7 +57,7 @@ def plan(source: Source, claims: Claims, specs: Mapping[str, packed.Spec], parts
         elif not compressed and name not in dropped:
             raise CheckpointError(f"{name}: neither compressed nor copied nor dropped; this is a bug, please report it")
     experts = {site.name for site in claims.sites if site.expert is not None}
-    guard = min((s for s in specs if s not in experts), key=_natural, default=None)
+    guard = min((s for s in specs if s not in experts), key=natural, default=None)
     if guard is not None:
         result.append(Entry(f"{guard}.weight", "BF16", (0,), 0, 0, source.folder))
     return result, guard
