@@ -2,8 +2,8 @@
 
 A site `S` owns the tensors of its parts: those of the base are `S.codes`, `S.scale`, ..., those of any other role `S.<role>_...`.
 `quantization_config` is `{quant_method, format_version, specs, sites, guard}`: distinct descriptions once, and for each the sites
-that have it, with runs of numbers folded: `model.layers.{0-31}.mlp.experts.{0-2,5}.up_proj`. `guard` names the site whose
-`.weight` is stored empty: a loader that does not know the format meets a tensor of the wrong shape and fails, instead of
+that have it, with runs of numbers folded: `model.layers.{0-31}.mlp.experts.{0-2,5}.up_proj`. `guard` names a tensor of the
+original that is stored empty: a loader that does not know the format meets a tensor of the wrong shape and fails, instead of
 filling the model with random weights.
 """
 
@@ -234,7 +234,7 @@ class PackedSource(Source):
         table = read_table(config)
         entries = dict(plain.entries)
         if (guard := config.get("guard")) is not None:
-            entries.pop(f"{guard}.weight", None)
+            entries.pop(guard, None)
         packed: dict[str, Entry] = {}
         virtual: dict[str, Entry] = {}
         for name, spec in table.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import packed
-from compress.calibration.families import Claims
+from compress.calibration.families import Claims, Site
 from compress.checkpoint import INDEX, SINGLE, Source
 from compress.container import Entry, copy_entries, read_header
 from compress.errors import CheckpointError, OutputError
@@ -36,7 +36,7 @@ def collect(parts: Iterable[Path]) -> tuple[dict[str, packed.Spec], dict[str, En
 
 
 def plan(source: Source, claims: Claims, specs: Mapping[str, packed.Spec], parts: Mapping[str, Entry]) -> tuple[list[Entry], str | None]:
-    """Return every tensor of the result in order, and the name of the guard's site.
+    """Return every tensor of the result in order, and the name of the guard.
 
     Each tensor of the source is compressed, copied or dropped by a rule; one that is none of these raises CheckpointError.
     """
@@ -56,11 +56,16 @@ def plan(source: Source, claims: Claims, specs: Mapping[str, packed.Spec], parts
             result.append(source.entries[name])
         elif not compressed and name not in dropped:
             raise CheckpointError(f"{name}: neither compressed nor copied nor dropped; this is a bug, please report it")
-    experts = {site.name for site in claims.sites if site.expert is not None}
-    guard = min((s for s in specs if s not in experts), key=natural, default=None)
+    guard = _guard([site for site in claims.sites if site.name in specs])
     if guard is not None:
-        result.append(Entry(f"{guard}.weight", "BF16", (0,), 0, 0, source.folder))
+        result.append(Entry(guard, "BF16", (0,), 0, 0, source.folder))
     return result, guard
+
+
+def _guard(sites: Iterable[Site]) -> str | None:
+    """Choose the tensor that is stored empty: a compressed linear's, or where only experts are compressed, an expert's."""
+    first = min(sites, key=lambda site: (site.expert is not None, natural(site.name)), default=None)
+    return None if first is None else first.tensor
 
 
 def shards(entries: Iterable[Entry], limit: int) -> list[list[Entry]]:

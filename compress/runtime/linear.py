@@ -19,16 +19,15 @@ class CompressedLinear(nn.Module):
     Not an nn.Linear: initialisation and adapters look for those, and there is no dense weight for them to touch.
     """
 
-    def __init__(self, spec: packed.Spec, bias: nn.Parameter | None = None, guard: bool = False, device: str = "meta") -> None:
+    def __init__(self, spec: packed.Spec, bias: nn.Parameter | None = None, device: str = "meta") -> None:
         super().__init__()
         self.spec = spec
         self.out_features, self.in_features = spec["shape"]
         self.leaves = tuple(packed.layout(spec))
         for leaf, (dtype, shape) in packed.layout(spec).items():
             self.register_buffer(leaf, torch.empty(shape, dtype=dtype, device=device))
-        # Models look at a linear's weight for its dtype, or initialise it: an empty one serves. The guard's is stored, so that a
-        # loader that ignores the format meets a tensor of the wrong shape.
-        self.register_buffer("weight", torch.empty(0, device=device), persistent=guard)
+        # Models look at a linear's weight for its dtype, or initialise it: an empty one serves.
+        self.register_buffer("weight", torch.empty(0, device=device), persistent=False)
         self.bias = bias
         self._int4: tuple[Tensor, Tensor] | None = None
 
@@ -60,6 +59,10 @@ class CompressedLinear(nn.Module):
                 self.register_buffer(leaf, tensor.to(moved.device))
         self._int4 = None
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._int4 = None  # made from what was there before
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -19,6 +20,8 @@ from compress.calibration.experts import ExpertLoop
 from compress.calibration.families import FAMILIES, Family, parameter_name
 from compress.errors import FormatError
 from compress.runtime.linear import CompressedLinear
+
+FUSED = ("gate_up_proj", "down_proj")  # the 3-D parameters of all experts of a block
 
 
 class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -48,15 +51,30 @@ def _within(family: Family | None, site: str) -> tuple[str, tuple[str, int, str]
     return parameter_name(family, site), None
 
 
-def _linear_at(model: nn.Module, path: str, site: str) -> nn.Module:
+def _module_at(model: nn.Module, path: str, site: str) -> Any:
     try:
         return model.get_submodule(path)
     except AttributeError:
-        raise FormatError(f"{site}: described in quantization_config, but the model has no such module; check config.json") from None
+        raise FormatError(f"{site}: named in quantization_config, but the model has no such module; check config.json") from None
 
 
-def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | None) -> None:
-    """Give every compressed site of a model on meta its packed module. Raises FormatError for a site the model does not have."""
+def _linear_at(model: nn.Module, path: str, site: str) -> tuple[Any, list[int]]:
+    """Return a dense linear and its shape [out, in]."""
+    dense = _module_at(model, path, site)
+    if type(dense).__name__ == "Conv1D":  # GPT-2's linear
+        return dense, [dense.nf, dense.nx]
+    if not isinstance(dense, nn.Linear):
+        raise FormatError(
+            f"{site}: named in quantization_config, but it is a {type(dense).__name__}, not a linear; check config.json"
+        )
+    return dense, list(dense.weight.shape)
+
+
+def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | None) -> bool:
+    """Give every compressed site of a model on meta its packed module; return whether single experts on disk stay single.
+
+    Raises FormatError for a site that the model does not have.
+    """
     family = FAMILIES.get(model.config.model_type)
     experts: dict[str, dict[tuple[int, str], packed.Spec]] = {}
     for site, spec in table.items():
@@ -65,14 +83,25 @@ def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | N
             module, number, name = expert
             experts.setdefault(module, {})[number, name] = spec
             continue
-        dense: Any = _linear_at(model, path, site)
-        shape = (dense.nx, dense.nf) if type(dense).__name__ == "Conv1D" else tuple(reversed(dense.weight.shape))
-        if shape != tuple(reversed(spec["shape"])):
-            raise FormatError(f"{site}: shape {spec['shape']} in quantization_config; the model has {list(reversed(shape))}")
-        model.set_submodule(path, CompressedLinear(spec, dense.bias, guard=site == guard))
+        dense, shape = _linear_at(model, path, site)
+        if shape != spec["shape"]:
+            raise FormatError(f"{site}: shape {spec['shape']} in quantization_config; the model has {shape}")
+        model.set_submodule(path, CompressedLinear(spec, dense.bias))
+    layout = family.experts if family is not None and experts else None
+    single = layout is not None and not layout.fused
+    if layout is not None and single:
+        # Then those of all blocks: transformers joins tensors of single experts by their names, in all blocks or in none.
+        for path, module in model.named_modules():
+            if path.endswith(f".{layout.module}") and hasattr(module, "gate_up_proj"):
+                experts.setdefault(path, {})
     for path, specs in experts.items():
-        assert family is not None and family.experts is not None
-        model.set_submodule(path, ExpertLoop(_linear_at(model, path, path), family.experts, _make(specs, model.dtype)))
+        assert layout is not None
+        model.set_submodule(path, ExpertLoop(_module_at(model, path, path), layout, _make(specs, model.dtype)))
+        for number, name in specs:
+            _module_at(model, f"{path}.{number}.{name}", f"{path}.{number}.{name}")
+    if guard is not None:
+        _stand_in(model, family, guard)
+    return single
 
 
 def _make(specs: Mapping[tuple[int, str], packed.Spec], dtype: torch.dtype) -> Any:
@@ -81,20 +110,43 @@ def _make(specs: Mapping[tuple[int, str], packed.Spec], dtype: torch.dtype) -> A
         if spec is None:  # an expert that was left dense
             return nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
         if tuple(spec["shape"]) != (rows, columns):
-            raise FormatError(f"expert {expert} {name}: shape {spec['shape']} in quantization_config; the model has {[rows, columns]}")
+            raise FormatError(
+                f"expert {expert} {name}: shape {spec['shape']} in quantization_config; the model has {[rows, columns]}"
+            )
         return CompressedLinear(spec)
 
     return make
+
+
+def _stand_in(model: nn.Module, family: Family | None, guard: str) -> None:
+    """Make a place for the guard, so that it is loaded and saved again."""
+    name, _, leaf = guard.rpartition(".")
+    owner = _module_at(model, _within(family, name)[0], guard)
+    if not isinstance(owner, CompressedLinear | ExpertLoop):
+        raise FormatError(f"{guard}: guard of quantization_config, but that is not compressed; check config.json")
+    owner.register_buffer(leaf, torch.empty(0, device="meta"))
 
 
 class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
     """Builds packed modules before weights are loaded."""
 
     requires_calibration = True  # a dense checkpoint is compressed by `compress quantize`, not while it is loaded
+    _single_experts = False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
-        replace_modules(model, packed.read_table(config), config.get("guard"))
+        self._single_experts = replace_modules(model, packed.read_table(config), config.get("guard"))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *rest: Any) -> Any:
+        """Take out what would join the tensors of single experts: there is no fused parameter to join them into."""
+        if self._single_experts:
+            joined = tuple(f"experts.{name}" for name in FUSED)
+            weight_conversions = [
+                conversion
+                for conversion in weight_conversions
+                if not (isinstance(conversion, WeightConverter) and any(t.endswith(joined) for t in conversion.target_patterns))
+            ]
+        return super().update_weight_conversions(weight_conversions, *rest)
 
     def is_serializable(self) -> bool:
         """Packed tensors are saved as they are."""
