@@ -160,10 +160,9 @@ def find(source: Source) -> Family:
     """Return the family of a checkpoint, with the names that it has on disk. Raises CheckpointError."""
     family = FAMILIES.get(source.model_type)
     if family is None:
-        raise CheckpointError(
-            f"{source.folder}: model_type {source.model_type!r} is not a known family; known are {', '.join(sorted(FAMILIES))}. "
-            "A family is one entry in compress/calibration/families.py"
-        )
+        from compress.calibration.inference import infer  # needs the model's modules, which known families do without
+
+        family = infer(source, number_of_blocks(source), f"known are {', '.join(sorted(FAMILIES))}")
     if isinstance(source, PackedSource):  # weights are decoded to (out, in), and experts one by one
         experts = None if family.experts is None else replace(family.experts, fused=False)
         return _bare(source, replace(family, transposed=False, experts=experts))

@@ -225,10 +225,15 @@ class Skeleton:
     def _bypassed(self, first: Callable[[Tensor], Tensor], calls: list[Call]) -> Iterator[None]:
         """Let every block return its input and record what it is called with; the first one returns what `first` says."""
 
+        passed: list[Tensor] = []
+
         def forward(number: int) -> Callable[..., Tensor]:
             def bypass(hidden: Tensor, *args: Any, **given: Any) -> Tensor:
+                if number > 0 and hidden is not passed[-1]:
+                    raise CheckpointError(f"{self.path}.{number}: does not take what the block before it gives; this architecture cannot be streamed")
                 calls.append((args, given))
-                return first(hidden) if number == 0 else hidden
+                passed.append(first(hidden) if number == 0 else hidden)
+                return passed[-1]
 
             return bypass
 
