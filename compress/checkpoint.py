@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,30 @@ from compress.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*", "USE_POLICY*", "NOTICE*")
+_HUB_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.md",
+    "LICENSE*",
+    "USE_POLICY*",
+    "NOTICE*",
+)
 # Files of a model that go along byte for byte; weights, indexes, configs and cards are written anew.
-_CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "USE_POLICY*", "NOTICE*", "additional_chat_templates/*")
+_CARRIED = (
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "LICENSE*",
+    "USE_POLICY*",
+    "NOTICE*",
+    "additional_chat_templates/*",
+)
 _REWRITTEN = ("config.json", "*.index.json", "README.md", "summary.json", "report.*")
 
 
@@ -36,12 +58,15 @@ class Source:
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None) -> Source:
         """Open a folder, or fetch a Hub id into the local cache. Raises CheckpointError."""
-        folder = Path(model).expanduser()
+        # The methods of Path would raise for an unknown ~name, a name that is too long, and a folder that may not be read.
+        folder = Path(os.path.expanduser(model))
         found = None
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             folder, found = _fetch(str(model), revision)
         config = _read_json(folder / "config.json", "a Hugging Face checkpoint has one; is this the folder of a model?")
-        return cls(folder.resolve(), str(model), config, _entries(folder), found)
+        entries = _entries(folder)
+        _check_config(folder / "config.json", config, entries)
+        return cls(folder.resolve(), str(model), config, entries, found)
 
     @property
     def model_type(self) -> str:
@@ -73,7 +98,7 @@ class Source:
         return sorted({p for pattern in _CARRIED for p in self.folder.glob(pattern) if p.is_file()} - rewritten)
 
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the files: per weight file its size, time of change and a hash of its header, and a hash of the config."""
+        """What identifies the files: a hash of the config; per weight file its size, time of change and a hash of its header."""
         result = {"config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()}
         for file in sorted({entry.file for entry in self.entries.values()}):
             mine = sorted((e.name, e.dtype, e.shape, e.start) for e in self.entries.values() if e.file == file)
@@ -89,12 +114,15 @@ def check_finite(tensor: Tensor, place: str) -> None:
     # NaN and infinities survive a sum, which costs one pass and no memory; an overflow only means a second look.
     if not bool(values.sum(dtype=torch.float32).isfinite()) and not bool(values.isfinite().all()):
         bad = int((~values.isfinite()).sum())
-        raise CheckpointError(f"{place}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite weights. Fetch the file again")
+        raise CheckpointError(
+            f"{place}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite weights. Fetch the file again"
+        )
 
 
 def _read_json(path: Path, advice: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # a text that cannot be written again, such as "\ud800", fails now
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; {advice}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -102,6 +130,22 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}; expected an object. Fetch the file again")
     return value
+
+
+def _check_config(path: Path, config: dict[str, Any], entries: dict[str, Entry]) -> None:
+    """Check what decides how much is built from a config before a tensor is read. Raises CheckpointError."""
+    for key in ("num_hidden_layers", "n_layer"):  # transformers would build them all
+        count = config.get(key)
+        if isinstance(count, int) and (isinstance(count, bool) or count > len(entries)):
+            raise CheckpointError(
+                f"{path}: {key} is {count}; expected a number of blocks. There are {len(entries)} tensors: fetch the file again"
+            )
+    if config.get("quantization_config") is None:
+        config.pop("quantization_config", None)  # null is how some tools write that there is none
+    elif not isinstance(config["quantization_config"], dict):
+        raise CheckpointError(
+            f"{path}: quantization_config is {config['quantization_config']!r:.80}; expected an object. Fetch the file again"
+        )
 
 
 def _fetch(model: str, revision: str | None) -> tuple[Path, str | None]:
@@ -128,9 +172,10 @@ def _index(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no weight_map; expected file names by tensor name. Fetch the file again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+        plain = isinstance(file, str) and file.isprintable() and len(file.encode()) <= 255  # what a file system takes
+        if not plain or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: {name!r} lies in {file!r}; expected the name of a .safetensors file in the same folder. "
+                f"{path}: {name[:80]!r} lies in {file!r:.80}; expected the name of a .safetensors file in the same folder. "
                 "Do not use a checkpoint that points elsewhere"
             )
     return weight_map
@@ -153,10 +198,14 @@ def _entries(folder: Path) -> dict[str, Entry]:
             raise CheckpointError(f"{folder / file}: not found, but {INDEX} names it; fetch the checkpoint again")
         for name, entry in _named(folder / file).items():
             if weight_map.get(name) != file:
-                raise CheckpointError(f"{folder / file}: holds {name!r}, which {INDEX} does not place there; fetch the checkpoint again")
+                raise CheckpointError(
+                    f"{folder / file}: holds {name!r}, which {INDEX} does not place there; fetch the checkpoint again"
+                )
             entries[name] = entry
     if missing := sorted(set(weight_map) - set(entries)):
-        raise CheckpointError(f"{folder}: {INDEX} names {len(missing)} tensors that no file holds, such as {missing[0]!r}; fetch it again")
+        raise CheckpointError(
+            f"{folder}: {INDEX} names {len(missing)} tensors that no file holds, such as {missing[0]!r:.80}; fetch it again"
+        )
     return entries
 
 

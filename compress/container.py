@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +22,9 @@ from compress.errors import CheckpointError
 from compress.files import CHUNK, replacing
 
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
+MAX_NAME = 1000  # characters; also keeps every number in a name small enough for int()
+MAX_AXES = 64  # the limit of torch
+MAX_SIZE = 2**63 - 1  # elements and bytes, counting an empty axis as one element: torch computes strides that way
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -69,7 +72,7 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise _refuse(path, f"the header names {twice!r} twice", "each name once")
+        raise _refuse(path, f"the header names {twice[:80]!r} twice", "each name once")
     return result
 
 
@@ -88,25 +91,45 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a JSON value is a text that can be written again: an escape such as \\ud800 alone gives one that cannot."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _short(value: Any) -> str:
+    """A value for a message; as repr, so that no control character of a file reaches the terminal."""
+    try:
+        return f"{value!r:.80}"
+    except RecursionError:
+        return f"a nested {type(value).__name__}"
 
 
 def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
+    if len(name) > MAX_NAME or not _is_text(name):
+        raise _refuse(path, f"a name of {len(name)} characters, {name[:80]!r}", f"a text of at most {MAX_NAME}")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise _refuse(path, f"{name!r} is described by {str(value)[:80]}", "dtype, shape and data_offsets")
+        raise _refuse(path, f"{name!r} is described by {_short(value)}", "dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _refuse(path, f"{name!r} has dtype {str(dtype)[:40]!r}", f"one of {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or not all(_whole(n) for n in shape):
-        raise _refuse(path, f"{name!r} has shape {str(shape)[:80]}", "a list of whole numbers")
+        raise _refuse(path, f"{name!r} has dtype {_short(dtype)}", f"one of {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(_whole(n) for n in shape):
+        raise _refuse(path, f"{name!r} has shape {_short(shape)}", f"a list of at most {MAX_AXES} whole numbers")
+    if math.prod(max(n, 1) for n in shape) * DTYPES[dtype].itemsize > MAX_SIZE:
+        raise _refuse(path, f"{name!r} has shape {_short(shape)}", "fewer elements")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n) for n in offsets):
-        raise _refuse(path, f"{name!r} has data_offsets {str(offsets)[:80]}", "[begin, end]")
+        raise _refuse(path, f"{name!r} has data_offsets {_short(offsets)}", "[begin, end]")
     begin, end = offsets
     if end > size or begin > end:
         raise _refuse(path, f"{name!r} lies at {begin}..{end}", f"a range within the {size} bytes of data")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if nbytes != end - begin:
-        raise _refuse(path, f"{name!r} of {dtype} {shape} lies in {end - begin} bytes", f"{nbytes} bytes")
+        raise _refuse(path, f"{name!r} of {dtype} {_short(shape)} lies in {end - begin} bytes", f"{nbytes} bytes")
     return Entry(name, dtype, tuple(shape), base + begin, nbytes, path)
 
 
@@ -117,7 +140,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     byte counts equal to shape times dtype, and tensors that cover the data without gap or overlap.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
+            raise CheckpointError(f"{path}: is not a file; expected a safetensors file")
         with path.open("rb") as stream:
             prefix = stream.read(8)
             if len(prefix) < 8:
@@ -131,8 +157,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if len(raw) < length:
         raise _refuse(path, f"the header ends after {len(raw)} bytes", f"{length} bytes")
     header = _parse(path, raw)
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # the reference takes null for nothing, and no other value
+    if not isinstance(metadata, dict) or not all(_is_text(text) for item in metadata.items() for text in item):
         raise _refuse(path, "__metadata__ holds something else than texts", "texts by name")
     base, data = 8 + length, size - 8 - length
     entries = [_entry(path, name, value, base, data) for name, value in header.items()]
@@ -148,7 +175,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy()).cast("B") if tensor.numel() else memoryview(b"")
+    return tensor.view(torch.uint8).numpy().data.cast("B") if tensor.numel() else memoryview(b"")
 
 
 def read_tensor(entry: Entry, index: int | None = None) -> Tensor:
@@ -200,14 +227,20 @@ def _write_header(stream: BinaryIO, entries: list[Entry], metadata: dict[str, st
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for entry in entries:
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [position, position + entry.nbytes]}
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [position, position + entry.nbytes],
+        }
         position += entry.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     stream.write(struct.pack("<Q", len(raw)) + raw)
 
 
-def copy_entries(path: Path, entries: Iterable[Entry], names: dict[str, str] | None = None, metadata: dict[str, str] | None = None) -> None:
+def copy_entries(
+    path: Path, entries: Iterable[Entry], names: dict[str, str] | None = None, metadata: dict[str, str] | None = None
+) -> None:
     """Write a file of tensors that lie in other files, byte for byte and in constant memory; `names` renames some of them."""
     ordered = file_order(entries)
     renamed = [Entry((names or {}).get(e.name, e.name), e.dtype, e.shape, 0, e.nbytes, path) for e in ordered]
@@ -221,7 +254,9 @@ def copy_entries(path: Path, entries: Iterable[Entry], names: dict[str, str] | N
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors from memory into one file, durably and all at once."""
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    entries = file_order(Entry(n, DTYPE_NAMES[t.dtype], tuple(t.shape), 0, t.numel() * t.element_size(), path) for n, t in flat.items())
+    entries = file_order(
+        Entry(n, DTYPE_NAMES[t.dtype], tuple(t.shape), 0, t.numel() * t.element_size(), path) for n, t in flat.items()
+    )
     with replacing(path) as temporary, temporary.open("wb") as stream:
         _write_header(stream, entries, metadata or {})
         for entry in entries:
@@ -232,5 +267,3 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a whole file into memory: tensors by name, and the metadata. Raises CheckpointError."""
     entries, metadata = read_header(path)
     return {name: read_tensor(entry) for name, entry in entries.items()}, metadata
-
-
