@@ -134,11 +134,12 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
 
 def _check_config(path: Path, config: dict[str, Any], entries: dict[str, Entry]) -> None:
     """Check what decides how much is built from a config before a tensor is read. Raises CheckpointError."""
-    for key in ("num_hidden_layers", "n_layer"):  # transformers would build them all
-        count = config.get(key)
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]  # of a model that also sees: text_config
+    for key, count in ((key, part.get(key)) for part in parts for key in ("num_hidden_layers", "n_layer")):
+        # transformers would build them all.
         if isinstance(count, int) and (isinstance(count, bool) or count > len(entries)):
             raise CheckpointError(
-                f"{path}: {key} is {count}; expected a number of blocks. There are {len(entries)} tensors: fetch the file again"
+                f"{path}: {key} is {count!r:.80}; expected a number of blocks. There are {len(entries)} tensors: fetch it again"
             )
     if config.get("quantization_config") is None:
         config.pop("quantization_config", None)  # null is how some tools write that there is none
