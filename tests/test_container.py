@@ -751,8 +751,8 @@ def test_a_config_with_nothing_for_a_quantization(tmp_path: Path) -> None:
     assert "quantization_config" not in Source.open(folder).config
 
 
-keys = st.sampled_from(["num_hidden_layers", "n_layer", "text_config", "quantization_config", "tie_word_embeddings", "hidden_size"])
-    ["num_hidden_layers", "n_layer", "model_type", "quantization_config", "tie_word_embeddings", "hidden_size"]
+keys = st.sampled_from(
+    ["num_hidden_layers", "n_layer", "text_config", "quantization_config", "tie_word_embeddings", "hidden_size"]
 )
 
 
