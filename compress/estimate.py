@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.block import units
+from compress.calibration.families import settings
 from compress.errors import OutputError
 from compress.files import human_bytes
 from compress.prepare import Plan
@@ -56,7 +57,7 @@ def estimate(plan: Plan, samples: int, length: int, memory: int, offload: bool) 
         by_block.setdefault(-1 if a.site.block is None else a.site.block, []).append(a)
     for number, members in by_block.items():
         statistics[number] = sum(sum(kind.nbytes(u.columns) for kind in u.kinds) for u in units(members))
-    width = int(source.config.get("hidden_size", source.config.get("n_embd", 0)))
+    width = int(settings(source).get("hidden_size", settings(source).get("n_embd", 0)))
     hidden = samples * length * width * item
     most = max(statistics.values(), default=0)
     kept = hidden * (2 if offload else 1)

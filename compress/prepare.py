@@ -11,7 +11,7 @@ from torch import Tensor
 from compress import recipe as recipes
 from compress._version import __version__
 from compress.calibration.data import fingerprint, load_ids
-from compress.calibration.families import Claims, claim, find
+from compress.calibration.families import Claims, claim, context_length, find, settings, vocabulary
 from compress.checkpoint import Source
 from compress.errors import RecipeError
 from compress.recipe import Assignment, Recipe
@@ -53,7 +53,7 @@ def pick_dtype(name: str, source: Source, device: torch.device) -> torch.dtype:
     """Return the dtype of the forward passes: for auto the checkpoint's own, or float32 where the CPU has no bfloat16 arithmetic."""
     if name != "auto":
         return DTYPES[name]
-    own = DTYPES.get(str(source.config.get("dtype", source.config.get("torch_dtype"))), torch.float32)
+    own = DTYPES.get(str(settings(source).get("dtype", settings(source).get("torch_dtype"))), torch.float32)
     if device.type == "cpu" and (own == torch.float16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return torch.float32
     return own
@@ -70,14 +70,12 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
 
 def calibration(plan: Plan) -> Tensor:
     """Return the token ids (samples, length) that run through the model: the recipe's data, or for data-free methods a few at random."""
-    vocabulary = int(plan.source.config.get("vocab_size", 0))
     if not plan.calibrated:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, vocabulary, (1, 32), generator=generator)
+        return torch.randint(0, vocabulary(plan.source), (1, 32), generator=generator)
     if plan.recipe.data is None:
         raise RecipeError("data: missing, but a method needs calibration data; give --data FILE, a dataset's name, or a data: section")
-    context = plan.source.config.get("max_position_embeddings", plan.source.config.get("n_positions"))
-    return load_ids(plan.recipe.data, plan.source.folder, vocabulary, context if isinstance(context, int) else None)
+    return load_ids(plan.recipe.data, plan.source.folder, vocabulary(plan.source), context_length(plan.source))
 
 
 def identity(plan: Plan, ids: Tensor) -> dict[str, Any]:

@@ -21,6 +21,7 @@ _ATTENTION: Taps = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _MLP: Taps = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+_GEMMA_NORMS = ("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight")
 _QKV_BIASES = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
 
 
@@ -46,6 +47,8 @@ class Family:
     blocks: str = "model.layers"
     outer: tuple[str, ...] = ("model.embed_tokens.weight", "model.norm.weight")  # globs outside the blocks, copied
     head: str = "lm_head"
+    aside: tuple[str, ...] = ()  # globs of tensors that text does not pass through (a vision tower), copied and never loaded
+    tied: bool = False  # whether the head is the embedding where config.json does not say
     drop: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # globs of tensors that no current model reads
     transposed: bool = False  # weights are stored (in, out)
     renames: tuple[tuple[str, str], ...] = ()  # text of a disk name -> text of the module's parameter name
@@ -72,7 +75,7 @@ class Site:
         return self.shape[0] * self.shape[1]
 
 
-_QWEN_MOE = Experts()
+_USUAL_EXPERTS = Experts()
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -80,14 +83,26 @@ FAMILIES = {
         Family("mistral"),
         Family("qwen2", keep=(*_NORMS, *_QKV_BIASES)),
         Family("qwen3", keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias")),
-        Family("gemma2", keep=(*_NORMS, "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight")),
-        Family("gemma3_text", keep=(*_NORMS, *_QK_NORMS, "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight")),
+        Family("gemma2", keep=(*_NORMS, *_GEMMA_NORMS), tied=True),
+        Family("gemma3_text", keep=(*_NORMS, *_QK_NORMS, *_GEMMA_NORMS), tied=True),
+        Family(
+            "gemma3",  # the text of a model that also sees
+            keep=(*_NORMS, *_QK_NORMS, *_GEMMA_NORMS),
+            blocks="language_model.model.layers",
+            outer=("language_model.model.embed_tokens.weight", "language_model.model.norm.weight"),
+            head="language_model.lm_head",
+            aside=("vision_tower.*", "multi_modal_projector.*"),
+            tied=True,
+            renames=(("language_model.model.", "model.language_model."), ("language_model.lm_head", "lm_head")),
+            prefix="",
+        ),
         Family("phi3", taps=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))),
         Family(
             "opt",
             taps=(_ATTENTION[0], ("self_attn.out_proj",), ("fc1",), ("fc2",)),
             keep=("self_attn.*.bias", "fc?.bias", "self_attn_layer_norm.*", "final_layer_norm.*"),
             blocks="model.decoder.layers",
+            tied=True,
             outer=("model.decoder.embed_*.weight", "model.decoder.final_layer_norm.*", "model.decoder.project_*.weight"),
         ),
         Family(
@@ -98,6 +113,7 @@ FAMILIES = {
             outer=("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.*"),
             drop=("*.attn.bias", "*.attn.masked_bias"),
             transposed=True,
+            tied=True,
             prefix="transformer.",
         ),
         Family(
@@ -111,10 +127,10 @@ FAMILIES = {
             "qwen2_moe",
             taps=(*_ATTENTION, *_MLP, ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), ("mlp.shared_expert.down_proj",)),
             keep=(*_NORMS, *_QKV_BIASES, "mlp.gate.weight", "mlp.shared_expert_gate.weight"),
-            experts=_QWEN_MOE,
+            experts=_USUAL_EXPERTS,
         ),
-        Family("qwen3_moe", keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.gate.weight"), experts=_QWEN_MOE),
-        Family("olmoe", taps=_ATTENTION, keep=(*_NORMS, *_QK_NORMS, "mlp.gate.weight"), experts=_QWEN_MOE),
+        Family("qwen3_moe", keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.gate.weight"), experts=_USUAL_EXPERTS),
+        Family("olmoe", taps=_ATTENTION, keep=(*_NORMS, *_QK_NORMS, "mlp.gate.weight"), experts=_USUAL_EXPERTS),
         Family(
             "deepseek_v3",
             taps=(
@@ -134,7 +150,7 @@ FAMILIES = {
                 "mlp.gate.weight",
                 "mlp.gate.e_score_correction_bias",
             ),
-            experts=_QWEN_MOE,
+            experts=_USUAL_EXPERTS,
         ),
         Family(
             "gpt_oss",
@@ -144,6 +160,9 @@ FAMILIES = {
         ),
     )
 }
+
+# What holds for every family that is inferred: names on disk are those of the model, and experts have the usual layout.
+INFERRED = Family("", taps=(), keep=(), experts=_USUAL_EXPERTS, blocks="", prefix="")
 
 
 @dataclass
@@ -181,9 +200,34 @@ def _bare(source: Source, family: Family) -> Family:
     return family
 
 
+def settings(source: Source) -> dict[str, Any]:
+    """The config of the language model: of a model that also sees or hears, its text part on top of the rest."""
+    text = source.config.get("text_config")
+    return {**source.config, **text} if isinstance(text, dict) else source.config
+
+
+def context_length(source: Source) -> int | None:
+    """The longest text that the model was made for, in tokens, if the config tells."""
+    length = settings(source).get("max_position_embeddings", settings(source).get("n_positions"))
+    return length if isinstance(length, int) else None
+
+
+def vocabulary(source: Source) -> int:
+    """Number of token ids. Raises CheckpointError."""
+    size = settings(source).get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise CheckpointError(f"{source.folder}/config.json: vocab_size is {size!r}; expected a whole number")
+    return size
+
+
+def tied(source: Source, family: Family) -> bool:
+    """Whether the head is the embedding."""
+    return bool(settings(source).get("tie_word_embeddings", family.tied))
+
+
 def number_of_blocks(source: Source) -> int:
     """Return how many decoder blocks the config says there are. Raises CheckpointError."""
-    count = source.config.get("num_hidden_layers", source.config.get("n_layer"))
+    count = settings(source).get("num_hidden_layers", settings(source).get("n_layer"))
     if not isinstance(count, int) or count < 1:
         raise CheckpointError(f"{source.folder}/config.json: num_hidden_layers is {count!r}; expected a whole number of blocks")
     return count
@@ -248,7 +292,8 @@ def _missing(source: Source, family: Family, block: int, sites: list[Site]) -> N
         raise CheckpointError(f"{source.folder}: {family.blocks}.{block} has no linear; the checkpoint is incomplete, fetch it again")
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the globs matches."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -268,7 +313,7 @@ def claim(source: Source, family: Family, copy: tuple[str, ...] = (), drop: tupl
         _missing(source, family, block, sites)
         claims.sites += sites
     head = f"{family.head}.weight"
-    if head in source.entries and not source.config.get("tie_word_embeddings", False):
+    if head in source.entries and not tied(source, family):
         shape = _shape(source, source.entries[head], transposed=False, fused=False)
         claims.sites.append(Site(family.head, shape, None, family.head, family.head, head))
     _dispose(source, claims, copy, drop)
@@ -286,13 +331,13 @@ def _dispose(source: Source, claims: Claims, copy: tuple[str, ...], drop: tuple[
         within = match[2] if match else ""
         rules = [name in made]
         if match and int(match[1]) < blocks:
-            rules += [_matches(within, family.keep)]
+            rules += [matches(within, family.keep)]
         else:
             # Blocks beyond the config's count are prediction heads that the model class does not load; they go along.
-            rules += [_matches(name, (*family.outer, f"{family.head}.*", "mtp.*")) and name not in made or bool(match)]
-        rules += [_matches(name, family.drop)]
-        if _matches(name, drop) or _matches(name, copy):
-            rules = [False, _matches(name, copy), _matches(name, drop)]
+            rules += [matches(name, (*family.outer, *family.aside, f"{family.head}.*", "mtp.*")) and name not in made or bool(match)]
+        rules += [matches(name, family.drop)]
+        if matches(name, drop) or matches(name, copy):
+            rules = [False, matches(name, copy), matches(name, drop)]
             claims.sites = [site for site in claims.sites if site.tensor != name]
         if sum(rules) != 1:
             (twice if any(rules) else unknown).append(name)

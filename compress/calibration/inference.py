@@ -28,7 +28,7 @@ def infer(source: Source, blocks: int, known: str) -> Family:
     try:
         model = build_model(source.config, str(source.folder), torch.float32)
     except CheckpointError as error:
-        raise CheckpointError(f"{place}, and cannot be inferred: {error}") from error
+        raise CheckpointError(f"{place}, and cannot be inferred, because {str(error).partition(': ')[2]}") from error
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == blocks and n.count(".") <= 2]
     lists = [(n, m) for n, m in lists if any(_linears(block) for block in m)]
     if len(lists) != 1:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compress.calibration.experts import ExpertLoop
-from compress.calibration.families import Claims, Site, parameter_name
+from compress.calibration.families import Claims, Site, matches, parameter_name, tied
 from compress.checkpoint import Source
 from compress.errors import CheckpointError
 
@@ -72,8 +72,8 @@ def build_model(config: dict[str, Any], folder: str, dtype: torch.dtype) -> nn.M
         with parameters_on_meta():
             model: nn.Module = AutoModelForCausalLM.from_config(loaded, dtype=dtype)
     except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        kind = config.get("model_type")
-        raise CheckpointError(f"{folder}: transformers cannot build model_type {kind!r} ({error}); check config.json") from error
+        kind, why = config.get("model_type"), str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{folder}: transformers cannot build model_type {kind!r} ({why}); check config.json") from error
     _keep_float32(model, dtype)
     return model.eval()
 
@@ -109,6 +109,8 @@ class Skeleton:
         self._split_experts()
         self._copied: dict[str, list[str]] = {}
         for name in claims.copied:
+            if matches(name, self.family.aside):
+                continue
             block, _, rest = name.removeprefix(self.family.blocks + ".").partition(".")
             inside = name.startswith(self.family.blocks + ".") and block.isdigit()
             self._copied.setdefault(block if inside else "", []).append(rest if inside else name)
@@ -129,7 +131,7 @@ class Skeleton:
     def linear(self, site: Site) -> nn.Module:
         """The module whose weight a site is."""
         if site.block is None:
-            module: nn.Module = self.model.get_submodule(site.name)
+            module: nn.Module = self.model.get_submodule(parameter_name(self.family, site.name))
             return module
         return self.blocks[site.block].get_submodule(self._within(site))
 
@@ -218,7 +220,7 @@ class Skeleton:
 
     def _tie(self) -> None:
         head, table = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is not None and head.weight.is_meta and self.source.config.get("tie_word_embeddings", False):
+        if head is not None and head.weight.is_meta and tied(self.source, self.family):
             head.weight = table.weight
 
     @contextmanager

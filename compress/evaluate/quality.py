@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.calibration.data import fingerprint, load_ids
+from compress.calibration.families import context_length, vocabulary
 from compress.calibration.hidden import Hidden
 from compress.calibration.observe import batches
 from compress.calibration.skeleton import Skeleton
@@ -153,10 +154,9 @@ def evaluate(
     source = open_any(model)
     original = original or base_of(model)
     before = open_any(original) if original is not None else None
-    if before is not None and before.config.get("vocab_size") != source.config.get("vocab_size"):
+    if before is not None and vocabulary(before) != vocabulary(source):
         raise CheckpointError(f"{original}: has another vocabulary than {model}; give the model it was made from")
-    context = source.config.get("max_position_embeddings", source.config.get("n_positions"))
-    ids = load_ids(data, source.folder, int(source.config["vocab_size"]), context if isinstance(context, int) else None)
+    ids = load_ids(data, source.folder, vocabulary(source), context_length(source))
     values = compare(source, before, ids, kind, where, listen)
     if speed:
         listen(1, 1, "timing", 0.0)

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress import packed
 from compress.calibration.experts import ExpertLoop
-from compress.calibration.families import FAMILIES, Family, parameter_name
+from compress.calibration.families import FAMILIES, INFERRED, Family, parameter_name
 from compress.errors import FormatError
 from compress.runtime.linear import CompressedLinear
 
@@ -35,10 +35,8 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
             setattr(self, key, value)
 
 
-def _within(family: Family | None, site: str) -> tuple[str, tuple[str, int, str] | None]:
+def _within(family: Family, site: str) -> tuple[str, tuple[str, int, str] | None]:
     """Return the module path of a site; for an expert also its experts' module, its number and the matrix's name."""
-    if family is None:
-        return site, None
     bare = family.blocks.removeprefix(family.prefix)
     if not site.startswith(family.blocks + ".") and site.startswith(bare + "."):
         site = family.prefix + site
@@ -75,7 +73,7 @@ def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | N
 
     Raises FormatError for a site that the model does not have.
     """
-    family = FAMILIES.get(model.config.model_type)
+    family = FAMILIES.get(model.config.model_type, INFERRED)
     experts: dict[str, dict[tuple[int, str], packed.Spec]] = {}
     for site, spec in table.items():
         path, expert = _within(family, site)
@@ -87,7 +85,7 @@ def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | N
         if shape != spec["shape"]:
             raise FormatError(f"{site}: shape {spec['shape']} in quantization_config; the model has {shape}")
         model.set_submodule(path, CompressedLinear(spec, dense.bias))
-    layout = family.experts if family is not None and experts else None
+    layout = family.experts if experts else None
     single = layout is not None and not layout.fused
     if layout is not None and single:
         # Then those of all blocks: transformers joins tensors of single experts by their names, in all blocks or in none.
@@ -118,7 +116,7 @@ def _make(specs: Mapping[tuple[int, str], packed.Spec], dtype: torch.dtype) -> A
     return make
 
 
-def _stand_in(model: nn.Module, family: Family | None, guard: str) -> None:
+def _stand_in(model: nn.Module, family: Family, guard: str) -> None:
     """Make a place for the guard, so that it is loaded and saved again."""
     name, _, leaf = guard.rpartition(".")
     owner = _module_at(model, _within(family, name)[0], guard)

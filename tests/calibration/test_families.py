@@ -19,7 +19,7 @@ from compress.packed import PackedSource
 from runs import compress as run
 from runs import steps
 from safetensors.torch import load_file, save_file
-from tiny import TINY, VOCABULARY
+from tiny import TINY, VOCABULARY, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 Tiny = Callable[..., Path]
@@ -75,7 +75,7 @@ def test_every_tensor_is_claimed_exactly_once(family: str, tiny: Tiny) -> None:
     assert len({site.name for site in claims.sites}) == len(claims.sites)
     matrices = {site.tensor for site in claims.sites}
     # What is left dense is named here: a linear that a family forgot would show up.
-    dense = ("embed", "norm", "bias", "router", "mlp.gate.", "moe.gate.", "shared_expert_gate", "wte", "wpe", "ln_", "sinks")
+    dense = ("embed", "norm", "bias", "router", "mlp.gate.", "moe.gate.", "shared_expert_gate", "wte", "wpe", "ln_", "sinks", "vision_tower", "multi_modal")
     assert all(any(word in name for word in dense) for name in set(source.entries) - matrices)
 
 
@@ -91,7 +91,8 @@ def test_compressed_and_reloaded_gives_the_streamed_logits(family: str, tiny: Ti
     torch.testing.assert_close(logits, expected, rtol=TOLERANCE, atol=TOLERANCE)
     original, _ = whole(tiny(family), probe)
     assert 0 < (logits - original).norm() / original.norm() < 1, "compression must change something, and not everything"
-    assert not any(isinstance(m, torch.nn.Linear) and ".layers." in n for n, m in model.named_modules() if "gate" not in n)
+    left = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+    assert all("gate" in name or "vision_tower" in name for name in left)
 
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     before, after = Source.open(out), Source.open(tmp_path / "again")
@@ -185,8 +186,33 @@ def test_an_unknown_family_names_the_known_ones(tiny: Tiny, tmp_path: Path) -> N
     folder = shutil.copytree(tiny("llama"), tmp_path / "unknown")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama_of_tomorrow"}))
-    with pytest.raises(CheckpointError, match=r"'llama_of_tomorrow' is not a known family; known are .*llama"):
+    expected = r"'llama_of_tomorrow' is not a known family \(known are .*llama.*\), and cannot be inferred, because transformers cannot build"
+    with pytest.raises(CheckpointError, match=expected):
         find(Source.open(folder))
+
+
+MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
+UNWRITTEN = {"olmo2": {}, "starcoder2": {}, "phi": {}, "glm4_moe": {**MOE, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 8}}
+
+
+@pytest.mark.parametrize("family", UNWRITTEN)
+def test_a_family_that_is_not_written_is_inferred(
+    family: str, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TINY, family, UNWRITTEN[family])
+    folder, probe = tiny_checkpoint(tmp_path / "model", family), token_ids()
+    torch.testing.assert_close(streamed(Source.open(folder), probe), whole(folder, probe)[0], rtol=TOLERANCE, atol=TOLERANCE)
+    run(folder, tmp_path / "out", ids, steps(bits=4, group_size=16))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(probe, use_cache=False).logits
+    torch.testing.assert_close(logits, streamed(PackedSource.open_packed(tmp_path / "out"), probe), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_what_cannot_be_inferred_says_which_field_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TINY, "granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2})
+    with pytest.raises(CheckpointError, match=r"granitemoe.*experts in block_sparse_moe.experts\. Write a family, with `experts`"):
+        find(Source.open(tiny_checkpoint(tmp_path / "model", "granitemoe")))
 
 
 def test_an_already_compressed_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
