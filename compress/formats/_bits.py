@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SLAB = 1 << 20  # fields expanded at a time: the expansion needs about 5*b bytes per field; a multiple of 32, so slabs end on words
+# Fields expanded at a time: the expansion needs about 5*b bytes per field; a multiple of 32, so that slabs end on words.
+_SLAB = 1 << 20
 
 
 def words(count: int, bits: int) -> int:

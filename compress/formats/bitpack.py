@@ -1,4 +1,4 @@
-"""`bitpack`: a `Uniform` part as bytes. Codes and zero codes are dense bit streams of any width 1 to 8, with no padding between rows.
+"""`bitpack`: a `Uniform` part as bytes. Codes and zero codes are dense bit streams of width 1 to 8, without padding between rows.
 
     codes   I32 (words,)            the codes row by row: (out * in * bits) bits, rounded up to one word
     scale   BF16 (out, groups)
@@ -11,7 +11,7 @@ Where `in * bits` is a multiple of 32 every row begins on a word, which is the l
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,8 +22,13 @@ from compress.weight import Uniform
 
 _GROUP_DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 _GROUP_NAMES = {dtype: name for name, dtype in _GROUP_DTYPES.items()}
+_KEYS = ("format", "bits", "group_size", "zero", "group")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def _whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class BitPack:
@@ -34,29 +39,40 @@ class BitPack:
 
     def describe(self, part: Uniform) -> dict[str, Any]:
         """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
-        described: dict[str, Any] = {"format": self.name, "bits": part.bits, "group_size": part.group_size, "zero": part.zero is not None}
+        described: dict[str, Any] = {
+            "format": self.name,
+            "bits": part.bits,
+            "group_size": part.group_size,
+            "zero": part.zero is not None,
+        }
         if part.group is not None:
             described["group"] = _GROUP_NAMES[part.group.dtype]
         return described
 
     def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> Layout:
         """Return dtype and shape of each tensor of a part, without data. Raises FormatError."""
-        bits, group_size = described.get("bits"), described.get("group_size")
+        bits, group_size, zero = described.get("bits"), described.get("group_size"), described.get("zero", False)
         rows, columns = shape
-        if not (isinstance(bits, int) and 1 <= bits <= 8):
-            raise FormatError(f"bitpack: bits is {bits!r}; expected 1 to 8. The config does not belong to these weights")
-        if not (isinstance(group_size, int) and 0 < group_size <= columns and columns % group_size == 0):
-            raise FormatError(f"bitpack: group_size is {group_size!r}; expected a divisor of in={columns}")
+        if unknown := sorted(described.keys() - _KEYS):
+            raise FormatError(
+                f"bitpack: {unknown[0]!r:.80} is not known; expected {', '.join(_KEYS)}. Written by a newer compress?"
+            )
+        if not (_whole(bits) and 1 <= bits <= 8):
+            raise FormatError(f"bitpack: bits is {bits!r:.80}; expected 1 to 8. The config does not belong to these weights")
+        if not (_whole(group_size) and 0 < group_size <= columns and columns % group_size == 0):
+            raise FormatError(f"bitpack: group_size is {group_size!r:.80}; expected a divisor of in={columns}")
+        if not isinstance(zero, bool):
+            raise FormatError(f"bitpack: zero is {zero!r:.80}; expected true or false")
         groups = columns // group_size
         layout: Layout = {
             "codes": (torch.int32, (_bits.words(rows * columns, bits),)),
             "scale": (torch.bfloat16, (rows, groups)),
         }
-        if described.get("zero"):
+        if zero:
             layout["zero"] = (torch.int32, (_bits.words(rows * groups, bits),))
         if "group" in described:
-            if described["group"] not in _GROUP_DTYPES:
-                raise FormatError(f"bitpack: group is {described['group']!r}; expected one of {', '.join(_GROUP_DTYPES)}")
+            if not isinstance(described["group"], str) or described["group"] not in _GROUP_DTYPES:
+                raise FormatError(f"bitpack: group is {described['group']!r:.80}; expected one of {', '.join(_GROUP_DTYPES)}")
             layout["group"] = (_GROUP_DTYPES[described["group"]], (columns,))
         return layout
 
@@ -86,8 +102,10 @@ class BitPack:
             raise FormatError(f"bitpack: group names a group outside 0..{groups - 1}; the file is damaged")
         return Uniform(codes, tensors["scale"], bits, group_size, zero, group)
 
-    def cut_rows(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-        """Return the tensors of rows start..stop as views; `start` is a multiple of 32, so that it lies on a word of each stream."""
+    def cut_rows(
+        self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
+    ) -> dict[str, Tensor]:
+        """Return the tensors of rows start..stop as views; `start` is a multiple of 32, where each stream begins a word."""
         columns, bits = shape[1], described["bits"]
         groups = columns // described["group_size"]
         first, last = start * columns * bits // 32, _bits.words(stop * columns, bits)
