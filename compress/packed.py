@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,18 @@ import torch
 from torch import Tensor
 
 from compress import registry
-from compress.checkpoint import Source
-from compress.container import DTYPE_NAMES, Entry, read_header, read_tensor, save
-from compress.errors import FormatError
+from compress.checkpoint import Source, check_finite
+from compress.container import DTYPE_NAMES, MAX_NAME, Entry, read_header, read_tensor, save
+from compress.errors import FormatError, RecipeError
 from compress.weight import CompressedWeight
 
 METHOD = "compress"
 FORMAT_VERSION = 1
 Spec = dict[str, Any]
-_MAX_SITES = 10_000_000  # what a table may unfold to, so that a hostile one cannot fill the memory
+_MAX_SITES = 500_000  # what a table may unfold to, so that a hostile one cannot fill the memory
+_MAX_AXIS = 2**31 - 1
+_DIGITS = 7  # of the longest number that is folded
+_RUN = re.compile(rf"([0-9]{{1,{_DIGITS}}})(?:-([0-9]{{1,{_DIGITS}}}))?")
 
 
 def _prefix(role: str) -> str:
@@ -55,25 +58,42 @@ def pack(weight: CompressedWeight) -> tuple[dict[str, Tensor], Spec]:
     return tensors, spec
 
 
+def _whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
 def _shape(spec: Spec) -> tuple[int, int]:
     shape = spec.get("shape")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise FormatError(f"quantization_config: shape is {shape!r}; expected [out, in]")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(_whole(n, 1, _MAX_AXIS) for n in shape):
+        raise FormatError(f"quantization_config: shape is {shape!r:.80}; expected [out, in]")
     return shape[0], shape[1]
 
 
 def _parts(spec: Spec) -> dict[str, Spec]:
     parts = {role: described for role, described in spec.items() if role != "shape"}
     if set(parts) != {"base"} or not isinstance(parts["base"], dict):
-        raise FormatError(f"quantization_config: a site has the parts {sorted(parts)}; expected base. Written by a newer compress?")
+        raise FormatError(
+            f"quantization_config: a site has the parts {sorted(parts)!s:.80}; expected base. Written by a newer compress?"
+        )
     return parts
+
+
+def _format(described: Spec) -> Any:
+    name = described.get("format")
+    try:
+        return registry.lookup("formats", name if isinstance(name, str) else "")
+    except RecipeError:
+        known = ", ".join(registry.names("formats"))
+        raise FormatError(
+            f"quantization_config: format is {name!r:.80}; known are {known}. Written by a newer compress?"
+        ) from None
 
 
 def layout(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of every tensor of a site, by the name within the site. Raises FormatError."""
     result: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for role, described in _parts(spec).items():
-        form = registry.lookup("formats", str(described.get("format")))
+        form = _format(described)
         result |= {_prefix(role) + name: value for name, value in form.layout(described, _shape(spec)).items()}
     return result
 
@@ -82,7 +102,7 @@ def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedWeight:
     """Return the compressed weight that was packed, equal bit for bit. Raises FormatError."""
     parts = {}
     for role, described in _parts(spec).items():
-        form = registry.lookup("formats", str(described.get("format")))
+        form = _format(described)
         mine = {n.removeprefix(_prefix(role)): t for n, t in tensors.items() if n.startswith(_prefix(role))}
         parts[role] = form.unpack(described, _shape(spec), mine)
     return CompressedWeight(**parts)
@@ -95,7 +115,7 @@ def unpack_rows(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], start: i
         return unpack(dict(spec), tensors)
     parts: dict[str, Any] = {}
     for role, described in _parts(dict(spec)).items():
-        form = registry.lookup("formats", str(described.get("format")))
+        form = _format(described)
         mine = {n.removeprefix(_prefix(role)): t for n, t in tensors.items() if n.startswith(_prefix(role))}
         cut = form.cut_rows(described, (rows, columns), mine, start, stop)
         parts[role] = form.unpack(described, (stop - start, columns), cut)
@@ -120,7 +140,12 @@ def write_part(path: Path, tensors: dict[str, Tensor], specs: dict[str, Spec]) -
 
 def part_specs(metadata: Mapping[str, str]) -> dict[str, Spec]:
     """Return the descriptions that `write_part` put into a file's metadata."""
-    specs: dict[str, Spec] = json.loads(metadata["sites"])
+    try:
+        specs = json.loads(metadata["sites"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise FormatError(f"a part has no description of its sites ({error}); remove the job folder and run again") from error
+    if not isinstance(specs, dict) or not all(isinstance(spec, dict) for spec in specs.values()):
+        raise FormatError("a part describes its sites by something else than objects; remove the job folder and run again")
     return specs
 
 
@@ -128,25 +153,30 @@ def read_part(path: Path) -> Iterator[tuple[str, CompressedWeight]]:
     """Yield the sites of a part, each with its compressed weight."""
     entries, metadata = read_header(path)
     for site, spec in part_specs(metadata).items():
-        yield site, unpack(spec, {leaf: read_tensor(entries[f"{site}.{leaf}"]) for leaf in layout(spec)})
+        names = {leaf: f"{site}.{leaf}" for leaf in layout(spec)}
+        if missing := [name for name in names.values() if name not in entries]:
+            raise FormatError(f"{path}: no tensor {missing[0]!r}; remove the job folder and run again")
+        yield site, unpack(spec, {leaf: read_tensor(entries[name]) for leaf, name in names.items()})
 
 
 def _is_number(piece: str) -> bool:
-    return piece.isascii() and piece.isdecimal() and str(int(piece)) == piece
+    return len(piece) <= _DIGITS and piece.isascii() and piece.isdecimal() and str(int(piece)) == piece
 
 
 def fold(names: Iterable[str]) -> list[str]:
-    """Fold runs of numbers in dotted names into patterns whose unfolding gives the names back, each once."""
-    shapes: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
+    """Fold runs of numbers in dotted names into patterns whose unfolding gives the names back, each once. Raises FormatError."""
+    shapes: dict[tuple[str | None, ...], set[tuple[int, ...]]] = {}
     for name in names:
+        if "{" in name or "}" in name:
+            raise FormatError(f"{name}: a name with braces cannot be written into quantization_config; rename the tensor")
         pieces = name.split(".")
         numbers = tuple(int(p) for p in pieces if _is_number(p))
-        shapes.setdefault(tuple("#" if _is_number(p) else p for p in pieces), set()).add(numbers)
+        shapes.setdefault(tuple(None if _is_number(p) else p for p in pieces), set()).add(numbers)
     patterns = []
     for shape, tuples in shapes.items():
         for ranges in _products(tuples):
             fill = iter(ranges)
-            patterns.append(".".join("{" + next(fill) + "}" if p == "#" else p for p in shape))
+            patterns.append(".".join("{" + next(fill) + "}" if p is None else p for p in shape))
     return patterns
 
 
@@ -163,26 +193,32 @@ def _products(tuples: set[tuple[int, ...]]) -> list[tuple[str, ...]]:
     return [(_fold(group), *product) for tail_key, group in heads.items() for product in _products(set(tail_key))]
 
 
-def _unfold_range(text: str) -> list[str]:
-    result: list[str] = []
+def _ranges(text: str) -> list[range]:
+    result: list[range] = []
     for run in text.split(","):
-        match = re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", run)
-        if match is None:
-            raise FormatError(f"quantization_config: {text!r} is not a list of numbers such as 0-3,5")
-        result += [str(n) for n in range(int(match[1]), int(match[2] or match[1]) + 1)]
+        match = _RUN.fullmatch(run)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise FormatError(f"quantization_config: {text!r:.80} is not a list of numbers such as 0-3,5; the config is damaged")
+        result.append(range(int(match[1]), int(match[2] or match[1]) + 1))
     return result
 
 
-def unfold(pattern: str) -> list[str]:
-    """Return the names that a folded pattern stands for. Raises FormatError."""
+def unfold(pattern: str, limit: int = _MAX_SITES) -> list[str]:
+    """Return the names that a folded pattern stands for, at most `limit`. Raises FormatError."""
     pieces = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [[piece] if i % 2 == 0 else _unfold_range(piece) for i, piece in enumerate(pieces)]
+    ranges = [_ranges(piece) for piece in pieces[1::2]]
     total = 1
-    for choice in choices:
-        total *= len(choice)
-    if total > _MAX_SITES:
-        raise FormatError(f"quantization_config: {pattern[:80]!r} stands for {total} sites; the config is damaged")
-    return ["".join(combination) for combination in itertools.product(*choices)]
+    for choice in ranges:  # counted before anything is made, and not beyond what is needed to refuse
+        total = min(total * sum(map(len, choice)), limit + 1)
+    fixed = pieces[::2]
+    longest = sum(map(len, fixed)) + _DIGITS * len(ranges)
+    if total > limit or longest > MAX_NAME or not {"{", "}"}.isdisjoint("".join(fixed)):
+        raise FormatError(f"quantization_config: {pattern!r:.80} is no pattern, or one for too many sites; the config is damaged")
+    numbers = ([str(n) for run in choice for n in run] for choice in ranges)
+    return [
+        fixed[0] + "".join(number + piece for number, piece in zip(combination, fixed[1:], strict=True))
+        for combination in itertools.product(*numbers)
+    ]
 
 
 def write_table(specs: Mapping[str, Spec], guard: str | None) -> dict[str, Any]:
@@ -198,22 +234,34 @@ def write_table(specs: Mapping[str, Spec], guard: str | None) -> dict[str, Any]:
     return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "guard": guard, "specs": distinct, "sites": sites}
 
 
+def _belongs(tensor: str, table: Mapping[str, Spec]) -> bool:
+    """Whether a site is made of a tensor of the original: a linear's own weight, or one tensor of all experts."""
+    owner, _, leaf = tensor.rpartition(".")
+    return (owner in table and leaf == "weight") or f"{owner}.0.{leaf}" in table
+
+
 def read_table(config: Mapping[str, Any]) -> dict[str, Spec]:
-    """Return the description of each compressed site of a `quantization_config`. Raises FormatError."""
+    """Return the description of each compressed site of a `quantization_config`, all of them valid. Raises FormatError."""
     version = config.get("format_version")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise FormatError(f"quantization_config: format_version is {version!r}; this compress reads up to {FORMAT_VERSION}: upgrade it")
-    specs, sites = config.get("specs"), config.get("sites")
+    if not _whole(version, 1, FORMAT_VERSION):
+        raise FormatError(
+            f"quantization_config: format_version is {version!r:.80}; this compress reads up to {FORMAT_VERSION}: upgrade it"
+        )
+    specs, sites, guard = config.get("specs"), config.get("sites"), config.get("guard")
     if not isinstance(specs, list) or not isinstance(sites, dict) or not all(isinstance(spec, dict) for spec in specs):
         raise FormatError("quantization_config: no specs and sites; the config is damaged, fetch the checkpoint again")
+    for spec in specs:
+        layout(spec)
     table: dict[str, Spec] = {}
     for pattern, number in sites.items():
-        if not isinstance(number, int) or not 0 <= number < len(specs):
-            raise FormatError(f"quantization_config: {pattern!r} has spec {number!r}; expected 0 to {len(specs) - 1}")
-        for name in unfold(pattern):
+        if not isinstance(pattern, str) or not _whole(number, 0, len(specs) - 1):
+            raise FormatError(f"quantization_config: {pattern!r:.80} has spec {number!r:.80}; expected 0 to {len(specs) - 1}")
+        for name in unfold(pattern, _MAX_SITES - len(table)):
             if name in table:
-                raise FormatError(f"quantization_config: {name} is described twice; the config is damaged")
+                raise FormatError(f"quantization_config: {name!r:.80} is described twice; the config is damaged")
             table[name] = specs[number]
+    if guard is not None and not (isinstance(guard, str) and _belongs(guard, table)):
+        raise FormatError(f"quantization_config: guard is {guard!r:.80}; expected the tensor of a site. The config is damaged")
     return table
 
 
@@ -230,11 +278,14 @@ class PackedSource(Source):
         plain = Source.open(folder)
         config = plain.config.get("quantization_config")
         if not isinstance(config, dict) or config.get("quant_method") != METHOD:
-            raise FormatError(f"{folder}: config.json has no quantization_config of compress; give a checkpoint that compress wrote")
+            raise FormatError(
+                f"{folder}: config.json has no quantization_config of compress; give a checkpoint that compress wrote"
+            )
         table = read_table(config)
         entries = dict(plain.entries)
-        if (guard := config.get("guard")) is not None:
-            entries.pop(guard, None)
+        guard = entries.pop(config["guard"], None) if config.get("guard") is not None else None
+        if guard is not None and guard.nbytes:
+            raise FormatError(f"{folder}: {guard.name}, the guard, is not empty; the config does not belong to these weights")
         packed: dict[str, Entry] = {}
         virtual: dict[str, Entry] = {}
         for name, spec in table.items():
@@ -242,17 +293,29 @@ class PackedSource(Source):
                 entry = entries.pop(f"{name}.{leaf}", None)
                 if entry is None or entry.shape != shape or entry.dtype != DTYPE_NAMES[dtype]:
                     found = "missing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
-                    raise FormatError(f"{folder}: {name}.{leaf} is {found}; expected {DTYPE_NAMES[dtype]} {list(shape)}. Fetch it again")
+                    raise FormatError(
+                        f"{folder}: {name}.{leaf} is {found}; expected {DTYPE_NAMES[dtype]} {list(shape)}. Fetch it again"
+                    )
                 packed[f"{name}.{leaf}"] = entry
             rows, columns = _shape(spec)
             virtual[f"{name}.weight"] = Entry(f"{name}.weight", "F32", (rows, columns), 0, rows * columns * 4, plain.folder)
+        for name in entries:
+            site, _, leaf = name.rpartition(".")
+            if site in table and leaf != "bias":
+                raise FormatError(
+                    f"{folder}: {name} is not described; the config does not belong to these weights. Fetch both again"
+                )
         dense = {key: value for key, value in plain.config.items() if key != "quantization_config"}
         return cls(plain.folder, plain.name, dense, {**entries, **virtual}, plain.revision, table, packed)
 
     def compressed(self, site: str) -> CompressedWeight:
-        """Read one site's parts."""
+        """Read one site's parts. Raises CheckpointError."""
         spec = self.table[site]
-        return unpack(spec, {leaf: read_tensor(self.packed[f"{site}.{leaf}"]) for leaf in layout(spec)})
+        tensors = {leaf: read_tensor(self.packed[f"{site}.{leaf}"]) for leaf in layout(spec)}
+        for leaf, tensor in tensors.items():
+            if tensor.is_floating_point():
+                check_finite(tensor, f"{self.packed[f'{site}.{leaf}'].file}: {site}.{leaf}")
+        return unpack(spec, tensors)
 
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         """Read a tensor; a compressed site's weight comes decoded, (out, in) in float32."""
@@ -264,4 +327,3 @@ class PackedSource(Source):
         """Bytes of all tensors as they are on disk."""
         plain = sum(e.nbytes for n, e in self.entries.items() if n.removesuffix(".weight") not in self.table)
         return plain + sum(entry.nbytes for entry in self.packed.values())
-
