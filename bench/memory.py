@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from compress import container
 from compress.files import human_bytes, write_json
 
@@ -54,7 +55,11 @@ def write_checkpoint(folder: Path, blocks: int, hidden: int) -> Path:
 
     for block in range(blocks):
         save(f"block-{block:03d}.safetensors", {f"model.layers.{block}.{name}.weight": shape for name, shape in shapes.items()})
-    outer = {"model.embed_tokens.weight": (VOCABULARY, hidden), "model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
+    outer = {
+        "model.embed_tokens.weight": (VOCABULARY, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (VOCABULARY, hidden),
+    }
     save("outer.safetensors", outer)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     config = {
@@ -78,7 +83,20 @@ def peak(model: Path, out: Path, method: str, data: Path) -> tuple[int, float]:
     """Compress in a process of its own; return its peak resident bytes and the seconds it took."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(out.with_name(out.name + ".job"), ignore_errors=True)
-    command = [sys.executable, "-m", "compress", "quantize", str(model), "-o", str(out), "--method", method, "--data", str(data), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "compress",
+        "quantize",
+        str(model),
+        "-o",
+        str(out),
+        "--method",
+        method,
+        "--data",
+        str(data),
+        "--json",
+    ]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found["peak_memory"], found["seconds"]
 

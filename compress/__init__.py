@@ -24,7 +24,9 @@ _HOST = "transformers.quantizers.auto"
 class _RegisterAfter(importlib.abc.MetaPathFinder):
     """Waits for the module that holds transformers' table of quantizers and adds ours when it has been loaded."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name != _HOST:
             return None
         sys.meta_path.remove(self)
@@ -48,7 +50,7 @@ def _register() -> None:
 
 
 def load(folder: str, **options: Any) -> Any:
-    """Load a compressed checkpoint, a folder or a Hub id; the same as `AutoModelForCausalLM.from_pretrained(folder, **options)`."""
+    """Load a checkpoint, a folder or a Hub id: `AutoModelForCausalLM.from_pretrained(folder, **options)`."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, **options)

@@ -44,14 +44,17 @@ class Unit:
     @property
     def cost(self) -> float:
         """Work, up to a factor: factoring the Hessian and sweeping the rows."""
-        return float(self.columns) ** 2 * (self.columns + sum(a.site.shape[0] for a in self.assignments))
+        rows = sum(int(a.site.shape[0]) for a in self.assignments)
+        return float(self.columns**2 * (self.columns + rows))
 
     @property
     def pool(self) -> str | None:
         """Name of the tap that pools all experts of the block, when a site may need it."""
         site = self.assignments[0].site
         wanted = any(a.fallback is None and a.min_tokens > 0 for a in self.assignments)
-        return self.tap.replace(f".{site.expert}.", ".*.") if site.expert is not None and wanted and Hessian in self.kinds else None
+        return (
+            self.tap.replace(f".{site.expert}.", ".*.") if site.expert is not None and wanted and Hessian in self.kinds else None
+        )
 
 
 def units(assignments: Sequence[Assignment]) -> list[Unit]:
@@ -177,5 +180,7 @@ def _compress_unit(skeleton: Skeleton, unit: Unit, stats: Stats, pooled: Stats) 
 def _finite(compressed: CompressedWeight, name: str) -> Tensor:
     decoded = compressed.dequantize()
     if not bool(decoded.isfinite().all()):
-        raise CalibrationError(f"{name}: the compressed weight is not finite; check the calibration data, or use quant/rtn for it")
+        raise CalibrationError(
+            f"{name}: the compressed weight is not finite; check the calibration data, or use quant/rtn for it"
+        )
     return decoded

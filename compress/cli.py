@@ -18,8 +18,8 @@ from compress.errors import CompressError, RecipeError
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
-EXIT_CODES = """Exit codes: 0 done; 1 a bug; 2 wrong command line or recipe; 3 a checkpoint that cannot be read; 4 calibration data;
-5 the job folder holds another job; 6 the result cannot be written; 7 verification failed; 8 a kernel. 130 interrupted."""
+EXIT_CODES = """Exit codes: 0 done; 1 a bug; 2 wrong command line or recipe; 3 a checkpoint that cannot be read;
+4 calibration data; 5 the job folder holds another job; 6 the result cannot be written; 7 verification failed; 8 a kernel. 130 interrupted."""
 
 app = typer.Typer(
     name="compress",
@@ -34,11 +34,15 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a Hub id.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]
-DataName = Annotated[str | None, typer.Option("--data", help="Calibration: .txt .jsonl .parquet .npy, a preset (c4, wikitext2, ...) or a Hub id.")]
+DataName = Annotated[
+    str | None, typer.Option("--data", help="Calibration: .txt .jsonl .parquet .npy, a preset (c4, wikitext2, ...) or a Hub id.")
+]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a window.")]
 Seed = Annotated[int | None, typer.Option(help="Draws documents and windows.")]
-ChatTemplate = Annotated[bool | None, typer.Option("--chat-template/--no-chat-template", help="Write messages with the tokenizer's template.")]
+ChatTemplate = Annotated[
+    bool | None, typer.Option("--chat-template/--no-chat-template", help="Write messages with the tokenizer's template.")
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: steps.0.options.bits=3. May be repeated.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and its sizes, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -49,7 +53,10 @@ Memory = Annotated[str, typer.Option(help="Room for statistics; a block that nee
 JobFolder = Annotated[Path | None, typer.Option("--job", help="Where progress is kept; OUTPUT.job if not given.")]
 KeepJob = Annotated[bool, typer.Option("--keep-job", help="Do not remove the job folder in the end.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-Evaluate = Annotated[str | None, typer.Option("--evaluate", help="Then measure quality on this text or dataset, for the report and the model card.")]
+Evaluate = Annotated[
+    str | None,
+    typer.Option("--evaluate", help="Then measure quality on this text or dataset, for the report and the model card."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
@@ -219,19 +226,29 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
 
     if name is not None:
         values = recipe_module.read(name)
-        print(json.dumps(values, indent=2) if json_ else (recipe_module.folder() / f"{name}.yaml").read_text(encoding="utf-8"), end="")
+        print(
+            json.dumps(values, indent=2) if json_ else (recipe_module.folder() / f"{name}.yaml").read_text(encoding="utf-8"),
+            end="",
+        )
         return
     found = {preset: recipe_module.read(preset).get("description", "") for preset in recipe_module.presets()}
     print(json.dumps(found, indent=2)) if json_ else [print(f"{preset:20} {text}") for preset, text in found.items()]
 
 
-def _data(name: str | None, samples: int | None, length: int | None, seed: int | None, chat_template: bool | None) -> dict[str, Any]:
+def _data(
+    name: str | None, samples: int | None, length: int | None, seed: int | None, chat_template: bool | None
+) -> dict[str, Any]:
     values = {"name": name, "samples": samples, "length": length, "seed": seed, "chat_template": chat_template}
     return {key: value for key, value in values.items() if value is not None}
 
 
 def _recipe(
-    name: str | None, method: str | None, options: dict[str, Any], data: dict[str, Any], dtype: str | None, settings: list[str] | None
+    name: str | None,
+    method: str | None,
+    options: dict[str, Any],
+    data: dict[str, Any],
+    dtype: str | None,
+    settings: list[str] | None,
 ) -> Recipe:
     """Make the recipe that the command line describes: a given one with changes, or one step over all linears in blocks."""
     from compress import recipe as recipe_module
@@ -287,7 +304,7 @@ def _run(
     ids = prepare.calibration(plan)
     expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], room, offload)
     if dry_run:
-        found = screen.describe_plan(plan, expected, tuple(ids.shape))
+        found = screen.describe_plan(plan, expected, (ids.shape[0], ids.shape[1]))
         print(json.dumps(found, indent=2)) if json_ else screen.show_plan(found)
         return
     leader = distributed.leads()

@@ -174,8 +174,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return {entry.name: entry for entry in entries}, metadata
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data.cast("B") if tensor.numel() else memoryview(b"")
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, without copying them where they lie in order; writing to them writes to the tensor."""
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B") if tensor.numel() else memoryview(b"")
 
 
 def read_tensor(entry: Entry, index: int | None = None) -> Tensor:
@@ -185,7 +186,7 @@ def read_tensor(entry: Entry, index: int | None = None) -> Tensor:
         shape, nbytes = shape[1:], nbytes // shape[0]
         start += index * nbytes
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    view = _bytes_of(buffer)
+    view = bytes_of(buffer)
     try:
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(start)
@@ -260,7 +261,7 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
     with replacing(path) as temporary, temporary.open("wb") as stream:
         _write_header(stream, entries, metadata or {})
         for entry in entries:
-            stream.write(_bytes_of(flat[entry.name].flatten()))
+            stream.write(bytes_of(flat[entry.name].flatten()))
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

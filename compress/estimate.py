@@ -11,6 +11,7 @@ from compress.calibration.families import settings
 from compress.errors import OutputError
 from compress.files import human_bytes
 from compress.prepare import Plan
+from compress.recipe import Assignment
 
 _BASE = 600 << 20  # bytes that Python, torch and transformers occupy
 
@@ -52,7 +53,7 @@ def estimate(plan: Plan, samples: int, length: int, memory: int, offload: bool) 
     for site in plan.claims.sites:
         number = -1 if site.block is None else site.block
         blocks[number] = blocks.get(number, 0) + site.numel * item
-    by_block: dict[int, list] = {}
+    by_block: dict[int, list[Assignment]] = {}
     for a in plan.assignments:
         by_block.setdefault(-1 if a.site.block is None else a.site.block, []).append(a)
     for number, members in by_block.items():
@@ -77,8 +78,6 @@ def check_disk(expected: Estimate, folder: Path) -> None:
     free = shutil.disk_usage(existing).free
     if free < expected.disk:
         raise OutputError(
-            f"{existing}: {human_bytes(free)} free; a run needs about {human_bytes(expected.disk)} there for the parts and the result. "
-            "Free some space or choose another place"
+            f"{existing}: {human_bytes(free)} free; a run needs about {human_bytes(expected.disk)} there for parts and "
+            "result. Free some space or choose another place"
         )
-
-

@@ -146,7 +146,9 @@ class Job:
             for name, digest in record.parts.items():
                 path = self.parts / name
                 if not path.exists() or sha256(path) != digest:
-                    raise CheckpointError(f"{path}: missing or changed since it was written; remove {self.folder} and start again")
+                    raise CheckpointError(
+                        f"{path}: missing or changed since it was written; remove {self.folder} and start again"
+                    )
 
     def remove(self) -> None:
         """Remove the folder."""

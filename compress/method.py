@@ -1,4 +1,4 @@
-"""What a method is: frozen options that are the schema of `options:` in a recipe, what it needs to know, and a call on tensors."""
+"""What a method is: frozen options, the schema of `options:` in a recipe; what it needs to know; and a call on tensors."""
 
 from __future__ import annotations
 

@@ -6,13 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from compress import container, distributed, packed
+from compress import distributed, memory, packed
 from compress.block import compress_block
 from compress.calibration.hidden import Hidden
 from compress.calibration.observe import batches
@@ -58,6 +56,7 @@ class Run:
             self.work.setdefault(self.blocks if block is None else block, []).append(assignment)
         self.total = self.blocks + (self.blocks in self.work)
         self.hidden: Hidden | None = None
+        self.end: Tensor | None = None  # output of the last block for the first batch
         self._saved = time.monotonic()
 
     def _name(self, block: int) -> str:
@@ -106,9 +105,18 @@ class Run:
         return decoded
 
     def _advance(self, block: int, step: str) -> None:
-        """Replace the hidden states before a filled block by those after it."""
+        """Replace the hidden states before a filled block by those after it, and let the block go."""
         assert self.hidden is not None
-        self.hidden.update(self._outputs(block, step), self._name(block))
+        if self._is_end(block):
+            self.end = next(self._outputs(block, step), None)  # of all that comes out, only the check looks at one batch
+        else:
+            self.hidden.update(self._outputs(block, step), self._name(block))
+        self.skeleton.release(block)
+        memory.give_back()
+
+    def _is_end(self, block: int) -> bool:
+        """Whether nothing is calibrated after this block."""
+        return block == self.total - 1
 
     def replay(self) -> int:
         """Bring the hidden states to where the journal ends; return the next block."""
@@ -124,7 +132,6 @@ class Run:
             if record.block < self.blocks:
                 self.skeleton.load(record.block, self._decoded(list(record.parts)))
                 self._advance(record.block, "replaying")
-                self.skeleton.release(record.block)
         return len(records)
 
     def _compress(self, block: int) -> tuple[str | None, list[SiteRow]]:
@@ -132,7 +139,9 @@ class Run:
         tensors: dict[str, Tensor] = {}
         specs: dict[str, Any] = {}
         rows = []
-        found = compress_block(self.skeleton, self.work.get(block, []), lambda: self._observe(block), self.settings.memory, self._say(block))
+        found = compress_block(
+            self.skeleton, self.work.get(block, []), lambda: self._observe(block), self.settings.memory, self._say(block)
+        )
         for site, (weight, row) in found:
             mine, specs[site] = packed.pack(weight)
             tensors |= {f"{site}.{leaf}": tensor for leaf, tensor in mine.items()}
@@ -159,7 +168,6 @@ class Run:
             for site, weight in self._decoded(list(parts)).items():
                 self.skeleton.put(self._site(block, site), weight)
             self._advance(block, "running")
-            self.skeleton.release(block)
             stored = self._store(block)
         distributed.barrier()
         record = Record(block, parts, stored, rows, time.perf_counter() - start)
@@ -175,6 +183,8 @@ class Run:
     def _store(self, block: int) -> bool:
         """Put the hidden states on disk when they are not there and it is time; ranks agree on the time."""
         assert self.hidden is not None
+        if self._is_end(block):
+            return False
         if self.settings.offload:
             return True
         due = distributed.gather(time.monotonic() - self._saved >= self.settings.snapshot_seconds)[0]
@@ -183,22 +193,15 @@ class Run:
             self._saved = time.monotonic()
         return bool(due)
 
-    def all_blocks(self) -> Hidden:
-        """Compress what is left; return the hidden states after the last block."""
+    def all_blocks(self) -> Tensor | None:
+        """Compress what is left; return the last block's output for this rank's first batch, None if it has no batch."""
         for block in range(self.replay(), self.total):
             self.listen(block, self.total, "loading", 0.0)
             self._one(block)
         assert self.hidden is not None
-        return self.hidden
+        return self.hidden.read(0) if self.end is None and self.batches else self.end
 
 
 def rows_of(job: Job) -> list[SiteRow]:
     """All report rows of a job, in the order of blocks."""
     return [SiteRow.parse(row) for record in job.records for row in record.rows]
-
-
-def part_headers(job: Job) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every part of a job, with the descriptions of its sites."""
-    for record in job.records:
-        for name in sorted(record.parts):
-            yield job.parts / name, packed.part_specs(container.read_header(job.parts / name)[1])

@@ -50,7 +50,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, source: Source, device: torch.device) -> torch.dtype:
-    """Return the dtype of the forward passes: for auto the checkpoint's own, or float32 where the CPU has no bfloat16 arithmetic."""
+    """Return the dtype of the forward passes: for auto the checkpoint's own, or float32 where the CPU cannot compute in it."""
     if name != "auto":
         return DTYPES[name]
     own = DTYPES.get(str(settings(source).get("dtype", settings(source).get("torch_dtype"))), torch.float32)
@@ -64,17 +64,32 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
     source = Source.open(model, revision)
     claims = claim(source, find(source), recipe.copy_, recipe.drop)
     assignments = recipes.resolve(recipe, claims.sites)
+    _whole_tensors(claims, assignments)
     chosen = pick_device(device)
     return Plan(source, claims, recipe, assignments, pick_dtype(recipe.dtype, source, chosen), chosen)
 
 
+def _whole_tensors(claims: Claims, assignments: list[Assignment]) -> None:
+    """Experts that are one tensor on disk are compressed together or not at all. Raises RecipeError."""
+    chosen = {a.site.name for a in assignments}
+    for tensor in {site.tensor for site in claims.sites if site.slice is not None}:
+        mine = [site for site in claims.sites if site.tensor == tensor]
+        took = sum(site.name in chosen for site in mine)
+        if 0 < took < len(mine):
+            raise RecipeError(
+                f"{tensor}: the steps take {took} of its {len(mine)} experts, but it is one tensor; take all of them or none"
+            )
+
+
 def calibration(plan: Plan) -> Tensor:
-    """Return the token ids (samples, length) that run through the model: the recipe's data, or for data-free methods a few at random."""
+    """Return the token ids (samples, length) that run through the model: the recipe's data, or a few at random if none is needed."""
     if not plan.calibrated:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, vocabulary(plan.source), (1, 32), generator=generator)
     if plan.recipe.data is None:
-        raise RecipeError("data: missing, but a method needs calibration data; give --data FILE, a dataset's name, or a data: section")
+        raise RecipeError(
+            "data: missing, but a method needs calibration data; give --data FILE, a dataset's name, or a data: section"
+        )
     return load_ids(plan.recipe.data, plan.source.folder, vocabulary(plan.source), context_length(plan.source))
 
 
@@ -84,7 +99,12 @@ def identity(plan: Plan, ids: Tensor) -> dict[str, Any]:
         "recipe": recipes.plain(effective(plan, ids)),
         "source": plan.source.fingerprint(),
         "calibration": fingerprint(ids),
-        "run": {"dtype": str(plan.dtype).removeprefix("torch."), "device": plan.device.type, "compress": __version__, "torch": torch.__version__},
+        "run": {
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "device": plan.device.type,
+            "compress": __version__,
+            "torch": torch.__version__,
+        },
     }
 
 

@@ -1,4 +1,4 @@
-"""Recipes: what to do to which weights, as typed YAML. Unknown keys are refused, patterns are globs over disk names, first match wins."""
+"""Recipes: what to do to which weights, as typed YAML. Unknown keys are refused; patterns are globs; the first match wins."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML without silent overwriting: a key twice is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
@@ -123,7 +123,7 @@ def read(name: str) -> dict[str, Any]:
             raise RecipeError(f"{name}: neither a file nor a shipped recipe; shipped are {', '.join(presets())}{hint}")
         path = folder() / f"{name}.yaml"
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):

@@ -26,7 +26,7 @@ def methods() -> list[str]:
 
 
 def lookup(kind: str, name: str) -> Any:
-    """Import `compress.<kind>.<name>` and return its METHOD (or FORMAT); an unknown name raises RecipeError with the known ones."""
+    """Import `compress.<kind>.<name>` and return its METHOD or FORMAT. Raises RecipeError that lists the known names."""
     if kind not in KINDS or name not in names(kind):
         known = names(kind) if kind in KINDS else []
         close = difflib.get_close_matches(name, known, n=1)

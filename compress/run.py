@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import card, distributed, packed, report, seal
+from compress import card, distributed, memory, packed, report, seal
 from compress import recipe as recipes
 from compress._version import __version__
 from compress.calibration.skeleton import Skeleton
@@ -67,11 +67,11 @@ def run(
     if leader:
         job.check_parts()
     skeleton = Skeleton(plan.source, plan.claims, plan.dtype, device)
-    hidden = Run(skeleton, plan.assignments, ids, plan.recipe.batch_tokens, job, settings, listen).all_blocks()
+    end = Run(skeleton, plan.assignments, ids, plan.recipe.batch_tokens, job, settings, listen).all_blocks()
     summary = None
     if leader:
-        last = hidden.read(0)[:1, :CHECK_TOKENS]
-        summary = finish(plan, job, mine, text, ids[:1, :CHECK_TOKENS], last, out, started, listen)
+        assert end is not None, "rank 0 has the first batch"
+        summary = finish(plan, job, mine, text, ids[:1, :CHECK_TOKENS], end[:1, :CHECK_TOKENS].cpu(), out, started, listen)
         if not keep_job:
             job.remove()
     distributed.barrier()
@@ -115,6 +115,7 @@ def finish(
         "sites": len(rows),
         "fallbacks": sum(row.fallback is not None for row in rows),
         "seconds": time.time() - started,
+        "peak_memory": memory.peak(),
         "compute_seconds": sum(record.seconds for record in job.records),
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "check": check,
@@ -127,7 +128,7 @@ def finish(
 
 
 def _check(folder: Path, plan: Plan, ids: Tensor, last: Tensor) -> dict[str, Any]:
-    """Reopen what was written, stream one batch through it and compare with the hidden states of the run; return what to record."""
+    """Reopen what was written, stream one batch through it, compare with the run's hidden states; return what to record."""
     source = packed.PackedSource.open_packed(folder)
     skeleton, hidden = last_hidden(source, ids, plan.dtype, plan.device)
     difference = float((hidden.cpu().float() - last.float()).norm() / last.float().norm().clamp_min(1e-30))
@@ -135,8 +136,8 @@ def _check(folder: Path, plan: Plan, ids: Tensor, last: Tensor) -> dict[str, Any
     limit = 1e-3 if plan.dtype == torch.float32 else 0.1
     if not difference <= limit:
         raise VerificationError(
-            f"{folder}: one batch through the written checkpoint differs by {difference:.2g} from the run; expected at most {limit}. "
-            "The result is not published; please report this"
+            f"{folder}: one batch through the written checkpoint differs by {difference:.2g} from the run; expected at "
+            f"most {limit}. The result is not published; please report this"
         )
     losses = token_losses(skeleton, ids, hidden)
     dtype = str(plan.dtype).removeprefix("torch.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from compress import memory
 from compress.files import human_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 Listen = Callable[[int, int, str, float], None]
 _NUMBERS = ("count", "bits", "size", "before", "after", "original", "model")
 # Where a step of a block begins and how much of the block's time it is likely to take.
-_STEPS = {"loading": (0.0, 0.02), "calibrating": (0.02, 0.45), "compressing": (0.47, 0.28), "running": (0.75, 0.25), "replaying": (0.0, 1.0)}
+_STEPS = {
+    "loading": (0.0, 0.02),
+    "calibrating": (0.02, 0.45),
+    "compressing": (0.47, 0.28),
+    "running": (0.75, 0.25),
+    "replaying": (0.0, 1.0),
+}
 
 
 def _out() -> Console:
@@ -42,12 +48,6 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def peak_memory() -> int:
-    """Peak resident bytes of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 class _TimeLeft(ProgressColumn):
     """Time left at the rate of the blocks that are done."""
 
@@ -56,7 +56,11 @@ class _TimeLeft(ProgressColumn):
         if done < 0.02 * task.fields["blocks"] or not task.elapsed:
             return Text("-:-- left")
         seconds = int(task.elapsed / done * ((task.total or 0) - task.completed))
-        return Text(f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left" if seconds >= 3600 else f"{seconds // 60}:{seconds % 60:02d} left")
+        return Text(
+            f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
+            if seconds >= 3600
+            else f"{seconds // 60}:{seconds % 60:02d} left"
+        )
 
 
 @contextmanager
@@ -69,7 +73,13 @@ def progress(quiet: bool) -> Iterator[Listen]:
     if not console.is_terminal:
         yield _plain_lines()
         return
-    columns = [TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), _TimeLeft()]
+    columns = [
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        _TimeLeft(),
+    ]
     with Progress(*columns, TextColumn("{task.fields[memory]}"), console=console, transient=True) as bar:
         task = bar.add_task("starting", total=1.0, begun=0.0, blocks=1, memory="")
         first: list[float] = []
@@ -79,8 +89,8 @@ def progress(quiet: bool) -> Iterator[Listen]:
             done = block + start + size * share
             first.append(done) if not first else None
             name = f"block {min(block + 1, blocks)}/{blocks}  {step}" if step in _STEPS else step
-            memory = f"{human_bytes(peak_memory())} peak"
-            bar.update(task, description=name, total=float(blocks), completed=done, begun=first[0], blocks=blocks, memory=memory)
+            peak = f"{human_bytes(memory.peak())} peak"
+            bar.update(task, description=name, total=float(blocks), completed=done, begun=first[0], blocks=blocks, memory=peak)
 
         yield listen
 
@@ -94,8 +104,14 @@ def _plain_lines() -> Listen:
         if key in said or step == "loading":
             return
         said.add(key)
-        what = f"block {block + 1}/{blocks}" if key[1] == "block" else step if block >= blocks else f"block {block + 1}/{blocks} {step}"
-        print(f"{time.monotonic() - start:8.1f} s  {what}  ({human_bytes(peak_memory())} peak)", file=sys.stderr, flush=True)
+        what = (
+            f"block {block + 1}/{blocks}"
+            if key[1] == "block"
+            else step
+            if block >= blocks
+            else f"block {block + 1}/{blocks} {step}"
+        )
+        print(f"{time.monotonic() - start:8.1f} s  {what}  ({human_bytes(memory.peak())} peak)", file=sys.stderr, flush=True)
 
     return listen
 
@@ -105,12 +121,22 @@ def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[
     kinds: dict[tuple[str, str, str], list[Any]] = {}
     for a in plan.assignments:
         shape = f"{a.site.shape[0]} x {a.site.shape[1]}"
-        options = ", ".join(f"{k}={v}" for k, v in a.method.model_dump().items() if k in ("bits", "group_size", "symmetric", "order", "range"))
+        options = ", ".join(
+            f"{k}={v}" for k, v in a.method.model_dump().items() if k in ("bits", "group_size", "symmetric", "order", "range")
+        )
         kinds.setdefault((a.site.kind, shape, f"{a.method.path} {options}"), []).append(a)
     rows = []
     for (kind, shape, method), members in kinds.items():
         bits = members[0].method.stored_bits(members[0].site.shape)
-        rows.append({"kind": kind, "count": len(members), "shape": shape, "method": method, "bits_per_weight": bits and bits / members[0].site.numel})
+        rows.append(
+            {
+                "kind": kind,
+                "count": len(members),
+                "shape": shape,
+                "method": method,
+                "bits_per_weight": bits and bits / members[0].site.numel,
+            }
+        )
     untouched = len(plan.claims.sites) - len(plan.assignments)
     return {
         "model": plan.source.name,
@@ -141,10 +167,13 @@ def show_plan(found: dict[str, Any]) -> None:
     out.print(table)
     about = "" if found["bytes_after_exact"] else "about "
     out.print(f"size       {human_bytes(found['bytes_before'])} -> {about}{human_bytes(found['bytes_after'])}")
-    out.print(f"untouched  {found['untouched_linears']} linears, {found['copied_tensors']} other tensors copied, {len(found['dropped_tensors'])} dropped")
+    copied, dropped = found["copied_tensors"], len(found["dropped_tensors"])
+    out.print(f"untouched  {found['untouched_linears']} linears, {copied} other tensors copied, {dropped} dropped")
     if found["calibration"]:
         out.print(f"data       {found['calibration']['samples']} windows of {found['calibration']['length']} tokens")
-    out.print(f"memory     about {human_bytes(found['memory'])}, of which statistics {human_bytes(found['statistics'])} if all at once")
+    out.print(
+        f"memory     about {human_bytes(found['memory'])}, of which statistics {human_bytes(found['statistics'])} if all at once"
+    )
     out.print(f"disk       about {human_bytes(found['disk'])} while it runs")
     out.print(f"runs on    {found['device']} in {found['dtype']}")
 
@@ -153,7 +182,7 @@ def plain_summary(summary: Summary, quality: Quality | None) -> dict[str, Any]:
     """What a run gave, as JSON values."""
     values = {k: v for k, v in summary.values.items() if k not in ("identity", "check")}
     evaluation = quality.plain() if quality else None
-    return {"output": str(summary.out), **values, "peak_memory": peak_memory(), "evaluation": evaluation}
+    return {"output": str(summary.out), **values, "peak_memory": memory.peak(), "evaluation": evaluation}
 
 
 def show_summary(summary: Summary, quality: Quality | None) -> None:
@@ -169,7 +198,7 @@ def show_summary(summary: Summary, quality: Quality | None) -> None:
         _quality_rows(table, quality)
     out.print(table)
     fallbacks = f", {v['fallbacks']} weights by a fallback (see the report)" if v["fallbacks"] else ""
-    out.print(f"{v['seconds']:.1f} s, {human_bytes(peak_memory())} peak memory{fallbacks}")
+    out.print(f"{v['seconds']:.1f} s, {human_bytes(memory.peak())} peak memory{fallbacks}")
     out.print(f"report     {summary.out / 'report.html'}", soft_wrap=True)
     out.print(f'load with  import compress; AutoModelForCausalLM.from_pretrained("{summary.out}")', soft_wrap=True)
 
@@ -204,7 +233,9 @@ def show_contents(c: Contents) -> None:
     for kind in c.kinds:
         shapes = ", ".join(f"{a} x {b}" for a, b in kind.shapes)
         blocks = f"{kind.blocks[0]}-{kind.blocks[-1]}" if kind.blocks else "-"
-        table.add_row(kind.name, str(kind.count), shapes, blocks, f"{kind.bits_per_weight:.3f}", human_bytes(kind.bytes), kind.stored)
+        table.add_row(
+            kind.name, str(kind.count), shapes, blocks, f"{kind.bits_per_weight:.3f}", human_bytes(kind.bytes), kind.stored
+        )
     table.add_row("other tensors", str(c.other_tensors), "", "", "", human_bytes(c.other_bytes), "")
     out.print(table)
     sizes = [size for label, _, size in c.by_block if label != "head"]
@@ -215,8 +246,11 @@ def show_contents(c: Contents) -> None:
 def show_verified(found: dict[str, Any]) -> None:
     """Print that a checkpoint is what was written."""
     out = _out()
-    out.print(f"{found['folder']}: {found['files']} weight files match their checksums, {found['sites']} sites decode,", soft_wrap=True)
-    out.print(f"{found['tokens']} tokens give the recorded losses to within {found['mean_difference_nats']:.2g} nats (limit {found['limit_nats']})")
+    out.print(
+        f"{found['folder']}: {found['files']} weight files match their checksums, {found['sites']} sites decode,", soft_wrap=True
+    )
+    difference = f"{found['mean_difference_nats']:.2g} nats (limit {found['limit_nats']})"
+    out.print(f"{found['tokens']} tokens give the recorded losses to within {difference}")
 
 
 def describe_methods() -> dict[str, Any]:
@@ -228,8 +262,15 @@ def describe_methods() -> dict[str, Any]:
         method = registry.method(path)
         module = sys.modules[method.__module__].__doc__ or ""
         schema = method.model_json_schema()["properties"]
-        options = {k: {"default": v.get("default"), "choices": v.get("enum"), "about": v.get("description", "")} for k, v in schema.items()}
-        found[path] = {"about": module.strip().splitlines()[0], "needs": [kind.__name__ for kind in method.needs], "options": options}
+        options = {
+            k: {"default": v.get("default"), "choices": v.get("enum"), "about": v.get("description", "")}
+            for k, v in schema.items()
+        }
+        found[path] = {
+            "about": module.strip().splitlines()[0],
+            "needs": [kind.__name__ for kind in method.needs],
+            "options": options,
+        }
     return found
 
 

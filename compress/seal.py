@@ -35,21 +35,25 @@ def collect(parts: Iterable[Path]) -> tuple[dict[str, packed.Spec], dict[str, En
     return {name: specs[name] for name in sorted(specs, key=natural)}, entries
 
 
-def plan(source: Source, claims: Claims, specs: Mapping[str, packed.Spec], parts: Mapping[str, Entry]) -> tuple[list[Entry], str | None]:
+def plan(
+    source: Source, claims: Claims, specs: Mapping[str, packed.Spec], parts: Mapping[str, Entry]
+) -> tuple[list[Entry], str | None]:
     """Return every tensor of the result in order, and the name of the guard.
 
     Each tensor of the source is compressed, copied or dropped by a rule; one that is none of these raises CheckpointError.
     """
     made: dict[str, list[str]] = {}
-    for site in claims.sites:
-        made.setdefault(site.tensor, []).append(site.name)
+    for claimed in claims.sites:
+        made.setdefault(claimed.tensor, []).append(claimed.name)
     copied, dropped = set(claims.copied), set(claims.dropped)
     result: list[Entry] = []
     for name in sorted(source.entries, key=natural):
         sites = made.get(name, [])
         compressed = [site for site in sites if site in specs]
         if compressed and len(compressed) < len(sites):
-            raise CheckpointError(f"{name}: {len(compressed)} of its {len(sites)} experts are compressed; expected all or none, as it is one tensor")
+            raise CheckpointError(
+                f"{name}: {len(compressed)} of its {len(sites)} experts are compressed; expected all or none, as it is one tensor"
+            )
         for site in compressed:
             result += [parts[f"{site}.{leaf}"] for leaf in packed.layout(specs[site])]
         if not compressed and (sites or name in copied):

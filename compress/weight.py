@@ -35,7 +35,9 @@ class Uniform:
     bits: int
     group_size: int  # columns per group; `in` for one group per row
     zero: Tensor | None = None  # (out, groups) uint8 zero codes; None: the middle of a symmetric grid
-    group: Tensor | None = None  # (in,) group of each column, in the smallest of uint8, int16 and int32 that holds it; None: contiguous
+    group: Tensor | None = (
+        None  # (in,) group of each column, in the smallest of uint8, int16 and int32 that holds it; None: contiguous
+    )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +56,8 @@ class Uniform:
         if self.group is None:
             codes = codes.unflatten(1, (-1, self.group_size))  # (out, groups, group size)
             zero = middle(self.bits) if self.zero is None else self.zero.float().unsqueeze(2)
-            return ((codes - zero) * self.scale.float().unsqueeze(2)).flatten(1)
+            values: Tensor = (codes - zero) * self.scale.float().unsqueeze(2)
+            return values.flatten(1)
         group = self.group.long()
         zero = middle(self.bits) if self.zero is None else self.zero.float()[:, group]
         return (codes - zero) * self.scale.float()[:, group]
@@ -102,7 +105,7 @@ class CompressedWeight:
 
 
 def relative_error(weight: Tensor, decoded: Tensor, hessian: Tensor | None = None) -> float:
-    """Return tr((W-Q) H (W-Q)^T) / tr(W H W^T), both (out, in); without a Hessian (in, in), H is the identity. 0 for a zero weight."""
+    """Return tr((W-Q) H (W-Q)^T) / tr(W H W^T) of weights (out, in); H (in, in) is the identity if None. 0 for a zero weight."""
     delta = weight - decoded
     lost = delta.square().sum() if hessian is None else ((delta @ hessian) * delta).sum()
     whole = weight.square().sum() if hessian is None else ((weight @ hessian) * weight).sum()

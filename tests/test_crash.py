@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import compress as run
+from runs import digests, ids_file, killed_at, steps
+
 from compress.checkpoint import Source
 from compress.errors import CalibrationError, CheckpointError, OutputError, ResumeError
 from compress.pipeline import Settings
-from runs import compress as run
-from runs import digests, ids_file, killed_at, steps
 
 Tiny = Callable[..., Path]
 GPTQ = steps(bits=3, group_size=16)
@@ -99,10 +100,11 @@ def test_killed_again_and_again_at_random_moments(forks: Any, tiny: Tiny, ids: P
     whole = time.monotonic() - began
     expected = digests(tmp_path / "reference")
     generator = random.Random(0)
-    kills = 0
-    for attempt in range(6):
+    kills = attempt = 0
+    while kills < 20:
+        attempt += 1
         out = tmp_path / f"out-{attempt}"
-        for _ in range(4):
+        for _ in range(3):
             process = start(forks, 0, tiny("llama"), out, ids, GPTQ, more)
             time.sleep(generator.uniform(0, whole))
             if process.is_alive():
@@ -114,7 +116,7 @@ def test_killed_again_and_again_at_random_moments(forks: Any, tiny: Tiny, ids: P
         process.join()
         assert process.exitcode == 0
         assert digests(out) == expected
-    assert kills >= 8, "most attempts must have been killed on the way for the test to mean something"
+        assert attempt < 60, "most attempts must be killed on the way for the test to mean something"
 
 
 def interrupted(model: Path, out: Path, data: Path, **more: Any) -> None:
@@ -210,7 +212,9 @@ def test_a_finished_result_is_kept_and_another_job_is_refused(tiny: Tiny, ids: P
     assert digests(tmp_path / "out") == before
 
 
-def test_a_full_disk_leaves_nothing_under_the_final_name(tiny: Tiny, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_under_the_final_name(
+    tiny: Tiny, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(tiny("llama"), tmp_path / "reference", ids, GPTQ)
     real = os.fsync
 
@@ -235,7 +239,9 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tiny: Tiny, ids: Path, 
     assert digests(tmp_path / "out") == digests(tmp_path / "reference")
 
 
-def test_a_disk_that_is_too_small_is_seen_before_the_run(tiny: Tiny, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_seen_before_the_run(
+    tiny: Tiny, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OutputError, match=r"1.00 kB free; a run needs about"):

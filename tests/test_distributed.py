@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from compress.distributed import assign, share
-from compress.packed import PackedSource
 from runs import compress as run
 from runs import digests, steps
+
+from compress.distributed import assign, share
+from compress.packed import PackedSource
 
 Tiny = Callable[..., Path]
 # Sums over two halves of the text differ from the sum over the whole by float64 rounding, which the float32 Hessian does not see
@@ -32,7 +33,9 @@ steps:
 def torchrun(model: Path, out: Path, recipe: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compress", "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, str(recipe), str(model), "-o", str(out), *more], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        [*command, str(recipe), str(model), "-o", str(out), *more], capture_output=True, text=True, env=environment, check=False
+    )
 
 
 def codes(folder: Path) -> torch.Tensor:

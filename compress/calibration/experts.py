@@ -1,7 +1,7 @@
 """Experts one by one: the only place that knows how transformers calls the experts of a block.
 
 transformers 5 holds all experts of a block in 3-D parameters and runs them fused, where hooks on linears see nothing.
-`ExpertLoop` takes the place of such a module: it has one linear per expert and matrix, named as on disk, and gives the same output.
+`ExpertLoop` takes the place of such a module: it has a linear per expert and matrix, named as on disk, and gives the same output.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def _sizes(experts: nn.Module, transposed: bool) -> tuple[int, tuple[int, int]]:
     parameters = dict(experts.named_parameters(recurse=False))
     if "gate_up_proj" not in parameters or "down_proj" not in parameters or not hasattr(experts, "_apply_gate"):
         raise CheckpointError(
-            f"{type(experts).__name__}: holds {', '.join(parameters) or 'no parameters'}; expected gate_up_proj and down_proj, as in the "
-            "tested range of transformers. Install a version in that range"
+            f"{type(experts).__name__}: holds {', '.join(parameters) or 'no parameters'}; expected gate_up_proj and "
+            "down_proj, as in the tested range of transformers. Install a version in that range"
         )
     joined, down = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
     return (joined[2], (down[2], down[1])) if transposed else (joined[1], (down[1], down[2]))

@@ -38,7 +38,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. `taps` groups the linears of a block that read the same tensor; a block that has none of a group skips it."""
+    """One architecture. `taps` groups the linears of a block that read one tensor; a block that has none of a group skips it."""
 
     model_type: str
     taps: Taps = _ATTENTION + _MLP
@@ -125,11 +125,20 @@ FAMILIES = {
         ),
         Family(
             "qwen2_moe",
-            taps=(*_ATTENTION, *_MLP, ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), ("mlp.shared_expert.down_proj",)),
+            taps=(
+                *_ATTENTION,
+                *_MLP,
+                ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+                ("mlp.shared_expert.down_proj",),
+            ),
             keep=(*_NORMS, *_QKV_BIASES, "mlp.gate.weight", "mlp.shared_expert_gate.weight"),
             experts=_USUAL_EXPERTS,
         ),
-        Family("qwen3_moe", keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.gate.weight"), experts=_USUAL_EXPERTS),
+        Family(
+            "qwen3_moe",
+            keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.gate.weight"),
+            experts=_USUAL_EXPERTS,
+        ),
         Family("olmoe", taps=_ATTENTION, keep=(*_NORMS, *_QK_NORMS, "mlp.gate.weight"), experts=_USUAL_EXPERTS),
         Family(
             "deepseek_v3",
@@ -194,7 +203,9 @@ def find(source: Source) -> Family:
 def _bare(source: Source, family: Family) -> Family:
     """Take a family's prefix off its names where a checkpoint leaves it out."""
     bare = family.blocks.removeprefix(family.prefix)
-    if not any(n.startswith(family.blocks + ".") for n in source.entries) and any(n.startswith(bare + ".") for n in source.entries):
+    if not any(n.startswith(family.blocks + ".") for n in source.entries) and any(
+        n.startswith(bare + ".") for n in source.entries
+    ):
         outer = tuple(name.removeprefix(family.prefix) for name in family.outer)
         family = replace(family, blocks=bare, outer=outer, renames=(*family.renames, ("", family.prefix)))
     return family
@@ -267,7 +278,9 @@ def _expert_sites(source: Source, family: Family, block: int, names: set[str]) -
             numbers_found = sorted(int(m[1]) for m in map(pattern.fullmatch, names) if m)
             numbers = range(len(numbers_found))
             if numbers_found != list(numbers):
-                raise CheckpointError(f"{source.folder}: {base}.*.{linear} has experts {numbers_found[:8]}...; expected 0, 1, 2, ...")
+                raise CheckpointError(
+                    f"{source.folder}: {base}.*.{linear} has experts {numbers_found[:8]}...; expected 0, 1, 2, ..."
+                )
         for expert in numbers:
             name = f"{base}.{expert}.{linear}"
             tensor = f"{base}.{linear}" if layout.fused else f"{name}.weight"
@@ -287,9 +300,13 @@ def _missing(source: Source, family: Family, block: int, sites: list[Site]) -> N
         lacking = [name for name in group if name not in kinds and not (name in alternatives and alternatives & kinds)]
         if had and lacking:
             place = f"{source.folder}: {family.blocks}.{block}"
-            raise CheckpointError(f"{place} has {', '.join(had)} but not {', '.join(lacking)}; the checkpoint is incomplete, fetch it again")
+            raise CheckpointError(
+                f"{place} has {', '.join(had)} but not {', '.join(lacking)}; the checkpoint is incomplete, fetch it again"
+            )
     if not sites:
-        raise CheckpointError(f"{source.folder}: {family.blocks}.{block} has no linear; the checkpoint is incomplete, fetch it again")
+        raise CheckpointError(
+            f"{source.folder}: {family.blocks}.{block} has no linear; the checkpoint is incomplete, fetch it again"
+        )
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -325,7 +342,8 @@ def _dispose(source: Source, claims: Claims, copy: tuple[str, ...], drop: tuple[
     made = {site.tensor for site in claims.sites}
     blocks = number_of_blocks(source)
     pattern = re.compile(re.escape(family.blocks) + r"\.(\d+)\.(.+)")
-    unknown, twice = [], []
+    unknown: list[str] = []
+    twice: list[str] = []
     for name in source.entries:
         match = pattern.fullmatch(name)
         within = match[2] if match else ""
@@ -334,7 +352,9 @@ def _dispose(source: Source, claims: Claims, copy: tuple[str, ...], drop: tuple[
             rules += [matches(within, family.keep)]
         else:
             # Blocks beyond the config's count are prediction heads that the model class does not load; they go along.
-            rules += [matches(name, (*family.outer, *family.aside, f"{family.head}.*", "mtp.*")) and name not in made or bool(match)]
+            rules += [
+                (matches(name, (*family.outer, *family.aside, f"{family.head}.*", "mtp.*")) and name not in made) or bool(match)
+            ]
         rules += [matches(name, family.drop)]
         if matches(name, drop) or matches(name, copy):
             rules = [False, matches(name, copy), matches(name, drop)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress.container import bytes_of
 from compress.errors import CheckpointError
 from compress.files import replacing
 
@@ -44,7 +45,7 @@ class Hidden:
     def _read_file(self, path: Path, batch: int) -> Tensor:
         shape = self.shapes[batch]
         buffer = torch.empty(shape, dtype=self.dtype)
-        view = memoryview(buffer.view(torch.uint8).numpy()).cast("B")
+        view = bytes_of(buffer)
         with path.open("rb", buffering=0) as stream:
             stream.seek(self._offset(batch))
             if stream.readinto(view) != view.nbytes:
@@ -60,7 +61,7 @@ class Hidden:
         path = self.folder / name
         with replacing(path) as temporary, temporary.open("wb") as stream:
             for output in outputs:
-                stream.write(memoryview(output.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()).cast("B"))
+                stream.write(bytes_of(output.to("cpu", self.dtype)))
         self._file = path
 
     def save(self, path: Path) -> None:
@@ -69,7 +70,7 @@ class Hidden:
             return
         with replacing(path) as temporary, temporary.open("wb") as stream:
             for batch in range(len(self.shapes)):
-                stream.write(memoryview(self.read(batch).contiguous().view(torch.uint8).numpy()).cast("B"))
+                stream.write(bytes_of(self.read(batch)))
 
     def restore(self, path: Path) -> bool:
         """Take all batches from a file; False when it is not there or has another size."""

@@ -23,7 +23,7 @@ _ROUTERS = ("*router*", "*.gate", "gate", "*shared_expert_gate*", "*.wg")
 
 
 def infer(source: Source, blocks: int, known: str) -> Family:
-    """Return the family of a source whose model_type no family is written for. Raises CheckpointError that names what is missing."""
+    """Return the family of a source for whose model_type none is written; a CheckpointError names what is missing."""
     place = f"{source.folder}: model_type {source.model_type!r} is not a known family ({known})"
     try:
         model = build_model(source.config, str(source.folder), torch.float32)
@@ -33,7 +33,9 @@ def infer(source: Source, blocks: int, known: str) -> Family:
     lists = [(n, m) for n, m in lists if any(_linears(block) for block in m)]
     if len(lists) != 1:
         found = ", ".join(name for name, _ in lists) or "none"
-        raise CheckpointError(f"{place}, and cannot be inferred: lists of {blocks} blocks: {found}; expected one. Write a family, with `blocks`")
+        raise CheckpointError(
+            f"{place}, and cannot be inferred: lists of {blocks} blocks: {found}; expected one. Write a family, with `blocks`"
+        )
     path, block_list = lists[0]
     experts = _experts(source, path, block_list, place)
     taps: dict[str, None] = {}
@@ -46,7 +48,9 @@ def infer(source: Source, blocks: int, known: str) -> Family:
     outer = tuple(n for n, _ in (*model.named_parameters(), *model.named_buffers()) if not n.startswith(path + "."))
     strange = [n for n in source.entries if not _has(n, path, taps, keep, outer, experts)]
     if strange:
-        raise CheckpointError(f"{place}, and cannot be inferred: {strange[0]!r} on disk is no parameter of the model. Write a family, with `renames`")
+        raise CheckpointError(
+            f"{place}, and cannot be inferred: {strange[0]!r} on disk is no parameter of the model. Write one, with `renames`"
+        )
     head = _head(model)
     return Family(
         source.model_type,
@@ -62,7 +66,9 @@ def infer(source: Source, blocks: int, known: str) -> Family:
 
 def _linears(block: nn.Module) -> list[str]:
     named = [(name, module) for name, module in block.named_modules() if type(module).__name__ in _LINEARS]
-    return [name for name, module in named if not any(fnmatchcase(name, pattern) for pattern in _ROUTERS) and module.weight.ndim == 2]
+    return [
+        name for name, module in named if not any(fnmatchcase(name, pattern) for pattern in _ROUTERS) and module.weight.ndim == 2
+    ]
 
 
 def _head(model: Any) -> str:
@@ -78,11 +84,15 @@ def _experts(source: Source, path: str, blocks: nn.ModuleList, place: str) -> Ex
         return None
     usual = any(f"{path}.{n}.{layout.disk}.0.{layout.output}.weight" in source.entries for n in range(len(blocks)))
     if fused != {layout.module} or not usual:
-        raise CheckpointError(f"{place}, and cannot be inferred: experts in {', '.join(sorted(fused))}. Write a family, with `experts`")
+        raise CheckpointError(
+            f"{place}, and cannot be inferred: experts in {', '.join(sorted(fused))}. Write a family, with `experts`"
+        )
     return layout
 
 
-def _has(name: str, path: str, taps: dict[str, None], keep: dict[str, None], outer: tuple[str, ...], experts: Experts | None) -> bool:
+def _has(
+    name: str, path: str, taps: dict[str, None], keep: dict[str, None], outer: tuple[str, ...], experts: Experts | None
+) -> bool:
     if not name.startswith(path + "."):
         return name in outer
     _, _, inside = name.removeprefix(path + ".").partition(".")

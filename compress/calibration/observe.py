@@ -28,7 +28,7 @@ class Tap:
 
 
 def passes(taps: Sequence[Tap], budget: int) -> list[list[Tap]]:
-    """Split taps into passes whose accumulators fit into `budget` bytes, in order; a tap that alone exceeds it gets its own pass."""
+    """Split taps, in order, into passes whose accumulators fit `budget` bytes; a tap that alone exceeds it gets its own pass."""
     result: list[list[Tap]] = []
     left = 0
     for tap in taps:

@@ -46,7 +46,7 @@ def parameters_on_meta() -> Iterator[None]:
         if parameter is not None and parameter.device.type != "meta":
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         with _LargeOnMeta():
             yield
@@ -87,7 +87,9 @@ def _keep_float32(model: Any, dtype: torch.dtype) -> None:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and wanted & {*path.split("."), name}:
-                    tensors[name] = nn.Parameter(tensor.float(), requires_grad=False) if tensors is module._parameters else tensor.float()
+                    tensors[name] = (
+                        nn.Parameter(tensor.float(), requires_grad=False) if tensors is module._parameters else tensor.float()
+                    )
 
 
 class Skeleton:
@@ -102,7 +104,7 @@ class Skeleton:
                 module._buffers[name] = None if buffer is None else buffer.to(device)
         path = parameter_name(self.family, f"{self.family.blocks}.0").removesuffix(".0")
         self.path = path
-        self.blocks: nn.ModuleList = self.model.get_submodule(path)
+        self.blocks: Any = self.model.get_submodule(path)
         self.sites: dict[int | None, list[Site]] = {}
         for site in claims.sites:
             self.sites.setdefault(site.block, []).append(site)
@@ -133,7 +135,8 @@ class Skeleton:
         if site.block is None:
             module: nn.Module = self.model.get_submodule(parameter_name(self.family, site.name))
             return module
-        return self.blocks[site.block].get_submodule(self._within(site))
+        inner: nn.Module = self.blocks[site.block].get_submodule(self._within(site))
+        return inner
 
     def _within(self, site: Site) -> str:
         """Path of a site's module within its block."""
@@ -150,12 +153,14 @@ class Skeleton:
 
     def put(self, site: Site, weight: Tensor) -> None:
         """Give a site's module a weight (out, in), cast to the dtype that the model computes in."""
-        module = self.linear(site)
+        module: Any = self.linear(site)
         weight = weight.to(self.device, self.dtype)
         if type(module).__name__ == "Conv1D":  # GPT-2's linear, which holds (in, out)
             weight = weight.T.contiguous()
-        if tuple(module.weight.shape) != tuple(weight.shape):  # type: ignore[arg-type]
-            raise CheckpointError(f"{site.name}: shape {list(weight.shape)} on disk; expected {list(module.weight.shape)} by config.json")
+        if tuple(module.weight.shape) != tuple(weight.shape):
+            raise CheckpointError(
+                f"{site.name}: shape {list(weight.shape)} on disk; expected {list(module.weight.shape)} by config.json"
+            )
         module.weight = nn.Parameter(weight, requires_grad=False)
 
     def load(self, number: int, decoded: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -163,7 +168,7 @@ class Skeleton:
 
         Raises CheckpointError when a parameter is left without a value or a tensor has no parameter.
         """
-        block = self.blocks[number]
+        block: nn.Module = self.blocks[number]
         for site in self.sites[number]:
             self.put(site, decoded[site.name] if decoded is not None and site.name in decoded else self.weight(site))
         base = f"{self.family.blocks}.{number}."
@@ -184,7 +189,9 @@ class Skeleton:
         known = {**owner._parameters, **owner._buffers}.get(leaf)
         if known is None or tuple(known.shape) != tuple(value.shape):
             expected = "no such parameter" if known is None else f"shape {list(known.shape)}"
-            raise CheckpointError(f"{self.source.folder}: {name} has shape {list(value.shape)}, but the model expects {expected}; check config.json")
+            raise CheckpointError(
+                f"{self.source.folder}: {name} has shape {list(value.shape)}, but the model expects {expected}; check config.json"
+            )
         value = value.to(self.device, known.dtype if known.is_floating_point() else value.dtype)
         if leaf in owner._buffers:
             owner._buffers[leaf] = value
@@ -194,7 +201,9 @@ class Skeleton:
     def _complete(self, module: nn.Module, base: str) -> None:
         empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
         if empty:
-            raise CheckpointError(f"{self.source.folder}: nothing fills {base}{empty[0]} ({len(empty)} in all); the checkpoint is incomplete")
+            raise CheckpointError(
+                f"{self.source.folder}: nothing fills {base}{empty[0]} ({len(empty)} in all); the checkpoint is incomplete"
+            )
 
     def release(self, number: int) -> None:
         """Let the weights of a block go."""
@@ -232,7 +241,9 @@ class Skeleton:
         def forward(number: int) -> Callable[..., Tensor]:
             def bypass(hidden: Tensor, *args: Any, **given: Any) -> Tensor:
                 if number > 0 and hidden is not passed[-1]:
-                    raise CheckpointError(f"{self.path}.{number}: does not take what the block before it gives; this architecture cannot be streamed")
+                    raise CheckpointError(
+                        f"{self.path}.{number}: does not take what the block before gives; this architecture cannot be streamed"
+                    )
                 calls.append((args, given))
                 passed.append(first(hidden) if number == 0 else hidden)
                 return passed[-1]
@@ -265,7 +276,7 @@ class Skeleton:
         """Run a filled block on hidden states (samples, length, width); a batch of this size must have been embedded before."""
         with torch.no_grad():
             args, kwargs = self._calls[hidden.shape[0]][number]
-            output = self.blocks[number](hidden, *args, **kwargs)
+            output: Tensor | tuple[Tensor, ...] = self.blocks[number](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def rows_to_head(self, ids: Tensor, hidden: Tensor) -> None:

@@ -7,8 +7,9 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-
-_BLOCK = 1024  # columns of a block: measured on 2 CPU cores, 4096 columns take 1.7 s instead of 2.6; narrower matrices gain nothing
+_BLOCK = (
+    1024  # columns of a block: measured on 2 CPU cores, 4096 columns take 1.7 s instead of 2.6; narrower matrices gain nothing
+)
 
 
 class Statistics(Protocol):
@@ -39,8 +40,9 @@ class Statistics(Protocol):
 class Hessian:
     """The second moment of a linear's inputs, the sum of x x^T over tokens.
 
-    Only the part on and above the diagonal is kept up. Products are formed in float32 and summed in float64. Batches are the same however the work is split, so totals of
-    different passes and ranks differ by float64 rounding only, and the float32 matrix that a method sees does not.
+    Products are formed in float32 and summed in float64. Batches are the same however the work is split, so totals of different
+    passes and ranks differ by float64 rounding only, and the float32 matrix that a method sees does not. Only the part on and
+    above the diagonal is kept up.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:

@@ -115,7 +115,9 @@ class _Stream:
         return self.skeleton.logits(self.ids[index : index + 1], hidden)[0, :-1].float().log_softmax(-1)
 
 
-def compare(source: Source, original: Source | None, ids: Tensor, dtype: torch.dtype, device: torch.device, listen: Listen) -> dict[str, Any]:
+def compare(
+    source: Source, original: Source | None, ids: Tensor, dtype: torch.dtype, device: torch.device, listen: Listen
+) -> dict[str, Any]:
     """Measure a model over windows of ids (windows, length), position by position, against the original if there is one."""
     streams = [_Stream(s, ids, dtype, device) for s in (source, original) if s is not None]
     total = sum(len(s.skeleton.blocks) for s in streams)
@@ -146,9 +148,7 @@ def compare(source: Source, original: Source | None, ids: Tensor, dtype: torch.d
     return result
 
 
-def evaluate(
-    model: str, original: str | None, data: Data, device: str, dtype: str, speed: bool, listen: Listen
-) -> Quality:
+def evaluate(model: str, original: str | None, data: Data, device: str, dtype: str, speed: bool, listen: Listen) -> Quality:
     """Measure a checkpoint on a text. Raises CheckpointError, CalibrationError, RecipeError."""
     where, kind = pick_device(device), DTYPES[dtype]
     source = open_any(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -19,7 +20,8 @@ def tokens_per_second(folder: str, device: torch.device) -> float:
     bars = their_logging.is_progress_bar_enabled()
     their_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+        model.to(device)
     finally:
         if bars:
             their_logging.enable_progress_bar()

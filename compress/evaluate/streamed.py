@@ -31,4 +31,6 @@ def token_losses(skeleton: Skeleton, ids: Tensor, hidden: Tensor) -> Tensor:
     """Negative log likelihood in nats of each next token, (samples * (length - 1),) float32."""
     with skeleton.outer():
         logits = skeleton.logits(ids, hidden).float()
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="none").cpu()
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="none"
+    ).cpu()

@@ -25,13 +25,17 @@ def verify(folder: Path, device: str, listen: Callable[[int, int, str, float], N
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         files, check = summary["files"], summary["check"]
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}/summary.json: cannot be read ({error}); expected a checkpoint that compress wrote") from error
+        raise CheckpointError(
+            f"{folder}/summary.json: cannot be read ({error}); expected a checkpoint that compress wrote"
+        ) from error
     for number, (name, digest) in enumerate(files.items()):
         listen(number, len(files) + 1, f"checksum of {name}", 0.0)
         path = folder / name
         got = sha256(path) if path.is_file() else "nothing"
         if got != digest:
-            raise VerificationError(f"{path}: SHA-256 is {got}; recorded is {digest}. The file changed since it was written: fetch it again")
+            raise VerificationError(
+                f"{path}: SHA-256 is {got}; recorded is {digest}. The file changed since it was written: fetch it again"
+            )
     source = PackedSource.open_packed(folder)
     listen(len(files), len(files) + 1, "one batch", 0.0)
     ids = torch.tensor([check["ids"]])

@@ -52,7 +52,7 @@ class CompressedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         """Move with the model, but keep the dtypes of packed tensors: they are part of the format."""
         before = self.tensors
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for leaf, tensor in before.items():
             moved = self.get_buffer(leaf)
             if moved.dtype != tensor.dtype:

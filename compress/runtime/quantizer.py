@@ -24,12 +24,12 @@ from compress.runtime.linear import CompressedLinear
 FUSED = ("gate_up_proj", "down_proj")  # the 3-D parameters of all experts of a block
 
 
-class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class CompressConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint, as it stands in config.json."""
 
     def __init__(self, **values: Any) -> None:
         values.pop("quant_method", None)
-        self.quant_method = packed.METHOD
+        self.quant_method: Any = packed.METHOD  # not one of transformers' own
         packed.read_table(values)  # a damaged or newer table fails here, before anything is built
         for key, value in values.items():
             setattr(self, key, value)
@@ -125,7 +125,7 @@ def _stand_in(model: nn.Module, family: Family, guard: str) -> None:
     owner.register_buffer(leaf, torch.empty(0, device="meta"))
 
 
-class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
+class CompressQuantizer(HfQuantizer):
     """Builds packed modules before weights are loaded."""
 
     requires_calibration = True  # a dense checkpoint is compressed by `compress quantize`, not while it is loaded
@@ -144,7 +144,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
                 for conversion in weight_conversions
                 if not (isinstance(conversion, WeightConverter) and any(t.endswith(joined) for t in conversion.target_patterns))
             ]
-        return super().update_weight_conversions(weight_conversions, *rest)
+        return super().update_weight_conversions(weight_conversions, *rest)  # type: ignore[no-untyped-call]
 
     def is_serializable(self) -> bool:
         """Packed tensors are saved as they are."""

@@ -7,20 +7,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import compress  # noqa: F401  (registers the format with transformers)
 import pytest
 import torch
+from runs import compress as run
+from runs import steps
+from safetensors.torch import load_file, save_file
+from tiny import TINY, VOCABULARY, tiny_checkpoint
+from transformers import AutoModelForCausalLM
+
+import compress  # noqa: F401  (registers the format with transformers)
 from compress.calibration.families import FAMILIES, claim, find
 from compress.calibration.skeleton import Skeleton
 from compress.checkpoint import Source
 from compress.errors import CheckpointError
 from compress.evaluate.streamed import last_hidden, open_skeleton
 from compress.packed import PackedSource
-from runs import compress as run
-from runs import steps
-from safetensors.torch import load_file, save_file
-from tiny import TINY, VOCABULARY, tiny_checkpoint
-from transformers import AutoModelForCausalLM
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -75,7 +76,21 @@ def test_every_tensor_is_claimed_exactly_once(family: str, tiny: Tiny) -> None:
     assert len({site.name for site in claims.sites}) == len(claims.sites)
     matrices = {site.tensor for site in claims.sites}
     # What is left dense is named here: a linear that a family forgot would show up.
-    dense = ("embed", "norm", "bias", "router", "mlp.gate.", "moe.gate.", "shared_expert_gate", "wte", "wpe", "ln_", "sinks", "vision_tower", "multi_modal")
+    dense = (
+        "embed",
+        "norm",
+        "bias",
+        "router",
+        "mlp.gate.",
+        "moe.gate.",
+        "shared_expert_gate",
+        "wte",
+        "wpe",
+        "ln_",
+        "sinks",
+        "vision_tower",
+        "multi_modal",
+    )
     assert all(any(word in name for word in dense) for name in set(source.entries) - matrices)
 
 
@@ -173,12 +188,16 @@ def test_checkpoints_without_the_models_prefix(tiny: Tiny, ids: Path, tmp_path: 
         tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
 
     folder, probe = changed(tiny("gpt2"), tmp_path / "bare", bare), token_ids()
-    torch.testing.assert_close(streamed(Source.open(folder), probe), whole(tiny("gpt2"), probe)[0], rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(
+        streamed(Source.open(folder), probe), whole(tiny("gpt2"), probe)[0], rtol=TOLERANCE, atol=TOLERANCE
+    )
     run(folder, tmp_path / "out", ids, steps(bits=4, group_size=16))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         logits = model(probe, use_cache=False).logits
-    torch.testing.assert_close(logits, streamed(PackedSource.open_packed(tmp_path / "out"), probe), rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(
+        logits, streamed(PackedSource.open_packed(tmp_path / "out"), probe), rtol=TOLERANCE, atol=TOLERANCE
+    )
     assert "h.0.attn.bias" not in Source.open(tmp_path / "out").entries
 
 
@@ -186,13 +205,20 @@ def test_an_unknown_family_names_the_known_ones(tiny: Tiny, tmp_path: Path) -> N
     folder = shutil.copytree(tiny("llama"), tmp_path / "unknown")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama_of_tomorrow"}))
-    expected = r"'llama_of_tomorrow' is not a known family \(known are .*llama.*\), and cannot be inferred, because transformers cannot build"
+    expected = (
+        r"'llama_of_tomorrow' is not a known family \(known are .*llama.*\), and cannot be inferred, because transformers cannot"
+    )
     with pytest.raises(CheckpointError, match=expected):
         find(Source.open(folder))
 
 
 MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
-UNWRITTEN = {"olmo2": {}, "starcoder2": {}, "phi": {}, "glm4_moe": {**MOE, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 8}}
+UNWRITTEN = {
+    "olmo2": {},
+    "starcoder2": {},
+    "phi": {},
+    "glm4_moe": {**MOE, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 8},
+}
 
 
 @pytest.mark.parametrize("family", UNWRITTEN)
@@ -206,12 +232,16 @@ def test_a_family_that_is_not_written_is_inferred(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         logits = model(probe, use_cache=False).logits
-    torch.testing.assert_close(logits, streamed(PackedSource.open_packed(tmp_path / "out"), probe), rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(
+        logits, streamed(PackedSource.open_packed(tmp_path / "out"), probe), rtol=TOLERANCE, atol=TOLERANCE
+    )
 
 
 def test_what_cannot_be_inferred_says_which_field_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TINY, "granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2})
-    with pytest.raises(CheckpointError, match=r"granitemoe.*experts in block_sparse_moe.experts\. Write a family, with `experts`"):
+    with pytest.raises(
+        CheckpointError, match=r"granitemoe.*experts in block_sparse_moe.experts\. Write a family, with `experts`"
+    ):
         find(Source.open(tiny_checkpoint(tmp_path / "model", "granitemoe")))
 
 

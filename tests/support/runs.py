@@ -45,7 +45,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def killed_at(event: int, model: Path, out: Path, data: Path | None, steps: list[dict[str, Any]], more: dict[str, Any]) -> None:
-    """Run a recipe in a process of its own that kills itself at the `event`-th durable step (fsync, replace or rename); 0: never."""
+    """Run a recipe in a process that kills itself at the `event`-th durable step (fsync, replace, rename, unlink); 0: never."""
     import os
     import signal
 

@@ -27,10 +27,22 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
     "gemma2": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "sliding_window_pattern": 2, "tie_word_embeddings": True},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window_pattern": 2,
+        "tie_word_embeddings": True,
+    },
     "gemma3": {},  # made of gemma3_text and a vision tower
     "phi3": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "intermediate_size": None, "num_key_value_heads": None, "tie_word_embeddings": True},
+    "opt": {
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+        "intermediate_size": None,
+        "num_key_value_heads": None,
+        "tie_word_embeddings": True,
+    },
     "gpt2": {"n_positions": 128, "intermediate_size": None, "num_key_value_heads": None, "tie_word_embeddings": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2_moe": {
@@ -40,7 +52,13 @@ TINY: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 48,
         "mlp_only_layers": [0],
     },
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16, "mlp_only_layers": [1]},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "head_dim": 16,
+        "mlp_only_layers": [1],
+    },
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": {
         "n_routed_experts": 4,
@@ -65,7 +83,14 @@ def tiny_config(family: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     if family == "gemma3":
-        vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+        vision = {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        }
         text = tiny_config("gemma3_text", **changes).to_dict()
         return AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
     settings = {k: v for k, v in {**_COMMON, **TINY[family], **changes}.items() if v is not None}
