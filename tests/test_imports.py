@@ -1,0 +1,332 @@
+"""Who may import whom: a table, and an AST walk over every file that compares."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "compress"
+
+
+class Row(NamedTuple):
+    """What a module may import, names separated by blanks; `lazy` ones only inside functions or for type checkers."""
+
+    own: str = ""  # modules of compress, as globs
+    third: str = ""  # third-party packages
+    lazy_own: str = ""
+    lazy_third: str = ""
+
+
+# By module below `compress`, as globs; an exact name goes before a glob. The order is from the bottom up.
+TABLE: dict[str, Row] = {
+    "_version": Row(),
+    "errors": Row(),
+    "memory": Row("errors"),
+    "registry": Row("errors"),
+    "files": Row("errors"),
+    "weight": Row("errors", "torch"),
+    "distributed": Row("errors", "torch"),
+    "container": Row("files errors", "torch"),
+    "checkpoint": Row("container files errors", "torch", lazy_third="huggingface_hub"),
+    "formats.*": Row("weight errors formats._*", "torch"),
+    "packed": Row("registry checkpoint container weight errors", "torch"),
+    "kernels.*": Row("packed formats.* weight errors", "torch", lazy_third="cupy"),
+    # Methods see tensors, statistics and their own options: no files, names, ranks or formats, and no other method.
+    "calibration.statistics": Row("errors", "torch"),
+    "method": Row("weight calibration.statistics errors", "torch pydantic"),
+    "quant.*": Row("method weight calibration.statistics errors quant._*", "torch scipy pydantic"),
+    # Calibration deals in files, names and model code, never in methods.
+    "recipe_data": Row("", "pydantic"),
+    "recipe": Row("registry recipe_data errors", "pydantic yaml"),
+    "calibration.documents": Row("recipe_data errors", "torch numpy", lazy_third="datasets huggingface_hub pyarrow"),
+    "calibration.data": Row("calibration.documents recipe_data errors", "torch numpy", lazy_third="transformers jinja2"),
+    "calibration.hidden": Row("container files errors", "torch"),
+    "calibration.observe": Row("calibration.statistics errors", "torch"),
+    "calibration.families": Row("packed checkpoint container errors", "torch", lazy_own="calibration.inference"),
+    "calibration.experts": Row("calibration.families errors", "torch"),
+    "calibration.skeleton": Row("calibration.experts calibration.families checkpoint errors", "torch", lazy_third="transformers"),
+    "calibration.inference": Row(
+        "calibration.experts calibration.families calibration.skeleton checkpoint errors", "torch", lazy_third="transformers"
+    ),
+    # The runtime and the evaluation know the stored form, not how it was made.
+    "runtime.linear": Row("kernels.* packed weight errors", "torch"),
+    "runtime.*": Row("runtime.* calibration.experts calibration.families kernels.* packed weight errors", "torch transformers"),
+    # What a run leaves for people.
+    "report": Row("files errors"),
+    "charts": Row("report errors"),
+    "facts": Row("charts report recipe_data files errors", "yaml"),
+    "card": Row("facts charts report files errors", "jinja2 yaml"),
+    # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
+    "job": Row("files errors"),
+    "prepare": Row("calibration.data calibration.families recipe checkpoint distributed _version errors", "torch"),
+    "block": Row(
+        "calibration.observe calibration.skeleton calibration.statistics method recipe report weight distributed errors", "torch"
+    ),
+    "estimate": Row("prepare block recipe calibration.families packed memory files errors", "torch"),
+    "pipeline": Row(
+        "block job calibration.hidden calibration.observe calibration.skeleton packed recipe report container distributed memory "
+        "files errors",
+        "torch",
+    ),
+    "seal": Row("packed calibration.families checkpoint container files errors"),
+    "evaluate.speed": Row("errors", "torch", lazy_third="transformers"),
+    "evaluate.*": Row(
+        "evaluate.* prepare packed calibration.* checkpoint recipe_data files errors", "torch", "card", "lm_eval transformers"
+    ),
+    "inspection": Row("evaluate.quality calibration.families packed checkpoint errors"),
+    "run": Row(
+        "pipeline seal job prepare estimate card report recipe packed calibration.skeleton evaluate.* distributed memory files "
+        "_version errors",
+        "torch",
+    ),
+    # What people see. The command line starts without anything heavy.
+    "screen": Row(
+        "files memory errors", "rich", lazy_own="registry recipe prepare estimate run inspection evaluate.quality facts"
+    ),
+    "cli": Row("_version errors", "typer", lazy_own="*"),
+    "__main__": Row("cli"),
+    "": Row("_version", lazy_own="runtime.quantizer", lazy_third="transformers"),
+}
+
+
+class Import(NamedTuple):
+    """One imported module, and whether it is loaded only when a function runs (or never, for type checkers)."""
+
+    name: str
+    lazy: bool
+    line: int
+
+
+def module_of(path: Path) -> str:
+    """compress/quant/gptq.py -> quant.gptq; the package itself is the empty name."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_package(module: str) -> bool:
+    return (PACKAGE / module.replace(".", "/")).is_dir()
+
+
+def imports(tree: ast.AST, lazy: bool = False) -> Iterator[Import]:
+    """Yield what a file imports; `from compress.quant import gptq` counts as the module compress.quant.gptq."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, lazy, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            inner = source.removeprefix("compress").removeprefix(".")
+            whole = source.split(".")[0] == "compress" and (PACKAGE / inner.replace(".", "/")).is_dir()
+            names = [f"{source}.{alias.name}" for alias in node.names] if whole else [source]
+            yield from (Import(name, lazy, node.lineno) for name in names)
+        else:
+            function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            types = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+            yield from imports(node, lazy or function or types)
+
+
+def row_of(module: str) -> Row | None:
+    if module in TABLE:
+        return TABLE[module]
+    return next((row for pattern, row in TABLE.items() if "*" in pattern and fnmatchcase(module, pattern)), None)
+
+
+def allowed(name: str, patterns: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns.split())
+
+
+def complaints(module: str, text: str) -> list[str]:
+    """Return what is wrong with the imports of a module of this text."""
+    row = row_of(module)
+    if row is None:
+        return [f"compress.{module}: not in the table of tests/test_imports.py; give it a row"]
+    found = []
+    for name, lazy, line in imports(ast.parse(text)):
+        place = f"compress.{module}:{line}: "
+        top = name.split(".")[0]
+        if name.startswith("."):
+            found.append(f"{place}relative import {name}; write `from compress...`")
+        elif top == "compress":
+            inner = name.removeprefix("compress").removeprefix(".")
+            if not (allowed(inner, row.own) or (lazy and allowed(inner, row.lazy_own))):
+                found.append(f"{place}may not import {name}{'' if lazy else ' at its top'}")
+        elif not (top in sys.stdlib_module_names or allowed(top, row.third) or (lazy and allowed(top, row.lazy_third))):
+            found.append(f"{place}may not import {top}{'' if lazy else ' at its top'}")
+    return found
+
+
+FILES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+EMPTY = {module for module in FILES if module and is_package(module)}  # packages below compress have an empty __init__.py
+
+
+@pytest.mark.parametrize("module", sorted(set(FILES) - EMPTY))
+def test_imports_are_those_of_the_table(module: str) -> None:
+    assert complaints(module, FILES[module].read_text(encoding="utf-8")) == []
+
+
+def test_packages_are_folders_and_nothing_more() -> None:
+    assert [module for module in EMPTY if FILES[module].read_text(encoding="utf-8").strip()] == []
+
+
+def test_the_table_names_what_is_there() -> None:
+    for pattern, row in TABLE.items():
+        for name in [pattern, *row.own.split(), *row.lazy_own.split()]:
+            assert any(fnmatchcase(module, name) for module in FILES), f"{name}: no such module; take it out of the table"
+
+
+def test_no_two_modules_load_each_other() -> None:
+    """Imports at the top of files make no circle, so any module can be imported first."""
+    graph = {}
+    for module, path in FILES.items():
+        found = [i.name.removeprefix("compress.") for i in imports(ast.parse(path.read_text(encoding="utf-8"))) if not i.lazy]
+        graph[module] = [name for name in found if name in FILES]
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, f"circle of imports: {' -> '.join((*above, module))}"
+        if module not in done:
+            for other in graph[module]:
+                visit(other, (*above, module))
+            done.add(module)
+
+    for module in FILES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "complaint"),
+    [
+        ("quant.gptq", "from compress.formats import bitpack", "may not import compress.formats.bitpack"),
+        ("quant.gptq", "from compress.quant.rtn import rtn", "may not import compress.quant.rtn"),
+        ("quant.gptq", "def f():\n    import compress.checkpoint", "may not import compress.checkpoint"),
+        ("formats.bitpack", "from compress import recipe", "may not import compress.recipe"),
+        ("quant.gptq", "from . import _grid", "relative import"),
+        ("quant.gptq", "from .._private import x", "relative import"),
+        ("errors", "import torch", "may not import torch at its top"),
+        ("kernels.foo", "import cupy", "may not import cupy at its top"),
+        ("quant.gptq", "def f():\n    import cupy", "may not import cupy"),
+        ("run", "import rich.table", "may not import rich"),
+        ("screen", "import typer", "may not import typer"),
+        ("container", "from pydantic import BaseModel", "may not import pydantic"),
+        ("cli", "import torch", "may not import torch at its top"),
+        ("cli", "from compress import screen", "may not import compress.screen at its top"),
+        ("calibration.skeleton", "import transformers", "may not import transformers at its top"),
+        ("unheard_of", "", "not in the table"),
+    ],
+)
+def test_the_walk_finds(module: str, text: str, complaint: str) -> None:
+    found = complaints(module, text)
+    assert len(found) == 1
+    assert complaint in found[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("kernels.foo", "def compiled():\n    import cupy"),
+        ("quant.gptq", "import torch\nfrom compress.quant import _grid"),
+        ("screen", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from compress.run import Summary"),
+        ("cli", "class A:\n    def f(self):\n        from compress import run"),
+        ("quant.gptq", "import json, os.path"),
+    ],
+)
+def test_the_walk_lets_pass(module: str, text: str) -> None:
+    assert complaints(module, text) == []
+
+
+def python(code: str, *arguments: str) -> str:
+    """Run code in a fresh interpreter beside the repository and return what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+HEAVY = ("torch", "transformers", "numpy", "rich.table", "datasets", "scipy", "yaml")
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = f"import sys, compress; print([name for name in {HEAVY} if name in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_help_of_every_command_loads_nothing_heavy() -> None:
+    """Also `compress recipes`, which only reads YAML, loads no torch."""
+    code = f"""
+    import contextlib, io, json, sys
+    from compress import cli
+    commands = [c.name or c.callback.__name__ for c in cli.app.registered_commands]
+    texts = {{}}
+    for arguments in (["--help"], *([name, "--help"] for name in commands)):
+        sys.argv = ["compress", *arguments]
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+            cli.main()
+        texts[" ".join(arguments)] = out.getvalue()
+    heavy = [name for name in {HEAVY} if name in sys.modules]
+    sys.argv = ["compress", "recipes"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        cli.main()
+    print(json.dumps([texts, heavy, "torch" in sys.modules]))
+    """
+    texts, heavy, torch = json.loads(python(code))
+    assert heavy == []
+    assert not torch
+    assert {"quantize", "run", "inspect", "eval", "verify", "methods", "recipes"} <= {text.split()[0] for text in texts}
+    for command, text in texts.items():
+        assert text.startswith("Usage: "), command
+    assert "130 interrupted" in " ".join(texts["--help"].split())
+
+
+def test_help_answers_at_once() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "compress", "--help"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+REGISTERED = """
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+assert AUTO_QUANTIZER_MAPPING["compress"].__name__ == "CompressQuantizer"
+assert AUTO_QUANTIZATION_CONFIG_MAPPING["compress"].__name__ == "CompressConfig"
+"""
+
+
+@pytest.mark.parametrize("first", ["compress", "transformers"])
+def test_the_format_is_registered_whichever_comes_first(first: str) -> None:
+    """And importing a second time, or reloading, before and after, does no harm."""
+    again = "import importlib, compress; importlib.reload(compress)\n"
+    code = (
+        f"import transformers.quantizers.auto\n{again}"
+        if first == "transformers"
+        else f"{again}assert 'torch' not in sys.modules\n"
+    )
+    python(f"import sys\n{code}{REGISTERED}{again}import compress{REGISTERED}print(compress.__version__)")
+
+
+def test_the_wheel_holds_one_package() -> None:
+    """A top-level package called `kernels` would hide the one that transformers looks for, and other names are as common."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    moved = wheel.get("sources", {})
+    assert {moved.get(name, name).split("/")[0] for name in wheel["only-include"]} == {"compress"}
+    assert all((ROOT / name).is_dir() for name in wheel["only-include"])
+    # An editable install puts the repository itself on the path: there, too, only one folder may be a package.
+    assert [path.parent.name for path in ROOT.glob("*/__init__.py")] == ["compress"]
+    assert not {"kernels", "formats", "quant", "runtime"} & {path.name for path in ROOT.iterdir()}
+    found = python("import importlib.util as u; spec = u.find_spec('kernels'); print(spec and spec.origin)").strip()
+    assert not found.startswith(str(ROOT))
