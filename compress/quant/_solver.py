@@ -1,126 +1,245 @@
-"""The triangular solver of error-compensating rounding: factor a Hessian once, then round one column after another.
+"""Error-compensating rounding: factor a Hessian once, round one column after another, improve what came out.
 
 Rounding W (out, in) to Q costs E = tr(D H D^T), D = W - Q. With the columns in processing order, H = R R^T and R upper
 triangular with pivots r_k = R[k, k], the cost is a sum of squares over columns:
 
-    E = sum_k r_k^2 |D_k + sum_{i<k} D_i a_ik|^2,   a_ik = R[i, k] / r_k
+    E = sum_k r_k^2 |D_k + sum_{i<k} D_i a_ik|^2,    a_ik = R[i, k] / r_k
 
-so column k is rounded towards c_k = W_k + sum_{i<k} D_i a_ik, the weight that makes its square vanish. This is the GPTQ
-update written as feedback of the errors made so far (QuIP, arXiv 2307.13304, theorem 6): the rows of U in GPTQ's U^T U = H^-1
-are those of R^-1, and neither the inverse nor a second factorisation is needed.
+so column k is rounded towards W_k + sum_{i<k} D_i a_ik, the weight that makes its square vanish. This is GPTQ's update written
+as feedback of the errors made so far (QuIP, arXiv 2307.13304, theorem 6). GPTQ's U with U^T U = H^-1 is R^-1: feedback needs one
+Cholesky factorisation, and neither an inverse nor a second factorisation.
 
-Working layout: (in, out), a column of the weight is one contiguous row.
+Working layout: (in, out), so that a column of the weight is one contiguous row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError
-from compress.quant._grid import Grid, nearest
+from compress.quant._grid import Grid, nearest, stored
 
-_LADDER = 4  # the damping asked for, then ten times as much, three times
+_ATTEMPTS = 4  # the damping asked for, then ten times as much, three times
+_LEAST_RETRY = 1e-4  # where the ladder starts when no damping was asked for
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep matrix products of float32 in float32: TF32 or bfloat16 products would change codes."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """A damped Hessian in processing order, factored."""
+    """A damped Hessian over its mean diagonal, and its factor in processing order."""
 
+    hessian: Tensor  # (in, in) damped, in natural order
     order: Tensor  # (in,) int64: the column processed at each step
-    feedback: Tensor  # (in, in): row k holds a_ik for i < k; zeros from the diagonal on
-    pivots: Tensor  # (in,) r_k, of the Hessian over its mean diagonal
-    mean: float  # mean diagonal of the columns that are not dead
-    damp: float  # what was added to the diagonal, over the mean
+    feedback: Tensor  # (in, in): row k holds a_ik for i < k, and zeros
+    pivots: Tensor  # (in,) r_k
+    mean: float  # mean diagonal of the columns that are not dead, that the Hessian was divided by
+    damp: float  # what was added to the diagonal
     dead: int  # columns that no token touched
-    fallback: str | None  # what was done because the factorisation failed
+    fallback: str | None  # what was done where the Hessian was of no use
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing to compensate with, and rounding to nearest is what is left."""
+        return self.fallback is not None and self.fallback.startswith("rtn")
 
 
 def factorise(hessian: Tensor, damp: float, *, descending: bool) -> Factor:
-    """Factor hessian (in, in) with `damp` times its mean diagonal added, columns in natural or descending diagonal order.
+    """Factor hessian (in, in) plus `damp` times its mean diagonal, columns in natural or descending diagonal order.
 
-    A failing Cholesky factorisation is retried with ten times the damping, three times; then the result is that of an
-    identity Hessian. Raises CalibrationError on values that are not finite.
+    A factorisation that fails is tried again with ten times the damping, three times; after that, and where no token was
+    seen, the factor is that of the identity. Raises CalibrationError on values that are not finite.
     """
     if not bool(torch.isfinite(hessian).all()):
-        raise CalibrationError(
-            "Hessian: got values that are not finite, expected sums of x x^T; check the model's activations for overflow"
-        )
-    size = hessian.shape[0]
-    diagonal = hessian.diagonal()
+        raise CalibrationError("Hessian: got values that are not finite; look for activations that overflow the model's dtype")
+    size, diagonal = hessian.shape[0], hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if descending else torch.arange(size, device=hessian.device)
-    dead = diagonal <= 0
-    count = int(dead.sum())
-    mean = float(diagonal.sum()) / (size - count) if count < size else 1.0
-    if count == size:
-        return Factor(order, torch.zeros_like(hessian), torch.ones_like(diagonal), mean, damp, count, "rtn: no input was seen")
-    backwards = order.flip(0)
-    scaled = hessian[backwards][:, backwards] / mean
-    scaled.diagonal()[dead[backwards]] = 1.0  # decoupled from all others: rounded plainly
-    for step in range(_LADDER):
-        lower, info = torch.linalg.cholesky_ex(scaled + torch.eye(size, dtype=scaled.dtype, device=scaled.device) * damp)
+    unseen = diagonal <= 0
+    dead = int(unseen.sum())
+    if dead == size:
+        return _identity(hessian, order, 1.0, damp, dead, "rtn: no token was seen")
+    mean = float(diagonal.sum()) / (size - dead)
+    damped = hessian / mean
+    damped.diagonal()[unseen] = 1.0  # coupled to nothing: such a column is rounded plainly
+    damped.diagonal().add_(damp)
+    backwards = order.flip(0)  # R is found from its last column on
+    for attempt in range(_ATTEMPTS):
+        lower, info = torch.linalg.cholesky_ex(damped[backwards.unsqueeze(1), backwards])
         if int(info) == 0:
             pivots = lower.diagonal().flip(0)
-            feedback = lower.T.flip(0, 1) / pivots.unsqueeze(1)
-            note = f"damp raised to {damp:g}" if step else None
-            return Factor(order, feedback.tril_(-1), pivots, mean, damp, count, note)
-        if step + 1 < _LADDER:
-            damp = max(damp * 10, 1e-4)
-    return Factor(
-        order,
-        torch.zeros_like(hessian),
-        torch.ones_like(diagonal),
-        mean,
-        damp,
-        count,
-        f"rtn: not positive definite with damp {damp:g}",
-    )
+            feedback = lower.mT.flip(0, 1).div_(pivots.unsqueeze(1)).tril_(-1)
+            note = f"damp raised to {damp:g}" if attempt else None
+            return Factor(damped, order, feedback, pivots, mean, damp, dead, note)
+        if attempt + 1 < _ATTEMPTS:
+            more = max(10 * damp, _LEAST_RETRY)
+            damped.diagonal().add_(more - damp)
+            damp = more
+    return _identity(hessian, order, mean, damp, dead, f"rtn: the Hessian is not positive definite with damp {damp:g}")
+
+
+def _identity(hessian: Tensor, order: Tensor, mean: float, damp: float, dead: int, fallback: str) -> Factor:
+    """The factor that compensates nothing."""
+    ones = torch.ones_like(hessian.diagonal())
+    return Factor(torch.diag(ones), order, torch.zeros_like(hessian), ones, mean, damp, dead, fallback)
 
 
 @dataclass(eq=False)
+class Levels:
+    """Grids in the working layout: one row of scales (and of what goes with them) per group."""
+
+    scale: Tensor  # (groups, out)
+    inverse: Tensor  # (groups, out)
+    low: Tensor | float  # (groups, out) or a number: lowest `code - zero`
+    high: Tensor | float
+    zero: Tensor | float
+
+    @classmethod
+    def of(cls, grid: Grid, dtype: torch.dtype) -> Levels:
+        """Lay out a grid for solving in `dtype`."""
+        scale = grid.scale.T.to(dtype).contiguous()
+        low, high, zero = (x.T.contiguous() if isinstance(x, Tensor) else x for x in grid.levels(dtype))
+        return cls(scale, scale.reciprocal(), low, high, zero)
+
+    @classmethod
+    def empty(cls, groups: int, like: Tensor, bits: int, symmetric: bool) -> Levels:
+        """Room for grids that are fitted later, for weights like the one given, (in, out)."""
+        scale = like.new_ones(groups, like.shape[1])
+        blank = Grid(scale.T, None if symmetric else scale.T, bits)
+        return cls.of(blank, like.dtype)
+
+    def group(self, index: int) -> Levels:
+        """One group, sharing memory."""
+
+        def part(values: Tensor | float) -> Tensor | float:
+            return values[index : index + 1] if isinstance(values, Tensor) else values
+
+        one = slice(index, index + 1)
+        return Levels(self.scale[one], self.inverse[one], part(self.low), part(self.high), part(self.zero))
+
+    def assign(self, other: Levels) -> None:
+        """Take over the values of another."""
+        for name in ("scale", "inverse", "low", "high", "zero"):
+            mine, new = getattr(self, name), getattr(other, name)
+            if isinstance(mine, Tensor):
+                mine.copy_(new)
+
+    def grid(self, bits: int) -> Grid:
+        """Return the grids (out, groups) as they are stored."""
+        zero = self.zero.T.to(torch.uint8).contiguous() if isinstance(self.zero, Tensor) else None
+        return Grid(self.scale.T.to(torch.bfloat16).contiguous(), zero, bits)
+
+
 class Sweep:
     """One pass over the columns in processing order, each rounded towards its compensated weight.
 
-    The span lo..hi is solved as two halves, with one product that carries the errors of the first into the second: big
-    products at the top, and column by column only inside `block` columns. Codes do not depend on `block`.
+    A span is solved as two halves, with one product that carries the errors of the first into the second: large products
+    at the top, and column by column only inside `block` columns. The codes do not depend on `block`.
     """
 
-    target: Tensor  # (in, out) compensated weights; starts as the weight
-    delta: Tensor  # (in, out) weight - rounded; starts as the weight
-    codes: Tensor  # (in, out) uint8
-    feedback: Tensor  # (in, in)
-    groups: list[int]  # group of each step
-    grids: list[Grid | None]  # per group, scale (out, 1)
-    block: int
-    fit: Callable[[Tensor], Grid] | None = None  # fits weights (out, group size) when their group is reached
-    group_size: int = 0  # of the groups to be fitted
+    def __init__(
+        self,
+        target: Tensor,  # (in, out) the weight; becomes what each column was rounded towards
+        delta: Tensor,  # (in, out) the weight; becomes weight - rounded
+        codes: Tensor,  # (in, out) uint8, written
+        feedback: Tensor,  # (in, in) strictly lower
+        levels: Levels,
+        groups: Tensor,  # (in,) int64 group of each step
+        block: int,
+        fit: Callable[[Tensor, slice], Grid] | None = None,  # fits (out, group size) at these steps when its group is reached
+        group_size: int = 0,  # of the groups to be fitted
+    ) -> None:
+        self.target, self.delta, self.codes, self.feedback, self.levels = target, delta, codes, feedback, levels
+        self.groups, self.block, self.fit, self.group_size = groups, block, fit, group_size
+        # Everything the inner loop touches is made once: it runs five small operations per column.
+        self._group = groups.tolist()
+        self._targets, self._deltas = target.unbind(0), delta.unbind(0)
+        self._steps = torch.empty(min(block, len(target)), target.shape[1], dtype=target.dtype, device=target.device)
+        self._step = self._steps.unbind(0)
+        self._scale, self._inverse = levels.scale.unbind(0), levels.inverse.unbind(0)
+        self._low = levels.low.unbind(0) if isinstance(levels.low, Tensor) else [levels.low] * len(levels.scale)
+        self._high = levels.high.unbind(0) if isinstance(levels.high, Tensor) else [levels.high] * len(levels.scale)
 
-    def run(self, low: int, high: int) -> None:
-        """Round the steps low..high; everything before them has been carried into their targets."""
-        count = high - low
+    def run(self, start: int, stop: int) -> None:
+        """Round the steps start..stop, whose targets hold the errors of all steps before `start`."""
+        count = stop - start
         if self.fit is not None and count == self.group_size:
-            self.grids[self.groups[low]] = self.fit(self.target[low:high].T.contiguous())
-        dynamic = self.fit is not None and count > self.group_size
-        if not dynamic and count <= self.block:
-            self._columns(low, high)
+            steps = slice(start, stop)
+            grid = self.fit(self.target[steps].T.contiguous(), steps)
+            self.levels.group(self._group[start]).assign(Levels.of(grid, self.target.dtype))
+        grouped = self.fit is not None and count > self.group_size
+        if not grouped and count <= self.block:
+            self._columns(start, stop)
             return
-        unit = self.group_size if dynamic else self.block
-        middle = low + -(-(count // unit) // 2) * unit if count >= 2 * unit else low + unit
-        self.run(low, middle)
-        self.target[middle:high].addmm_(self.feedback[middle:high, low:middle], self.delta[low:middle])
-        self.run(middle, high)
+        unit = self.group_size if grouped else self.block  # a group is fitted when all of it is up to date: never split across
+        half = start + max(1, -(-count // unit) // 2) * unit
+        self.run(start, half)
+        self.target[half:stop].addmm_(self.feedback[half:stop, start:half], self.delta[start:half])
+        self.run(half, stop)
 
-    def _columns(self, low: int, high: int) -> None:
-        for k in range(low, high):
-            grid = self.grids[self.groups[k]]
-            assert grid is not None
-            if k > low:
-                self.target[k].addmv_(self.delta[low:k].T, self.feedback[k, low:k])
-            scale = grid.scale.to(self.target.dtype).squeeze(1)
-            least, most, zero = (x.squeeze(1) if isinstance(x, Tensor) else x for x in grid.bounds(scale.dtype))
-            code = nearest(self.target[k] * scale.reciprocal(), least, most)
-            self.delta[k].addcmul_(code, scale, value=-1)
-            self.codes[k] = code + zero
+    def _columns(self, start: int, stop: int) -> None:
+        """Round the steps start..stop one by one; a target gathers the errors since `start` when its turn comes."""
+        for k in range(start, stop):
+            group, step = self._group[k], self._step[k - start]
+            if k > start:
+                self._targets[k].addmv_(self.delta[start:k].T, self.feedback[k, start:k])
+            torch.mul(self._targets[k], self._inverse[group], out=step)
+            nearest(step, self._low[group], self._high[group])
+            self._deltas[k].addcmul_(step, self._scale[group], value=-1)
+        zero = self.levels.zero
+        if isinstance(zero, Tensor):
+            zero = zero.index_select(0, self.groups[start:stop])
+        torch.add(self._steps[: stop - start], zero, out=self._steps[: stop - start])
+        self.codes[start:stop] = self._steps[: stop - start]
+
+
+def refine(weight: Tensor, hessian: Tensor, levels: Levels, delta: Tensor, codes: Tensor, passes: int, block: int) -> None:
+    """Lower tr(D H D^T) by passes of coordinate descent over contiguous groups, in place: the scale, then the codes one by one.
+
+    weight, delta = weight - rounded and codes are (in, out), hessian (in, in). No step raises the cost by more than rounding:
+    a scale becomes the bfloat16 nearest to the best one, which is no farther from it than the scale it replaces.
+    """
+    size = len(weight) // len(levels.scale)
+    for _ in range(passes):
+        for index in range(len(levels.scale)):
+            span, level = slice(index * size, (index + 1) * size), levels.group(index)
+            inner = hessian[span, span]
+            gradient = hessian[span] @ delta  # (group size, out)
+            _rescale(level, inner, gradient, delta[span], codes[span])
+
+            # A column is rounded to where its row of H D vanishes. What columns of this group contribute changes on the way:
+            # those before it are fed back by the sweep.
+            pivots = inner.diagonal().unsqueeze(1)
+            target = gradient.addmm_(inner.tril(), delta[span], alpha=-1).div_(pivots).add_(weight[span])
+            delta[span] = weight[span]
+            one = torch.zeros(size, dtype=torch.int64, device=weight.device)
+            Sweep(target, delta[span], codes[span], inner.tril(-1).div_(pivots), level, one, block).run(0, size)
+
+
+def _rescale(level: Levels, inner: Tensor, gradient: Tensor, delta: Tensor, codes: Tensor) -> None:
+    """Give one group the scale s + <t, G> / <t, H t>, t = code - zero, which is the best one for its codes.
+
+    inner is the group's part of H, gradient G = H D and delta D are (group size, out); the last two are kept up to date.
+    """
+    step = codes.to(delta.dtype).sub_(level.zero)
+    bent = inner @ step
+    curvature = (step * bent).sum(0)
+    old = level.scale[0].clone()
+    level.scale[0] = stored(old + torch.where(curvature > 0, (step * gradient).sum(0) / curvature, 0.0))
+    torch.reciprocal(level.scale, out=level.inverse)
+    change = level.scale[0] - old
+    delta.addcmul_(step, change, value=-1)
+    gradient.addcmul_(bent, change, value=-1)

@@ -1,11 +1,31 @@
-"""GPTQ: round column by column, letting the columns still to come make up for the error (arXiv 2210.17323).
+"""GPTQ: round column by column, letting the columns still to come make up for the errors (arXiv 2210.17323).
 
-Problem   minimise E(Q) = tr((W - Q) H (W - Q)^T), H the mean of x x^T over calibration tokens, over codes on a grid.
+Problem     minimise E(Q) = tr((W - Q) H (W - Q)^T), the squared error of the layer's outputs: H is the mean of x x^T over
+            calibration tokens, Q lies on a grid with one scale (and zero point) per group of columns, see `_grid`.
+Shapes      weight W (out, in), Hessian H (in, in), codes (out, in), scale and zero (out, groups).
+Steps       1. H <- H / mean(diag H) + damp I; a column that no token touched (H_jj = 0) gets H_jj = 1, which couples it to
+               nothing: it is rounded plainly and not zeroed, for a token to come may touch it.
+            2. H = R R^T in processing order; pivots r_k and feedback a_ik, see `_solver`.
+            3. Fit the grids. `range: mse` weights the squared error of column k by r_k^2, which is what that error costs
+               after all later columns have made up for it.
+            4. For each column k: c_k = W_k + sum_{i<k} (W_i - Q_i) a_ik, Q_k = the grid point nearest to c_k.
+            5. `refinements` times, group by group: the scale that minimises E for the codes as they are (closed form), then
+               every code given all others. Each lowers E.
+Orders      static    columns by descending diag H, so that errors of important inputs are spread over many columns; groups are
+                      contiguous and fitted on the original weight
+            none      natural order; a group is fitted when it is reached, on weights that hold all errors made so far
+            desc_act  as none, with groups cut in the order of descending diag H: the group of each column has to be stored,
+                      and kernels have to gather scales
+Defaults    measured on two small models (llama, mixture of experts), mean KL to the original on held-out text, group 128:
+            `range: mse` with signs and pivots takes 20 % (4 bits) to 45 % (2 bits) off min-max, two refinements another 4 to
+            15 %, four at most 3 % more and only at 2 bits; static is as good as desc_act or better; damp between 0.003 and
+            0.1 makes no difference beyond noise.
+Failures    H of fewer tokens than columns is singular: damping then decides. A factorisation that fails is tried with more
+            damping, then the weight is rounded to nearest; the notes of the result say so.
 """
 
 from __future__ import annotations
 
-import builtins
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,8 +35,8 @@ from torch import Tensor
 from compress.calibration.statistics import Hessian, Statistics, Stats
 from compress.method import Bits, GroupSize, Method, Result
 from compress.quant._grid import Grid, Range, fit, indivisible
-from compress.quant._solver import Sweep, factorise
-from compress.weight import CompressedWeight, Uniform
+from compress.quant._solver import Levels, Sweep, factorise, full_precision, refine
+from compress.weight import CompressedWeight, Uniform, uniform_bits
 
 Order = Literal["static", "none", "desc_act"]
 
@@ -31,54 +51,57 @@ def gptq(
     range: Range = "mse",
     order: Order = "static",
     damp: float = 0.01,
+    refinements: int = 2,
     block: int = 32,
 ) -> Result:
-    """Round weight (out, in) under hessian (in, in)."""
+    """Round weight (out, in) under hessian (in, in), in float32, or in float64 where either is.
+
+    `block` columns are solved one by one between matrix products; it changes the speed and not the codes. The notes have
+    `damp`, `dead_columns` and, where the Hessian could not be used as it is, `fallback`. Raises CalibrationError where the
+    Hessian is not finite.
+    """
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
-    weight, hessian = weight.to(dtype), hessian.to(dtype)
-    rows, columns = weight.shape
+    weight, columns = weight.to(dtype), weight.shape[1]
     size = columns if group_size == -1 else group_size
-    factor = factorise(hessian, damp, descending=order != "none")
-    target = weight.T[factor.order].contiguous()
-    grids: list[Grid | None] = [None] * (columns // size)
+    natural = torch.arange(columns, device=weight.device)
 
-    def fit_group(part: Tensor) -> Grid:
-        return fit(part, bits, -1, symmetric=symmetric, range=range)
+    def fitted(part: Tensor, importance: Tensor) -> Grid:
+        return fit(part, bits, size, symmetric=symmetric, search=range == "mse", importance=importance)
 
-    if order == "static":
-        groups = (factor.order // size).tolist()
-        whole = fit(weight, bits, size, symmetric=symmetric, range=range)
-        grids = [
-            Grid(whole.scale[:, g : g + 1], None if whole.zero is None else whole.zero[:, g : g + 1], bits)
-            for g in builtins.range(columns // size)
-        ]
-    else:
-        groups = (torch.arange(columns) // size).tolist()
-    sweep = Sweep(
-        target,
-        target.clone(),
-        torch.empty_like(target, dtype=torch.uint8),
-        factor.feedback,
-        groups,
-        grids,
-        block,
-        None if order == "static" else fit_group,
-        size,
-    )
-    sweep.run(0, columns)
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-    codes[:, factor.order] = sweep.codes.T
-    done = [g for g in sweep.grids if g is not None]
-    scale = torch.cat([g.scale for g in done], 1)
-    zero = None if symmetric else torch.cat([g.zero for g in done if g.zero is not None], 1)
+    with full_precision():
+        factor = factorise(hessian.to(dtype), damp, descending=order != "none")
+        inverse = torch.empty_like(natural).scatter_(0, factor.order, natural)
+        importance = factor.pivots.square()
+        target = weight.T.contiguous()[factor.order]  # a copy: the sweep works on it
+        delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
+        if order == "static":
+            levels, groups = Levels.of(fitted(weight, importance[inverse]), dtype), factor.order // size
+            Sweep(target, delta, codes, factor.feedback, levels, groups, block).run(0, columns)
+        else:
+            levels, groups = Levels.empty(columns // size, target, bits, symmetric), natural // size
+
+            def reached(part: Tensor, steps: slice) -> Grid:
+                return fitted(part, importance[steps])
+
+            Sweep(target, delta, codes, factor.feedback, levels, groups, block, reached, size).run(0, columns)
+
+        # Refinement goes from group to group: in natural order, unless groups were cut in processing order.
+        place = factor.order if order == "desc_act" else natural
+        if order == "static":
+            delta, codes = delta[inverse], codes[inverse]
+        if refinements and not factor.plain:
+            damped = factor.hessian[place][:, place] if order == "desc_act" else factor.hessian
+            refine(weight.T[place], damped, levels, delta, codes, refinements, block)
+    grid = levels.grid(bits)
+    stored_codes = torch.empty_like(weight, dtype=torch.uint8)
+    stored_codes[:, place] = codes.T
     index = None
     if order == "desc_act":
-        index = torch.empty(columns, dtype=_smallest(columns // size), device=weight.device)
-        index[factor.order] = torch.tensor(groups, device=weight.device).to(index.dtype)
+        index = groups[inverse].to(_smallest(columns // size))
     notes: dict[str, Any] = {"damp": factor.damp, "dead_columns": factor.dead}
     if factor.fallback is not None:
         notes["fallback"] = factor.fallback
-    return Result(CompressedWeight(Uniform(codes, scale, bits, size, zero, index)), notes)
+    return Result(CompressedWeight(Uniform(stored_codes, grid.scale, bits, size, grid.zero, index)), notes)
 
 
 def _smallest(count: int) -> torch.dtype:
@@ -93,14 +116,21 @@ class GPTQ(Method):
 
     bits: Bits = 4
     group_size: GroupSize = 128
-    symmetric: bool = True
-    range: Range = "mse"
-    order: Order = "static"
-    damp: Annotated[float, Field(ge=0, le=10)] = 0.01
+    symmetric: Annotated[bool, Field(description="no zero points: the scale may be negative")] = True
+    range: Annotated[Range, Field(description="minmax: cover every weight; mse: least error after compensation")] = "mse"
+    order: Annotated[Order, Field(description="order of columns and of groups")] = "static"
+    damp: Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
+    refinements: Annotated[int, Field(ge=0, le=100, description="passes over scales and codes after the first")] = 2
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Say whether the group size does not divide the columns of a weight (out, in)."""
         return indivisible(shape[1], self.group_size)
+
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        """Bits that a weight of this shape (out, in) will occupy."""
+        size = shape[1] if self.group_size == -1 else self.group_size
+        index = _smallest(shape[1] // size).itemsize * 8 if self.order == "desc_act" else 0
+        return uniform_bits(shape, self.bits, size, not self.symmetric, index)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in) under the Hessian of its inputs."""

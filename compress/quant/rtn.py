@@ -17,14 +17,14 @@ from torch import Tensor
 from compress.calibration.statistics import Stats
 from compress.method import Bits, GroupSize, Method, Result
 from compress.quant._grid import Range, encode, fit, indivisible
-from compress.weight import CompressedWeight, Uniform
+from compress.weight import CompressedWeight, Uniform, uniform_bits
 
 
 def rtn(weight: Tensor, *, bits: int = 4, group_size: int = 128, symmetric: bool = True, range: Range = "mse") -> Result:
     """Round weight (out, in) to nearest."""
     if weight.dtype != torch.float64:
         weight = weight.float()
-    grid = fit(weight, bits, group_size, symmetric=symmetric, range=range)
+    grid = fit(weight, bits, group_size, symmetric=symmetric, search=range == "mse")
     columns = weight.shape[1] if group_size == -1 else group_size
     return Result(CompressedWeight(Uniform(encode(weight, grid, group_size), grid.scale, bits, columns, grid.zero)))
 
@@ -40,6 +40,10 @@ class RTN(Method):
     def check(self, shape: tuple[int, int]) -> str | None:
         """Say whether the group size does not divide the columns of a weight (out, in)."""
         return indivisible(shape[1], self.group_size)
+
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        """Bits that a weight of this shape (out, in) will occupy."""
+        return uniform_bits(shape, self.bits, shape[1] if self.group_size == -1 else self.group_size, not self.symmetric)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in); the statistics are not looked at."""
