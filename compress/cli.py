@@ -7,19 +7,23 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compress._version import __version__
-from compress.errors import CompressError, RecipeError
+from compress.errors import CalibrationError, CompressError, RecipeError
 
 if TYPE_CHECKING:
+    from compress.prepare import Plan
     from compress.recipe import Recipe
+    from compress.recipe_data import Data
 
 EXIT_CODES = """Exit codes: 0 done; 1 a bug; 2 wrong command line or recipe; 3 a checkpoint that cannot be read;
-4 calibration data; 5 the job folder holds another job; 6 the result cannot be written; 7 verification failed; 8 a kernel. 130 interrupted."""
+4 calibration data; 5 the job folder holds another job; 6 the result cannot be written; 7 verification failed; 8 a kernel;
+130 interrupted."""
 
 app = typer.Typer(
     name="compress",
@@ -186,8 +190,11 @@ def evaluate_command(
     """
     from compress import screen
     from compress.evaluate import quality as evaluation
+    from compress.prepare import DTYPES
     from compress.recipe import parse_data
 
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     values = _data(data, samples, length, seed, None)
     with _progress(quiet or json_) as listen:
         result = evaluation.evaluate(model, original, parse_data(values), device, dtype, speed, listen)
@@ -226,10 +233,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe."
 
     if name is not None:
         values = recipe_module.read(name)
-        print(
-            json.dumps(values, indent=2) if json_ else (recipe_module.folder() / f"{name}.yaml").read_text(encoding="utf-8"),
-            end="",
-        )
+        print(json.dumps(values, indent=2)) if json_ else print(recipe_module.locate(name).read_text(encoding="utf-8"), end="")
         return
     found = {preset: recipe_module.read(preset).get("description", "") for preset in recipe_module.presets()}
     print(json.dumps(found, indent=2)) if json_ else [print(f"{preset:20} {text}") for preset, text in found.items()]
@@ -267,9 +271,10 @@ def _recipe(
             flag = "--method" if method else "--" + next(iter(options)).replace("_", "-")
             raise RecipeError(f"{flag}: not with --recipe; change the recipe with --set, as in --set steps.0.options.bits=3")
         values = recipe_module.read(name)
-    if data:
+    before = values.get("data") or {}
+    if data and isinstance(before, dict):
         # A name of its own replaces the recipe's data; other settings change it.
-        values["data"] = data if "name" in data else {**(values.get("data") or {}), **data}
+        values["data"] = data if "name" in data else {**before, **data}
     if dtype is not None:
         values["dtype"] = dtype
     return recipe_module.parse(recipe_module.change(values, settings or []), name or "command line")
@@ -302,6 +307,9 @@ def _run(
         raise RecipeError(f"--memory: {error}") from error
     plan = prepare.prepare(model, recipe, device, revision)
     ids = prepare.calibration(plan)
+    measured = None if evaluate is None else parse_data({"name": evaluate})
+    if measured is not None:
+        _check_text(measured, plan)
     expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], room, offload)
     if dry_run:
         found = screen.describe_plan(plan, expected, (ids.shape[0], ids.shape[1]))
@@ -311,13 +319,27 @@ def _run(
     with _progress(quiet or json_ or not leader) as listen:
         summary = runs.run(plan, ids, output, RunSettings(offload=offload, memory=room), listen, expected, job, keep_job)
     result = None
-    if evaluate is not None and leader:
+    if measured is not None and leader:
+        folder = str(plan.source.folder)
         with _progress(quiet or json_) as listen:
-            result = evaluation.evaluate(str(output), model, parse_data({"name": evaluate}), device, "float32", True, listen)
+            result = evaluation.evaluate(str(output), folder, measured, device, "float32", True, listen)
+        result = replace(result, original=plan.source.name)
         evaluation.save(output, result)
     distributed.stop()
     if leader:
         print(json.dumps(screen.plain_summary(summary, result), indent=2)) if json_ else screen.show_summary(summary, result)
+
+
+def _check_text(data: Data, plan: Plan) -> None:
+    """Read the text of --evaluate before a long run, not after it. Raises CalibrationError."""
+    from compress.calibration.data import load_ids
+    from compress.calibration.families import context_length, vocabulary
+
+    try:
+        load_ids(data, plan.source.folder, vocabulary(plan.source), context_length(plan.source))
+    except CalibrationError as error:
+        later = "or leave it out, and measure afterwards: compress eval OUT --data TEXT --samples N --length N --save"
+        raise CalibrationError(f"--evaluate: {error}; {later}") from error
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -84,7 +86,7 @@ def parse_size(text: str) -> int:
     unit = text.strip()[len(digits) :].strip().upper() or "B"
     try:
         size = int(float(digits) * units[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise ValueError(f"{text!r} is not a size; write it as 5GB, 500MB or 4GiB") from None
     if size < 1:
         raise ValueError(f"{text!r} is not a positive size")
@@ -102,6 +104,10 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# What PyYAML raises: its own errors, and whatever Python says to a value that does not fit its tag, as in `!!int x`.
+_BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+
 def folder() -> Path:
     """Where the shipped recipes are: in the package, or beside it in a source tree."""
     inside = Path(__file__).parent / "recipes"
@@ -113,18 +119,24 @@ def presets() -> list[str]:
     return sorted(path.stem for path in folder().glob("*.yaml"))
 
 
+def locate(name: str) -> Path:
+    """Return the file of a recipe, given its path or the name of a shipped one. Raises RecipeError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if name in presets():
+        return folder() / f"{name}.yaml"
+    close = difflib.get_close_matches(name, presets(), n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise RecipeError(f"{name}: neither a file nor a shipped recipe; shipped are {', '.join(presets())}{hint}")
+
+
 def read(name: str) -> dict[str, Any]:
     """Read a recipe, a file or the name of a shipped one, as plain values. Raises RecipeError."""
-    path = Path(name)
-    if not path.is_file():
-        if name not in presets():
-            close = difflib.get_close_matches(name, presets(), n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise RecipeError(f"{name}: neither a file nor a shipped recipe; shipped are {', '.join(presets())}{hint}")
-        path = folder() / f"{name}.yaml"
+    path = locate(name)
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *_BAD_YAML) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: holds a {type(value).__name__}; expected keys such as data: and steps:")
@@ -133,21 +145,31 @@ def read(name: str) -> dict[str, Any]:
 
 def change(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """Apply `a.b=c` settings to a recipe's plain values; numbers address list elements. Raises RecipeError."""
-    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(values))  # a deep copy of plain values
+    result = copy.deepcopy(values)
     for setting in settings:
         path, equals, text = setting.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise RecipeError(f"--set {setting}: expected a path and a value, as in steps.0.options.bits=3")
+        try:
+            value = yaml.load(text, _UniqueKeys)
+        except _BAD_YAML as error:
+            raise RecipeError(f"--set {setting}: the value is not YAML ({error})") from error
         place: Any = result
         try:
             for key in keys[:-1]:
-                place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+                if isinstance(place, dict) and place.get(key) is None:
+                    place[key] = {}
+                place = place[int(key)] if isinstance(place, list) else place[key]
             target: Any = int(keys[-1]) if isinstance(place, list) else keys[-1]
-            place[target] = yaml.safe_load(text)
-        except (IndexError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+            place[target] = value
+        except (IndexError, TypeError, ValueError) as error:
             raise RecipeError(f"--set {setting}: the recipe has no such place ({error})") from error
     return result
+
+
+_CHOICES = ("str", "tuple[str, ...]")  # what pydantic adds to a place where either is allowed
+_WORDS = {"a valid tuple": "a list", "a valid dictionary": "a mapping", " or instance of Data": "", " or instance of Step": ""}
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
@@ -159,14 +181,16 @@ def explain(error: ValidationError, known: Sequence[str] | None = None, prefix: 
     """Write what pydantic found as `place: what is wrong`, one line each, with the nearest key for a misspelt one."""
     lines = []
     for item in error.errors():
-        place = prefix + ".".join(str(p) for p in item["loc"])
+        place = prefix + ".".join(str(p) for p in item["loc"] if p not in _CHOICES or item["type"] == "extra_forbidden")
         message = item["msg"].removeprefix("Value error, ")
+        for theirs, ours in _WORDS.items():
+            message = message.replace(theirs, ours)
         if item["type"] == "extra_forbidden":
             keys = list(known) if known is not None else _known_keys(item["loc"])
             close = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
             message = f"unknown key; did you mean {close[0]}?" if close else f"unknown key; known are {', '.join(keys)}"
         elif item["type"] != "missing" and not isinstance(item["input"], (dict, list)):
-            message += f" (got {item['input']!r})"
+            message += f" (got {item['input']!r:.80})"
         lines.append(f"{place}: {message}" if place else message)
     return "\n".join(lines)
 
@@ -208,6 +232,8 @@ class Named(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def tensor(self) -> str: ...
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
@@ -269,13 +295,24 @@ def resolve(recipe: Recipe, sites: Sequence[Named]) -> list[Assignment]:
             pattern = " ".join(step.patterns)
             why = "an earlier step takes all it matches" if number in matched else _nearest(pattern, sites)
             raise RecipeError(f"steps.{number}.match: {pattern!r} takes no weight of this model; {why}")
+    problems += _split_tensors(assignments, sites)
     if problems:
         more = f" ({len(problems)} weights in all)" if len(problems) > 1 else ""
         raise RecipeError(problems[0] + more)
     return assignments
 
 
+def _split_tensors(assignments: Sequence[Assignment], sites: Sequence[Named]) -> list[str]:
+    """Name the tensors that hold several sites of which only some are taken: what is left of them could not be stored."""
+    members, taken = Counter(site.tensor for site in sites), Counter(a.site.tensor for a in assignments)
+    return [
+        f"{name}: one tensor of {members[name]} experts, of which the steps take {count}; match all of them or none"
+        for name, count in taken.items()
+        if count < members[name]
+    ]
+
+
 def _nearest(pattern: str, sites: Sequence[Named]) -> str:
-    names = [site.name for site in sites]
+    names = [site.name for site in sites] or ["nothing: it has none"]
     close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3) or names[:1]
     return f"names look like {close[0]!r}; `compress inspect MODEL` lists them"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from compress.run import Summary
 
 Listen = Callable[[int, int, str, float], None]
+_PIPED = 160  # columns where there is no terminal
 _NUMBERS = ("count", "bits", "size", "before", "after", "original", "model")
 # Where a step of a block begins and how much of the block's time it is likely to take.
 _STEPS = {
@@ -37,7 +39,9 @@ _STEPS = {
 
 
 def _out() -> Console:
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    # What reads a pipe wants a row of a table on a line.
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_PIPED)
 
 
 def _table(title: str, *columns: str) -> Table:
