@@ -117,9 +117,8 @@ class Levels:
     @classmethod
     def empty(cls, groups: int, like: Tensor, bits: int, symmetric: bool) -> Levels:
         """Room for grids that are fitted later, for weights like the one given, (in, out)."""
-        scale = like.new_ones(groups, like.shape[1])
-        blank = Grid(scale.T, None if symmetric else scale.T, bits)
-        return cls.of(blank, like.dtype)
+        blank = like.new_ones(like.shape[1], groups)
+        return cls.of(Grid(blank, None if symmetric else blank.clone(), bits), like.dtype)
 
     def group(self, index: int) -> Levels:
         """One group, sharing memory."""
@@ -177,9 +176,7 @@ class Sweep:
         """Round the steps start..stop, whose targets hold the errors of all steps before `start`."""
         count = stop - start
         if self.fit is not None and count == self.group_size:
-            steps = slice(start, stop)
-            grid = self.fit(self.target[steps].T.contiguous(), steps)
-            self.levels.group(self._group[start]).assign(Levels.of(grid, self.target.dtype))
+            self._fit_group(slice(start, stop))
         grouped = self.fit is not None and count > self.group_size
         if not grouped and count <= self.block:
             self._columns(start, stop)
@@ -189,6 +186,20 @@ class Sweep:
         self.run(start, half)
         self.target[half:stop].addmm_(self.feedback[half:stop, start:half], self.delta[start:half])
         self.run(half, stop)
+
+    def _fit_group(self, steps: slice) -> None:
+        """Fit the grid of the group at these steps to its weights as the errors before it want them to be.
+
+        A target is complete only once the columns before it in the group are rounded. Without rounding these would take
+        their own targets: with S the shift of the group's columns and T - W what came from before it, S + A S = T - W.
+        """
+        assert self.fit is not None
+        weight = self.delta[steps]  # untouched so far
+        shift = torch.linalg.solve_triangular(
+            self.feedback[steps, steps], self.target[steps] - weight, upper=False, unitriangular=True
+        )
+        grid = self.fit((weight + shift).T.contiguous(), steps)
+        self.levels.group(self._group[steps.start]).assign(Levels.of(grid, weight.dtype))
 
     def _columns(self, start: int, stop: int) -> None:
         """Round the steps start..stop one by one; a target gathers the errors since `start` when its turn comes."""
