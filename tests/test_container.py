@@ -528,7 +528,7 @@ def test_an_interrupted_write_leaves_what_was_there(
         return call
 
     expected = OutputError if isinstance(failure, OSError) else type(failure)
-    monkeypatch.setattr(container, "_bytes_of", fail(container._bytes_of))
+    monkeypatch.setattr(container, "bytes_of", fail(container.bytes_of))
     with pytest.raises(expected):
         save(path, {"a": torch.ones(3), "b": torch.zeros(3)})
     calls = iter([None, failure])
