@@ -64,21 +64,8 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
     source = Source.open(model, revision)
     claims = claim(source, find(source), recipe.copy_, recipe.drop)
     assignments = recipes.resolve(recipe, claims.sites)
-    _whole_tensors(claims, assignments)
     chosen = pick_device(device)
     return Plan(source, claims, recipe, assignments, pick_dtype(recipe.dtype, source, chosen), chosen)
-
-
-def _whole_tensors(claims: Claims, assignments: list[Assignment]) -> None:
-    """Experts that are one tensor on disk are compressed together or not at all. Raises RecipeError."""
-    chosen = {a.site.name for a in assignments}
-    for tensor in {site.tensor for site in claims.sites if site.slice is not None}:
-        mine = [site for site in claims.sites if site.tensor == tensor]
-        took = sum(site.name in chosen for site in mine)
-        if 0 < took < len(mine):
-            raise RecipeError(
-                f"{tensor}: the steps take {took} of its {len(mine)} experts, but it is one tensor; take all of them or none"
-            )
 
 
 def calibration(plan: Plan) -> Tensor:

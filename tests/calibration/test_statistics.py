@@ -1,0 +1,96 @@
+"""Statistics are sums: over batches, passes and ranks they add up to what one look at everything gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.calibration import statistics
+from compress.calibration.observe import Tap, batches, observe, passes
+from compress.calibration.statistics import Hessian
+
+CPU = torch.device("cpu")
+
+
+def accumulate(rows: torch.Tensor, cuts: list[int]) -> Hessian:
+    hessian = Hessian(rows.shape[1], CPU)
+    for part in rows.tensor_split(cuts):
+        hessian.add(part)
+    return hessian
+
+
+def test_the_hessian_is_the_mean_of_outer_products() -> None:
+    rows = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    expected = (rows.double().T @ rows.double() / 50).float()
+    torch.testing.assert_close(accumulate(rows, []).matrix(), expected)
+
+
+def test_blocks_of_columns_give_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(50, 13, generator=torch.Generator().manual_seed(0))
+    whole = accumulate(rows, []).matrix()
+    monkeypatch.setattr(statistics, "_BLOCK", 4)
+    cut = accumulate(rows, []).matrix()
+    torch.testing.assert_close(cut, whole)
+    assert torch.equal(cut, cut.T)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 40), max_size=4), st.integers(0, 2**31))
+def test_merging_equals_adding(cuts: list[int], seed: int) -> None:
+    rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(seed))
+    whole = accumulate(rows, sorted(cuts))
+    parts = [accumulate(part, []) for part in rows.tensor_split(sorted(cuts))]
+    for part in parts[1:]:
+        parts[0].merge(part)
+    assert parts[0].tokens == whole.tokens == 40
+    assert torch.equal(parts[0].total, whole.total)
+
+
+def test_no_token_gives_zeros() -> None:
+    hessian = Hessian(4, CPU)
+    hessian.add(torch.empty(0, 4))
+    assert hessian.tokens == 0
+    assert torch.equal(hessian.matrix(), torch.zeros(4, 4))
+
+
+def test_half_precision_products_are_exact() -> None:
+    rows = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    torch.testing.assert_close(accumulate(rows, []).total, rows.double().T @ rows.double(), rtol=1e-6, atol=0)
+
+
+def test_shrinking_goes_from_the_pooled_mean_to_ones_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, pooled = (
+        accumulate(torch.randn(30, 4, generator=generator), []),
+        accumulate(torch.randn(500, 4, generator=generator), []),
+    )
+    torch.testing.assert_close(Hessian(4, CPU).shrunk(pooled, 4.0).matrix(), pooled.matrix())
+    torch.testing.assert_close(own.shrunk(pooled, 0.0).matrix(), own.matrix())
+    expected = (own.matrix() * 30 + pooled.matrix() * 10) / 40
+    torch.testing.assert_close(own.shrunk(pooled, 10.0).matrix(), expected)
+
+
+def test_passes_keep_the_order_and_the_budget() -> None:
+    taps = [Tap(str(n), (), columns, (Hessian,)) for n, columns in enumerate((10, 20, 5, 40, 5))]
+    budget = Hessian.nbytes(25)
+    result = passes(taps, budget)
+    assert [tap.name for group in result for tap in group] == ["0", "1", "2", "3", "4"]
+    assert all(sum(tap.nbytes for tap in group) <= budget for group in result if len(group) > 1)
+    assert len(passes(taps, 10**9)) == 1
+
+
+def test_a_pooled_tap_sees_the_rows_of_all_its_modules() -> None:
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    a, b = torch.randn(4, 3), torch.randn(2, 5, 3)
+    taps = [Tap("both", (first, second), 3, (Hessian,)), Tap("one", (first,), 3, (Hessian,))]
+    found = observe(taps, lambda: (first(a), second(b)) and None, CPU)
+    assert (found["both"][Hessian].tokens, found["one"][Hessian].tokens) == (14, 4)
+    first(a)
+    assert found["one"][Hessian].tokens == 4, "hooks must be gone"
+
+
+def test_batches_cover_all_samples_once() -> None:
+    assert [len(b) for b in batches(10, 16, 64)] == [4, 4, 2]
+    assert [len(b) for b in batches(3, 100, 64)] == [1, 1, 1]
