@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress.calibration.families import Experts
 from compress.errors import CheckpointError
 
-MakeLinear = Callable[[int, str, int, int], nn.Module]  # expert, name, in, out
+MakeLinear = Callable[[int, str, int, int], nn.Module | None]  # expert, name, in, out; None: stays part of the fused tensor
 
 
 class ExpertLoop(nn.Module):
@@ -30,15 +30,20 @@ class ExpertLoop(nn.Module):
         joined, down = _sizes(experts, transposed)  # rows of the joined inputs; (out, in) of the output
         width = joined // len(layout.inputs)
         self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
+        self.transposed = transposed
+        fused = set()
         for expert in range(self.num_experts):
             linears = nn.Module()
-            for name in layout.inputs:
-                linears.add_module(name, make(expert, name, down[0], width))
-            linears.add_module(layout.output, make(expert, layout.output, down[1], down[0]))
+            for name, rows, columns in (*((name, width, down[0]) for name in layout.inputs), (layout.output, *down)):
+                linear = make(expert, name, columns, rows)
+                if linear is None:
+                    fused.add(name)
+                else:
+                    linears.add_module(name, linear)
             self.add_module(str(expert), linears)
         for name, parameter in list(experts.named_parameters(recurse=False)):
             delattr(experts, name)
-            if name.endswith("_bias"):  # biases stay joined, as they are on disk
+            if name.endswith("_bias") or name in fused:  # biases stay joined, as they are on disk
                 self.register_parameter(name, parameter)
         # A bound method, so that the emptied module is kept without becoming a child with state of its own.
         self.apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
@@ -47,12 +52,19 @@ class ExpertLoop(nn.Module):
         """One matrix of one expert."""
         return self.get_submodule(f"{expert}.{name}")
 
+    def _product(self, expert: int, name: str, rows: Tensor) -> Tensor:
+        fused = self._parameters.get(name)
+        if fused is None:
+            result: Tensor = self.linear(expert, name)(rows)
+            return result
+        return rows @ (fused[expert] if self.transposed else fused[expert].T)
+
     def _run(self, expert: int, rows: Tensor) -> Tensor:
-        outputs = [self.linear(expert, name)(rows) for name in self.layout.inputs]
+        outputs = [self._product(expert, name, rows) for name in self.layout.inputs]
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         if (bias := getattr(self, f"{self.layout.inputs[0]}_bias", None)) is not None:
             joined = joined + bias[expert]
-        result: Tensor = self.linear(expert, self.layout.output)(self.apply_gate(joined))
+        result = self._product(expert, self.layout.output, self.apply_gate(joined))
         if (bias := getattr(self, f"{self.layout.output}_bias", None)) is not None:
             result = result + bias[expert]
         return result

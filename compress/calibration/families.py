@@ -191,10 +191,7 @@ def find(source: Source) -> Family:
         from compress.calibration.inference import infer  # needs the model's modules, which known families do without
 
         family = infer(source, number_of_blocks(source), f"known are {', '.join(sorted(FAMILIES))}")
-    if isinstance(source, PackedSource):  # weights are decoded to (out, in), and experts one by one
-        experts = None if family.experts is None else replace(family.experts, fused=False)
-        return _bare(source, replace(family, transposed=False, experts=experts))
-    if "quantization_config" in source.config:
+    if not isinstance(source, PackedSource) and "quantization_config" in source.config:
         method = source.config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(f"{source.folder}: already compressed (quant_method {method!r}); give the original checkpoint")
     return _bare(source, family)
@@ -257,8 +254,10 @@ def _linear_sites(source: Source, family: Family, block: int, names: set[str]) -
     for group in family.taps:
         for linear in (name for name in group if f"{base}{name}.weight" in names):
             tensor = f"{base}{linear}.weight"
-            shape = _shape(source, source.entries[tensor], family.transposed, fused=False)
-            sites.append(Site(base + linear, shape, block, group[0], linear, tensor, transposed=family.transposed))
+            # A packed weight is decoded to (out, in); what was left as it was beside it is stored as ever.
+            transposed = family.transposed and not (isinstance(source, PackedSource) and base + linear in source.table)
+            shape = _shape(source, source.entries[tensor], transposed, fused=False)
+            sites.append(Site(base + linear, shape, block, group[0], linear, tensor, transposed=transposed))
     return sites
 
 
@@ -270,9 +269,9 @@ def _expert_sites(source: Source, family: Family, block: int, names: set[str]) -
     sites = []
     linears = [(name, "input") for name in layout.inputs] + [(layout.output, "hidden")]
     for linear, side in linears:
-        if layout.fused:
-            tensor = f"{base}.{linear}"
-            numbers = range(source.entries[tensor].shape[0]) if tensor in names else range(0)
+        fused = layout.fused and f"{base}.{linear}" in names  # packed ones are single whatever they were made of
+        if fused:
+            numbers = range(source.entries[f"{base}.{linear}"].shape[0])
         else:
             pattern = re.compile(re.escape(base) + r"\.(\d+)\." + re.escape(linear) + r"\.weight")
             numbers_found = sorted(int(m[1]) for m in map(pattern.fullmatch, names) if m)
@@ -283,11 +282,11 @@ def _expert_sites(source: Source, family: Family, block: int, names: set[str]) -
                 )
         for expert in numbers:
             name = f"{base}.{expert}.{linear}"
-            tensor = f"{base}.{linear}" if layout.fused else f"{name}.weight"
-            shape = _shape(source, source.entries[tensor], layout.fused, layout.fused)
+            tensor = f"{base}.{linear}" if fused else f"{name}.weight"
+            shape = _shape(source, source.entries[tensor], fused, fused)
             tap = f"{layout.disk}.{expert}.{side}"
             kind = f"{layout.disk}.{linear}"
-            sites.append(Site(name, shape, block, tap, kind, tensor, expert, expert if layout.fused else None, layout.fused))
+            sites.append(Site(name, shape, block, tap, kind, tensor, expert, expert if fused else None, fused))
     return sites
 
 

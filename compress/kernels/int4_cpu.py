@@ -26,8 +26,12 @@ def supports(spec: Mapping[str, Any]) -> bool:
 
 
 def pays(x: Tensor) -> bool:
-    """Whether the kernel is the faster way for activations x (..., in); float32 ones take an unvectorised path."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= MAX_ROWS
+    """Whether the kernel is the faster way for activations x (..., in), and does what is wanted.
+
+    Float32 activations take an unvectorised path; gradients do not pass the kernel.
+    """
+    fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= MAX_ROWS
+    return fits and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def prepare(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -41,6 +45,6 @@ def prepare(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Ten
 def matmul(x: Tensor, spec: Mapping[str, Any], prepared: tuple[Tensor, Tensor]) -> Tensor:
     """x (..., in) in bfloat16 times the weight (out, in), transposed -> (..., out)."""
     codes, scales_and_zeros = prepared
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, spec["base"]["group_size"], scales_and_zeros)
     return y.reshape(*x.shape[:-1], spec["shape"][0])

@@ -5,7 +5,8 @@ Modules are built on meta with packed buffers of the right shapes, and transform
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress import packed
-from compress.calibration.experts import ExpertLoop
+from compress.calibration.experts import ExpertLoop, MakeLinear
 from compress.calibration.families import FAMILIES, INFERRED, Family, parameter_name
+from compress.container import read_header
 from compress.errors import FormatError
 from compress.runtime.linear import CompressedLinear
 
@@ -68,6 +70,15 @@ def _linear_at(model: nn.Module, path: str, site: str) -> tuple[Any, list[int]]:
     return dense, list(dense.weight.shape)
 
 
+def check_files(family: Family, table: Mapping[str, packed.Spec], files: Iterable[str | Path]) -> None:
+    """Raise FormatError where the files lack a packed tensor: transformers would warn, and leave memory as it found it."""
+    names = {name for file in files for name in read_header(Path(file))[0]}
+    for site, spec in table.items():
+        for leaf in packed.layout(spec):
+            if names and not {f"{site}.{leaf}", f"{family.prefix}{site}.{leaf}"} & names:
+                raise FormatError(f"{site}.{leaf}: named in quantization_config, but no file has it; fetch the checkpoint again")
+
+
 def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | None) -> bool:
     """Give every compressed site of a model on meta its packed module; return whether single experts on disk stay single.
 
@@ -94,7 +105,7 @@ def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | N
                 experts.setdefault(path, {})
     for path, specs in experts.items():
         assert layout is not None
-        model.set_submodule(path, ExpertLoop(_module_at(model, path, path), layout, _make(specs, model.dtype)))
+        model.set_submodule(path, ExpertLoop(_module_at(model, path, path), layout, _make(specs, model.dtype, layout.fused)))
         for number, name in specs:
             _module_at(model, f"{path}.{number}.{name}", f"{path}.{number}.{name}")
     if guard is not None:
@@ -102,10 +113,12 @@ def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | N
     return single
 
 
-def _make(specs: Mapping[tuple[int, str], packed.Spec], dtype: torch.dtype) -> Any:
-    def make(expert: int, name: str, columns: int, rows: int) -> nn.Module:
+def _make(specs: Mapping[tuple[int, str], packed.Spec], dtype: torch.dtype, fused: bool) -> MakeLinear:
+    def make(expert: int, name: str, columns: int, rows: int) -> nn.Module | None:
         spec = specs.get((expert, name))
         if spec is None:  # an expert that was left dense
+            if fused:
+                return None
             return nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
         if tuple(spec["shape"]) != (rows, columns):
             raise FormatError(
@@ -133,7 +146,9 @@ class CompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
-        self._single_experts = replace_modules(model, packed.read_table(config), config.get("guard"))
+        table = packed.read_table(config)
+        self._single_experts = replace_modules(model, table, config.get("guard"))
+        check_files(FAMILIES.get(model.config.model_type, INFERRED), table, kwargs.get("checkpoint_files") or ())
 
     def update_weight_conversions(self, weight_conversions: list[Any], *rest: Any) -> Any:
         """Take out what would join the tensors of single experts: there is no fused parameter to join them into."""
