@@ -26,8 +26,16 @@ import yaml
 
 from compress.files import write_json
 
-COLUMNS = (
-    f"{'model':>14} {'recipe':>22} {'bits':>7} {'KL':>9} {'± ':>8} {'top-1':>7} {'perplexity':>10} {'before':>8} {'seconds':>8}"
+HEADS = (
+    ("model", 14),
+    ("recipe", 22),
+    ("bits", 7),
+    ("KL", 9),
+    ("±", 8),
+    ("top-1", 7),
+    ("perplexity", 10),
+    ("before", 8),
+    ("seconds", 8),
 )
 
 
@@ -100,7 +108,7 @@ def main() -> None:
                     path = Path(folder) / f"{method.split('/')[1]}-{bits}bit-g128.yaml"
                     path.write_text(yaml.safe_dump(step(method, bits)))
                     recipes.append(str(path))
-        print(COLUMNS)
+        print(" ".join(name.rjust(width) for name, width in HEADS))
         for model in arguments.model:
             for recipe in recipes:
                 row = measure(model, recipe, arguments.calibration, arguments.heldout, arguments.device)
