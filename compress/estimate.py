@@ -58,7 +58,8 @@ def estimate(plan: Plan, samples: int, length: int, memory: int, offload: bool) 
         by_block.setdefault(-1 if a.site.block is None else a.site.block, []).append(a)
     for number, members in by_block.items():
         statistics[number] = sum(sum(kind.nbytes(u.columns) for kind in u.kinds) for u in units(members))
-    width = int(settings(source).get("hidden_size", settings(source).get("n_embd", 0)))
+    width = settings(source).get("hidden_size", settings(source).get("n_embd", 0))
+    width = width if isinstance(width, int) else 0  # what cannot be right, transformers will say
     hidden = samples * length * width * item
     most = max(statistics.values(), default=0)
     kept = hidden * (2 if offload else 1)

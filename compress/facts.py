@@ -365,7 +365,7 @@ def versions(c: Checkpoint) -> list[tuple[str, str]]:
         ("torch", run.get("torch")),
         ("format version", table.get("format_version")),
         ("computed on", " in ".join(str(run[key]) for key in ("device", "dtype") if key in run)),
-        ("architecture", ", ".join(c.config.get("architectures") or []) or c.config.get("model_type")),
+        ("architecture", ", ".join(map(str, c.config.get("architectures") or [])) or c.config.get("model_type")),
         ("source revision", c.base.revision),
         ("recipe sha256", s["recipe_sha256"]),
     ]

@@ -59,6 +59,9 @@ def run(
         return Summary(out, before, report.read_rows(out / "report.jsonl"), resumed=True)
     folder = job_folder or _job_of(out)
     check_disk(expected, folder)
+    skeleton = Skeleton(
+        plan.source, plan.claims, plan.dtype, device
+    )  # before the folder: a config that builds no model leaves none
     text = recipes.dump(effective(plan, ids))
     leader = distributed.rank() == 0
     job = Job.open(folder, mine, text, owner=True) if leader else None
@@ -66,7 +69,6 @@ def run(
     job = job or Job.open(folder, mine, text, owner=False)
     if leader:
         job.check_parts()
-    skeleton = Skeleton(plan.source, plan.claims, plan.dtype, device)
     end = Run(skeleton, plan.assignments, ids, plan.recipe.batch_tokens, job, settings, listen).all_blocks()
     summary = None
     if leader:

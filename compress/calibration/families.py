@@ -273,7 +273,7 @@ def _expert_sites(source: Source, family: Family, block: int, names: set[str]) -
         if fused:
             numbers = range(source.entries[f"{base}.{linear}"].shape[0])
         else:
-            pattern = re.compile(re.escape(base) + r"\.(\d+)\." + re.escape(linear) + r"\.weight")
+            pattern = re.compile(re.escape(base) + r"\.(0|[1-9][0-9]*)\." + re.escape(linear) + r"\.weight")
             numbers_found = sorted(int(m[1]) for m in map(pattern.fullmatch, names) if m)
             numbers = range(len(numbers_found))
             if numbers_found != list(numbers):
