@@ -336,7 +336,7 @@ def _check_text(data: Data, plan: Plan) -> None:
     from compress.calibration.families import context_length, vocabulary
 
     try:
-        load_ids(data, plan.source.folder, vocabulary(plan.source), context_length(plan.source))
+        load_ids(data, plan.source.folder, vocabulary(plan.source), context_length(plan.source), fewer=True)
     except CalibrationError as error:
         later = "or leave it out, and measure afterwards: compress eval OUT --data TEXT --samples N --length N --save"
         raise CalibrationError(f"--evaluate: {error}; {later}") from error

@@ -42,9 +42,10 @@ BATCH = 1 << 20  # characters that are tokenised at a time
 ROLES = {"human": "user", "gpt": "assistant"}  # names in `conversations` rows to those that templates know
 
 
-def load_ids(data: Data, model_folder: Path, vocabulary: int, max_length: int | None) -> Tensor:
+def load_ids(data: Data, model_folder: Path, vocabulary: int, max_length: int | None, *, fewer: bool = False) -> Tensor:
     """Return the calibration windows, (samples, length) int64, every id in [0, vocabulary); `max_length` is the model's context.
 
+    With `fewer`, a text that is too short for the default number of windows gives those that it has.
     Raises CalibrationError when the data cannot be read, do not suffice, or do not fit the model.
     """
     path = local_file(data.name)
@@ -61,13 +62,16 @@ def load_ids(data: Data, model_folder: Path, vocabulary: int, max_length: int | 
         )
     stream = _stream(rows(path, data, generator), data, tokenizer, POOL * data.samples * stride)
     count = len(stream) // stride
-    if count < data.samples:
+    samples = data.samples
+    if fewer and "samples" not in data.model_fields_set and count > 0:
+        samples = min(samples, count)
+    if count < samples:
         raise CalibrationError(_too_little(data, len(stream), length, len(prefix)))
-    chosen = torch.randperm(count, generator=generator)[: data.samples].sort().values
+    chosen = torch.randperm(count, generator=generator)[:samples].sort().values
     windows = torch.from_numpy(stream[: count * stride].reshape(count, stride)[chosen.numpy()].astype(np.int64))
-    ids = torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(data.samples, -1), windows], dim=1)
+    ids = torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(samples, -1), windows], dim=1)
     _check_range(ids.numpy(), vocabulary, f"{data.name}: the tokenizer of {model_folder}")
-    logger.info("%s: drew %d of %d windows of %d tokens", data.name, data.samples, count, length)
+    logger.info("%s: drew %d of %d windows of %d tokens", data.name, samples, count, length)
     return ids
 
 

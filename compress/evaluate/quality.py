@@ -156,7 +156,7 @@ def evaluate(model: str, original: str | None, data: Data, device: str, dtype: s
     before = open_any(original) if original is not None else None
     if before is not None and vocabulary(before) != vocabulary(source):
         raise CheckpointError(f"{original}: has another vocabulary than {model}; give the model it was made from")
-    ids = load_ids(data, source.folder, vocabulary(source), context_length(source))
+    ids = load_ids(data, source.folder, vocabulary(source), context_length(source), fewer=True)
     values = compare(source, before, ids, kind, where, listen)
     if speed:
         listen(1, 1, "timing", 0.0)

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from compress.calibration import data as data_module
 from compress.calibration import documents
-from compress.calibration.data import fingerprint
+from compress.calibration.data import fingerprint, load_ids
+from compress.errors import CalibrationError
 from compress.recipe_data import Data
 
 EOS = 0
@@ -317,3 +318,15 @@ def test_models_without_a_tokenizer(tmp_path: Path, files: dict[str, str], said:
     path = lab.write_jsonl(tmp_path / "text.jsonl", [{"text": "x"}])
     message = lab.error(path, folder)
     assert said in message and str(folder) in message and "ids.npy" in message
+
+
+def test_a_measurement_takes_the_windows_that_there_are(plain: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("a window of some words, again and again. " * 60)
+    data = Data(name=str(text), length=16)
+    with pytest.raises(CalibrationError, match="samples"):
+        load_ids(data, plain, 10**6, None)
+    ids = load_ids(data, plain, 10**6, None, fewer=True)
+    assert 1 <= ids.shape[0] < data.samples
+    with pytest.raises(CalibrationError, match="samples"):  # a number that was asked for is taken at its word
+        load_ids(Data(name=str(text), length=16, samples=500), plain, 10**6, None, fewer=True)
