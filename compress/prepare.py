@@ -69,7 +69,7 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
 
 
 def calibration(plan: Plan) -> Tensor:
-    """Return the token ids (samples, length) that run through the model: the recipe's data; a few random ones if none is needed."""
+    """Return the token ids (samples, length) to run through the model: the recipe's data, or some at random if none is needed."""
     if not plan.calibrated:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, vocabulary(plan.source), (1, 32), generator=generator)

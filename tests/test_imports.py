@@ -63,7 +63,9 @@ TABLE: dict[str, Row] = {
     ),
     # The runtime and the evaluation know the stored form, not how it was made.
     "runtime.linear": Row("kernels.* packed weight errors", "torch"),
-    "runtime.*": Row("runtime.* calibration.experts calibration.families kernels.* packed container weight errors", "torch transformers"),
+    "runtime.*": Row(
+        "runtime.* calibration.experts calibration.families kernels.* packed container weight errors", "torch transformers"
+    ),
     # What a run leaves for people.
     "report": Row("files errors"),
     "charts": Row("report errors"),
