@@ -14,6 +14,7 @@ Working layout: (in, out), so that a column of the weight is one contiguous row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Factor:
 
     hessian: Tensor  # (in, in) damped, in natural order
     order: Tensor  # (in,) int64: the column processed at each step
-    feedback: Tensor  # (in, in): row k holds a_ik for i < k, and zeros
+    feedback: Tensor  # (in, in) lower triangular: row k holds a_ik for i < k
     pivots: Tensor  # (in,) r_k
     mean: float  # mean diagonal of the columns that are not dead, that the Hessian was divided by
     damp: float  # what was added to the diagonal
@@ -64,7 +65,7 @@ def factorise(hessian: Tensor, damp: float, *, descending: bool) -> Factor:
     A factorisation that fails is tried again with ten times the damping, three times; after that, and where no token was
     seen, the factor is that of the identity. Raises CalibrationError on values that are not finite.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not all(map(math.isfinite, hessian.aminmax())):  # a value that is not a number is passed on by both
         raise CalibrationError("Hessian: got values that are not finite; look for activations that overflow the model's dtype")
     size, diagonal = hessian.shape[0], hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if descending else torch.arange(size, device=hessian.device)
@@ -78,10 +79,10 @@ def factorise(hessian: Tensor, damp: float, *, descending: bool) -> Factor:
     damped.diagonal().add_(damp)
     backwards = order.flip(0)  # R is found from its last column on
     for attempt in range(_ATTEMPTS):
-        lower, info = torch.linalg.cholesky_ex(damped[backwards.unsqueeze(1), backwards])
+        lower, info = torch.linalg.cholesky_ex(damped.index_select(0, backwards).index_select(1, backwards))
         if int(info) == 0:
             pivots = lower.diagonal().flip(0)
-            feedback = lower.mT.flip(0, 1).div_(pivots.unsqueeze(1)).tril_(-1)
+            feedback = lower.mT.flip(0, 1).div_(pivots.unsqueeze(1))
             note = f"damp raised to {damp:g}" if attempt else None
             return Factor(damped, order, feedback, pivots, mean, damp, dead, note)
         if attempt + 1 < _ATTEMPTS:
@@ -154,7 +155,7 @@ class Sweep:
         target: Tensor,  # (in, out) the weight; becomes what each column was rounded towards
         delta: Tensor,  # (in, out) the weight; becomes weight - rounded
         codes: Tensor,  # (in, out) uint8, written
-        feedback: Tensor,  # (in, in) strictly lower
+        feedback: Tensor,  # (in, in), of which the part below the diagonal is read
         levels: Levels,
         groups: Tensor,  # (in,) int64 group of each step
         block: int,

@@ -86,22 +86,21 @@ def gptq(
             Sweep(target, delta, codes, factor.feedback, levels, groups, block, reached, size).run(0, columns)
 
         # Refinement goes from group to group: in natural order, unless groups were cut in processing order.
-        place = factor.order if order == "desc_act" else natural
+        damped, place, index = factor.hessian, natural, None
         if order == "static":
             delta, codes = delta[inverse], codes[inverse]
+        if order == "desc_act":
+            damped, place = damped[factor.order][:, factor.order], factor.order
+            index = groups[inverse].to(_smallest(columns // size))
         if refinements and not factor.plain:
-            damped = factor.hessian[place][:, place] if order == "desc_act" else factor.hessian
             refine(weight.T[place], damped, levels, delta, codes, refinements, block)
+        if order == "desc_act":
+            codes = codes[inverse]
     grid = levels.grid(bits)
-    stored_codes = torch.empty_like(weight, dtype=torch.uint8)
-    stored_codes[:, place] = codes.T
-    index = None
-    if order == "desc_act":
-        index = groups[inverse].to(_smallest(columns // size))
     notes: dict[str, Any] = {"damp": factor.damp, "dead_columns": factor.dead}
     if factor.fallback is not None:
         notes["fallback"] = factor.fallback
-    return Result(CompressedWeight(Uniform(stored_codes, grid.scale, bits, size, grid.zero, index)), notes)
+    return Result(CompressedWeight(Uniform(codes.T.contiguous(), grid.scale, bits, size, grid.zero, index)), notes)
 
 
 def _smallest(count: int) -> torch.dtype:

@@ -313,12 +313,14 @@ def test_damping_rises_until_the_hessian_can_be_factored() -> None:
     assert raised.notes["fallback"] == "damp raised to 0.0001"
     direct = gptq(weight, singular, group_size=8, damp=raised.notes["damp"])
     assert torch.equal(raised.weight.base.codes, direct.weight.base.codes)
-    # An indefinite matrix, -0.05 times the mean diagonal at worst: 0.01 fails, 0.1 does.
-    indefinite = torch.diag(torch.tensor([1.0] * 31 + [-0.045], dtype=torch.float64))
-    indefinite[31, 31], indefinite[30, 31], indefinite[31, 30] = 1.0, 1.05, 1.05
-    note = gptq(weight, indefinite, group_size=8).notes
-    assert note["damp"] == pytest.approx(0.1)
-    assert note["fallback"] == "damp raised to 0.1"
+    # A matrix whose lowest eigenvalue is -0.05 times the mean diagonal.
+    hessian = problem()[1]
+    lowest = torch.linalg.eigvalsh(hessian)[0] + 0.05 * hessian.diagonal().mean()
+    indefinite = hessian - lowest * torch.eye(32)
+    factor = factorise(indefinite, 0.01, descending=True)
+    assert factor.damp == pytest.approx(0.1)
+    assert factor.fallback == "damp raised to 0.1"
+    torch.testing.assert_close(factor.hessian, factorise(indefinite, factor.damp, descending=True).hessian)
 
 
 def test_a_hessian_that_cannot_be_factored_gives_rounding_to_nearest() -> None:
