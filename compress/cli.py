@@ -41,7 +41,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to create."
 DataName = Annotated[
     str | None, typer.Option("--data", help="Calibration: .txt .jsonl .parquet .npy, a preset (c4, wikitext2, ...) or a Hub id.")
 ]
-Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
+Samples = Annotated[int | None, typer.Option(help="Windows of text.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a window.")]
 Seed = Annotated[int | None, typer.Option(help="Draws documents and windows.")]
 ChatTemplate = Annotated[
@@ -68,20 +68,21 @@ def main() -> None:
     """Run the command line; errors of the user's end in one message and an exit code of their own."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except CompressError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except typer.Exit as stop:
-        raise SystemExit(stop.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
+        code = 130
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # what typer says about the command line
             error.show()
             raise SystemExit(2) from None
         raise
+    if code == 130:  # what typer makes of Ctrl-C, depending on its version
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
 
 
 @app.callback(invoke_without_command=True)

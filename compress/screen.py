@@ -193,7 +193,7 @@ def show_summary(summary: Summary, quality: Quality | None) -> None:
     """Print what a run gave."""
     v, out = summary.values, _out()
     if summary.resumed:
-        out.print(f"{summary.out} is there already, made by the same job")
+        out.print(f"{summary.out} is there already, made by the same job", soft_wrap=True)
     table = _table(str(summary.out), "", "before", "after")
     table.add_row("size", human_bytes(v["bytes_before"]), human_bytes(v["bytes_after"]))
     table.add_row("bits per weight, whole file", f"{v['bytes_before'] * 8 / v['weights']:.3f}", f"{v['bits_per_weight']:.3f}")
