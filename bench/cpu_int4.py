@@ -26,7 +26,8 @@ from torch import Tensor
 
 from compress import packed
 from compress.kernels import int4_cpu, torch_reference
-from compress.weight import CompressedWeight, Uniform
+from compress.parts.uniform import Uniform
+from compress.weight import CompressedWeight
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 WEIGHTS = 4  # products in a row, each with a weight of its own

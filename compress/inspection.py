@@ -51,9 +51,7 @@ class Contents:
 
 def _how(source: Any, name: str, tensor: str) -> str:
     if isinstance(source, PackedSource) and name in source.table:
-        parts = {role: part for role, part in source.table[name].items() if role != "shape"}
-        base = parts["base"]
-        return f"{base['bits']}-bit g{base['group_size']}" + (" with zeros" if base.get("zero") else "")
+        return packed.short(source.table[name])
     return str(source.entries[tensor].dtype)
 
 

@@ -32,6 +32,7 @@ Spec = dict[str, Any]
 _MAX_SITES = 500_000  # what a table may unfold to, so that a hostile one cannot fill the memory
 _MAX_AXIS = 2**31 - 1
 _DIGITS = 7  # of the longest number that is folded
+_ROLES = ("base", "outliers")  # of the parts of a weight, in the order they are stored
 _RUN = re.compile(rf"([0-9]{{1,{_DIGITS}}})(?:-([0-9]{{1,{_DIGITS}}}))?")
 
 
@@ -70,18 +71,22 @@ def _shape(spec: Spec) -> tuple[int, int]:
 
 
 def _parts(spec: Spec) -> dict[str, Spec]:
-    parts = {role: described for role, described in spec.items() if role != "shape"}
-    if set(parts) != {"base"} or not isinstance(parts["base"], dict):
+    parts = {role: spec[role] for role in _ROLES if role in spec}
+    if "base" not in parts or spec.keys() - {"shape", *_ROLES} or not all(isinstance(part, dict) for part in parts.values()):
         raise FormatError(
-            f"quantization_config: a site has the parts {sorted(parts)!s:.80}; expected base. Written by a newer compress?"
+            f"quantization_config: a site has the parts {sorted(spec.keys() - {'shape'})!s:.80}; expected base, and of others "
+            f"only {', '.join(_ROLES[1:])}. Written by a newer compress?"
         )
     return parts
 
 
-def _format(described: Spec) -> Any:
+def _format(role: str, described: Spec) -> Any:
     name = described.get("format")
     try:
-        return registry.lookup("formats", name if isinstance(name, str) else "")
+        form = registry.lookup("formats", name if isinstance(name, str) else "")
+        if role not in form.roles:
+            raise FormatError(f"quantization_config: {role} has the format {name}, which is for {', '.join(form.roles)}")
+        return form
     except RecipeError:
         known = ", ".join(registry.names("formats"))
         raise FormatError(
@@ -89,11 +94,16 @@ def _format(described: Spec) -> Any:
         ) from None
 
 
+def short(spec: Spec) -> str:
+    """Return how a site is stored, in a few words for a table. Raises FormatError."""
+    return " + ".join(str(_format(role, described).short(described)) for role, described in _parts(spec).items())
+
+
 def layout(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of every tensor of a site, by the name within the site. Raises FormatError."""
     result: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for role, described in _parts(spec).items():
-        form = _format(described)
+        form = _format(role, described)
         result |= {_prefix(role) + name: value for name, value in form.layout(described, _shape(spec)).items()}
     return result
 
@@ -102,10 +112,16 @@ def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedWeight:
     """Return the compressed weight that was packed, equal bit for bit. Raises FormatError."""
     parts = {}
     for role, described in _parts(spec).items():
-        form = _format(described)
-        mine = {n.removeprefix(_prefix(role)): t for n, t in tensors.items() if n.startswith(_prefix(role))}
-        parts[role] = form.unpack(described, _shape(spec), mine)
+        form = _format(role, described)
+        parts[role] = form.unpack(described, _shape(spec), _tensors_of(role, tensors))
     return CompressedWeight(**parts)
+
+
+def _tensors_of(role: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one part, by the name they have within it."""
+    others = tuple(_prefix(other) for other in _ROLES if other not in ("base", role))
+    prefix = _prefix(role)
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix) and not n.startswith(others)}
 
 
 def unpack_rows(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], start: int, stop: int) -> CompressedWeight:
@@ -115,10 +131,9 @@ def unpack_rows(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], start: i
         return unpack(dict(spec), tensors)
     parts: dict[str, Any] = {}
     for role, described in _parts(dict(spec)).items():
-        form = _format(described)
-        mine = {n.removeprefix(_prefix(role)): t for n, t in tensors.items() if n.startswith(_prefix(role))}
-        cut = form.cut_rows(described, (rows, columns), mine, start, stop)
-        parts[role] = form.unpack(described, (stop - start, columns), cut)
+        form = _format(role, described)
+        fewer, cut = form.cut_rows(described, (rows, columns), _tensors_of(role, tensors), start, stop)
+        parts[role] = form.unpack(fewer, (stop - start, columns), cut)
     return CompressedWeight(**parts)
 
 

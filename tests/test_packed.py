@@ -26,7 +26,8 @@ from compress.checkpoint import INDEX, SINGLE, Source
 from compress.container import load, read_header, save
 from compress.errors import CheckpointError, FormatError
 from compress.packed import PackedSource, fold, part_specs, read_part, read_table, unfold, write_part, write_table
-from compress.weight import CompressedWeight, Uniform
+from compress.parts.uniform import Uniform
+from compress.weight import CompressedWeight
 
 GOLDEN = Path(__file__).parent / "golden"
 fuzz = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -3,6 +3,7 @@
     codes   I32 (words,)            the codes row by row: (out * in * bits) bits, rounded up to one word
     scale   BF16 (out, groups)
     zero    I32 (words,)            zero codes row by row, only on asymmetric grids
+    offset  BF16 (out, groups)      added to the values of a group, only where there are such
     group   U8, I16 or I32 (in,)    group of each column, only where columns of a group are not neighbours
 
 Where `in * bits` is a multiple of 32 every row begins on a word, which is the layout that kernels read.
@@ -18,11 +19,11 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats import _bits
-from compress.weight import Uniform
+from compress.parts.uniform import Uniform
 
 _GROUP_DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 _GROUP_NAMES = {dtype: name for name, dtype in _GROUP_DTYPES.items()}
-_KEYS = ("format", "bits", "group_size", "zero", "group")
+_KEYS = ("format", "bits", "group_size", "zero", "group", "offset", "bipolar")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -36,6 +37,7 @@ class BitPack:
 
     name = "bitpack"
     part = Uniform
+    roles = ("base",)
 
     def describe(self, part: Uniform) -> dict[str, Any]:
         """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
@@ -47,7 +49,16 @@ class BitPack:
         }
         if part.group is not None:
             described["group"] = _GROUP_NAMES[part.group.dtype]
+        if part.offset is not None:
+            described["offset"] = True
+        if part.bipolar:
+            described["bipolar"] = True
         return described
+
+    def short(self, described: dict[str, Any]) -> str:
+        """Return how a part is stored, in a few words for a table."""
+        more = (" with zeros", "zero"), (" with offsets", "offset"), (" bipolar", "bipolar"), (" scattered", "group")
+        return f"{described['bits']}-bit g{described['group_size']}" + "".join(text for text, key in more if described.get(key))
 
     def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> Layout:
         """Return dtype and shape of each tensor of a part, without data. Raises FormatError."""
@@ -63,6 +74,11 @@ class BitPack:
             raise FormatError(f"bitpack: group_size is {group_size!r:.80}; expected a divisor of in={columns}")
         if not isinstance(zero, bool):
             raise FormatError(f"bitpack: zero is {zero!r:.80}; expected true or false")
+        for key in ("offset", "bipolar"):
+            if key in described and described[key] is not True:
+                raise FormatError(f"bitpack: {key} is {described[key]!r:.80}; expected true, or no {key}")
+        if "bipolar" in described and zero:
+            raise FormatError("bitpack: bipolar and zero are both there; expected one of them. The config is damaged")
         groups = columns // group_size
         layout: Layout = {
             "codes": (torch.int32, (_bits.words(rows * columns, bits),)),
@@ -70,6 +86,8 @@ class BitPack:
         }
         if zero:
             layout["zero"] = (torch.int32, (_bits.words(rows * groups, bits),))
+        if "offset" in described:
+            layout["offset"] = (torch.bfloat16, (rows, groups))
         if "group" in described:
             if not isinstance(described["group"], str) or described["group"] not in _GROUP_DTYPES:
                 raise FormatError(f"bitpack: group is {described['group']!r:.80}; expected one of {', '.join(_GROUP_DTYPES)}")
@@ -81,6 +99,8 @@ class BitPack:
         tensors = {"codes": _bits.pack(part.codes, part.bits), "scale": part.scale.contiguous()}
         if part.zero is not None:
             tensors["zero"] = _bits.pack(part.zero, part.bits)
+        if part.offset is not None:
+            tensors["offset"] = part.offset.contiguous()
         if part.group is not None:
             tensors["group"] = part.group.contiguous()
         return tensors
@@ -100,19 +120,22 @@ class BitPack:
         group = tensors.get("group")
         if group is not None and not bool(((group >= 0) & (group < groups)).all()):
             raise FormatError(f"bitpack: group names a group outside 0..{groups - 1}; the file is damaged")
-        return Uniform(codes, tensors["scale"], bits, group_size, zero, group)
+        offset, bipolar = tensors.get("offset"), "bipolar" in described
+        return Uniform(codes, tensors["scale"], bits, group_size, zero, group, offset, bipolar)
 
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
-    ) -> dict[str, Tensor]:
-        """Return the tensors of rows start..stop as views; `start` is a multiple of 32, where each stream begins a word."""
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return description and tensors of rows start..stop; `start` is a multiple of 32, where each stream begins a word."""
         columns, bits = shape[1], described["bits"]
         groups = columns // described["group_size"]
         first, last = start * columns * bits // 32, _bits.words(stop * columns, bits)
         cut = {**tensors, "codes": tensors["codes"][first:last], "scale": tensors["scale"][start:stop]}
         if described.get("zero"):
             cut["zero"] = tensors["zero"][start * groups * bits // 32 : _bits.words(stop * groups, bits)]
-        return cut
+        if "offset" in described:
+            cut["offset"] = tensors["offset"][start:stop]
+        return described, cut
 
 
 FORMAT = BitPack()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from compress import packed
+from compress.parts.uniform import Uniform
 
 GROUP_SIZES = (32, 64, 128, 256)  # the kernel refuses others
 MAX_ROWS = 128  # beyond this, decoding and a dense product are as fast: see above
@@ -32,8 +33,8 @@ MAX_ROWS = 128  # beyond this, decoding and a dense product are as fast: see abo
 def supports(spec: Mapping[str, Any]) -> bool:
     """Whether a site's weight fits the kernel: 4-bit codes, symmetric, neighbouring columns in groups, out a multiple of 16."""
     base = spec["base"]
-    plain = base["format"] == "bitpack" and base["bits"] == 4 and not base.get("zero") and "group" not in base
-    return plain and base["group_size"] in GROUP_SIZES and spec["shape"][0] % 16 == 0
+    wanted = {"format": "bitpack", "bits": 4, "group_size": base.get("group_size"), "zero": False}
+    return base == wanted and set(spec) == {"shape", "base"} and base["group_size"] in GROUP_SIZES and spec["shape"][0] % 16 == 0
 
 
 def pays(x: Tensor) -> bool:
@@ -48,6 +49,7 @@ def pays(x: Tensor) -> bool:
 def prepare(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the kernel's own layout: codes, and (groups, out, 2) of scales and zeros."""
     base = packed.unpack(dict(spec), tensors).base
+    assert isinstance(base, Uniform)
     codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(base.codes.int(), 1)
     scale = base.scale.T.contiguous()  # (groups, out)
     return codes, torch.stack((scale, torch.zeros_like(scale)), dim=2)

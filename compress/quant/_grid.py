@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compress.weight import middle
+from compress.parts.uniform import middle
 
 Range = Literal["minmax", "mse"]
 

@@ -34,9 +34,10 @@ from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, Stats
 from compress.method import Bits, GroupSize, Method, Result
+from compress.parts.uniform import Uniform, uniform_bits
 from compress.quant._grid import Grid, Range, fit, indivisible
 from compress.quant._solver import Levels, Sweep, factorise, full_precision, refine
-from compress.weight import CompressedWeight, Uniform, uniform_bits
+from compress.weight import CompressedWeight
 
 Order = Literal["static", "none", "desc_act"]
 

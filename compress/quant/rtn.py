@@ -16,8 +16,9 @@ from torch import Tensor
 
 from compress.calibration.statistics import Stats
 from compress.method import Bits, GroupSize, Method, Result
+from compress.parts.uniform import Uniform, uniform_bits
 from compress.quant._grid import Range, encode, fit, indivisible
-from compress.weight import CompressedWeight, Uniform, uniform_bits
+from compress.weight import CompressedWeight
 
 
 def rtn(weight: Tensor, *, bits: int = 4, group_size: int = 128, symmetric: bool = True, range: Range = "mse") -> Result:

@@ -1,27 +1,28 @@
 """The law of formats: unpacking what was packed gives the part back bit for bit, in exactly the bits that it reports.
 
-The tests run over the folder `compress/formats`. A new format for a known kind of part needs golden bytes here; one for a new
-kind of part also needs examples of it.
+The tests run over the folder `compress/formats`. A new format `foo` needs `tests/support/examples/foo.py`: examples of its part,
+and golden bytes, which may be added to and never changed, because checkpoints with them exist.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from examples.bitpack import uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress import packed, registry
 from compress.errors import FormatError
 from compress.formats import _bits
-from compress.weight import CompressedWeight, Uniform
+from compress.weight import CompressedWeight
 
 FORMATS = registry.names("formats")
 law = settings(max_examples=100, deadline=None, derandomize=True)
@@ -34,51 +35,9 @@ def form(name: str) -> Any:
 # ---------------------------------------------------------------------------------------------------- examples of parts
 
 
-def uniform(
-    rows: int, groups: int, size: int, bits: int, zero: bool, group: torch.dtype | None, seed: int = 0, code: int | None = None
-) -> Uniform:
-    """A random part; `group` is the type of the groups' numbers where columns of a group are not neighbours."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int, high: int = 1 << bits) -> torch.Tensor:
-        return (
-            torch.randint(0, high, shape, generator=generator, dtype=torch.uint8)
-            if code is None
-            else torch.full(shape, code, dtype=torch.uint8)
-        )
-
-    columns = groups * size
-    order = torch.randperm(columns, generator=generator)
-    return Uniform(
-        codes=draw(rows, columns),
-        scale=torch.randn(rows, groups, generator=generator).to(torch.bfloat16),
-        bits=bits,
-        group_size=size,
-        zero=draw(rows, groups) if zero else None,
-        group=None if group is None else (order // size).to(group),
-    )
-
-
-@st.composite
-def uniforms(draw: st.DrawFn) -> Uniform:
-    bits, groups, size = draw(st.integers(1, 8)), draw(st.integers(1, 6)), draw(st.integers(1, 40))
-    group = draw(st.sampled_from([None, torch.uint8, torch.int16, torch.int32]))
-    code = draw(st.sampled_from([None, None, 0, (1 << bits) - 1]))
-    return uniform(draw(st.integers(1, 70)), groups, size, bits, draw(st.booleans()), group, draw(st.integers(0, 999)), code)
-
-
-def many_uniforms() -> Iterator[Uniform]:
-    for bits in range(1, 9):
-        for zero in (False, True):
-            for group in (None, torch.uint8):
-                for rows, groups, size in ((1, 1, 1), (3, 1, 5), (32, 2, 16), (33, 7, 1), (7, 3, 11), (64, 3, 16), (97, 1, 33)):
-                    yield uniform(rows, groups, size, bits, zero, group)
-    yield uniform(2, 300, 1, 3, True, torch.int16)  # more groups than fit into a byte
-
-
-# Examples of each kind of part, drawn and fixed.
-DRAWN: dict[type, st.SearchStrategy[Any]] = {Uniform: uniforms()}
-FIXED: dict[type, Callable[[], Iterator[Any]]] = {Uniform: many_uniforms}
+def examples(name: str) -> Any:
+    """The module with examples of a format: `drawn()` a strategy, `fixed()` an iterator, GOLDEN parts with their bytes."""
+    return importlib.import_module(f"examples.{name}")
 
 
 def bits_of(value: Any) -> Any:
@@ -87,6 +46,11 @@ def bits_of(value: Any) -> Any:
         return value
     flat = value.contiguous().flatten()
     return value.dtype, tuple(value.shape), flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def some(parts: list[Any], count: int) -> list[Any]:
+    """At most about `count` of many, spread evenly."""
+    return parts[:: max(1, len(parts) // count)]
 
 
 def fields(part: Any) -> dict[str, Any]:
@@ -119,14 +83,14 @@ def check(name: str, part: Any) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_there_are_examples_and_golden_bytes_of_every_format(name: str) -> None:
     assert form(name).name == name
-    assert form(name).part in DRAWN, f"formats/{name} stores a {form(name).part.__name__}: add examples of it above"
-    assert form(name).part in FIXED
-    assert name in GOLDEN, f"formats/{name}: add golden bytes below"
+    found = examples(name)
+    assert {type(part) for part in found.fixed()} == {form(name).part}
+    assert found.GOLDEN
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_unpacking_gives_back_what_was_packed(name: str) -> None:
-    for part in FIXED[form(name).part]():
+    for part in examples(name).fixed():
         check(name, part)
 
 
@@ -134,38 +98,38 @@ def test_unpacking_gives_back_what_was_packed(name: str) -> None:
 @law
 @given(data=st.data())
 def test_unpacking_gives_back_any_part(name: str, data: st.DataObject) -> None:
-    check(name, data.draw(DRAWN[form(name).part]))
+    check(name, data.draw(examples(name).drawn()))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @law
 @given(data=st.data())
 def test_rows_that_are_cut_are_the_rows_of_the_whole(name: str, data: st.DataObject) -> None:
-    part, codec = data.draw(DRAWN[form(name).part]), form(name)
+    part, codec = data.draw(examples(name).drawn()), form(name)
     rows, columns = part.shape
     start = 32 * data.draw(st.integers(0, (rows - 1) // 32))
     stop = data.draw(st.integers(start + 1, rows))
     described = codec.describe(part)
-    cut = codec.cut_rows(described, part.shape, codec.pack(part), start, stop)
-    assert same(codec.unpack(described, (stop - start, columns), cut), part.rows(start, stop))
+    fewer, cut = codec.cut_rows(described, part.shape, codec.pack(part), start, stop)
+    assert same(codec.unpack(fewer, (stop - start, columns), cut), part.rows(start, stop))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_cut_of_a_part(name: str) -> None:
     codec = form(name)
-    for part in FIXED[codec.part]():
+    for part in examples(name).fixed():
         rows, columns = part.shape
         described, tensors = codec.describe(part), codec.pack(part)
         for start in range(0, rows, 32):
             for stop in {min(start + 32, rows), rows, start + 1}:
-                cut = codec.cut_rows(described, part.shape, tensors, start, stop)
-                assert same(codec.unpack(described, (stop - start, columns), cut), part.rows(start, stop))
+                fewer, cut = codec.cut_rows(described, part.shape, tensors, start, stop)
+                assert same(codec.unpack(fewer, (stop - start, columns), cut), part.rows(start, stop))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_tensors_that_do_not_fit_their_description(name: str) -> None:
     codec = form(name)
-    for part in list(FIXED[codec.part]())[:: max(1, sum(1 for _ in FIXED[codec.part]()) // 40)]:
+    for part in some(list(examples(name).fixed()), 40):
         described, tensors = codec.describe(part), codec.pack(part)
         for leaf, tensor in tensors.items():
             wrong = torch.int64 if tensor.dtype != torch.int64 else torch.int32
@@ -200,7 +164,7 @@ anything = odd | st.lists(odd, max_size=2) | st.dictionaries(st.text(max_size=2)
 @given(data=st.data())
 def test_a_damaged_description_is_refused_or_still_a_layout(name: str, data: st.DataObject) -> None:
     codec = form(name)
-    part = data.draw(DRAWN[codec.part])
+    part = data.draw(examples(name).drawn())
     described = codec.describe(part)
     key = data.draw(st.sampled_from([*described, "more"]))
     changed = {**described, key: data.draw(anything)}
@@ -335,70 +299,9 @@ def test_bitpack_refuses_descriptions_that_it_does_not_write(change: dict[str, A
 # ---------------------------------------------------------------------------------------------------- golden bytes
 
 
-def golden_uniform(bits: int, zero: bool, group: bool) -> Uniform:
-    """Codes 3 + 5 i mod 2^b row by row, scales 1, -1/2, 1/4, ..., zero codes 1 + 3 i: three rows, two groups of five columns."""
-    codes = (3 + 5 * torch.arange(30)).remainder(1 << bits).to(torch.uint8).view(3, 10)
-    scale = torch.tensor([(-0.5) ** i for i in range(6)]).to(torch.bfloat16).view(3, 2)
-    zeros = (1 + 3 * torch.arange(6)).remainder(1 << bits).to(torch.uint8).view(3, 2)
-    index = torch.tensor([1, 0, 0, 1, 0, 1, 1, 0, 1, 0], dtype=torch.uint8)
-    return Uniform(codes, scale, bits, 5, zeros if zero else None, index if group else None)
-
-
-# Bytes of each tensor as hexadecimal digits. They may be added to, never changed: checkpoints with them exist.
-GOLDEN: dict[str, list[tuple[Any, dict[str, str]]]] = {
-    "bitpack": [
-        (
-            golden_uniform(1, zero=False, group=True),
-            {"codes": "55555515", "scale": "803f00bf803e00be803d00bd", "group": "01000001000101000100"},
-        ),
-        (
-            golden_uniform(2, zero=True, group=False),
-            {"codes": "9393939393939303", "scale": "803f00bf803e00be803d00bd", "zero": "b1010000"},
-        ),
-        (
-            golden_uniform(3, zero=True, group=True),
-            {
-                "codes": "4375c64375c64375c6437502",
-                "scale": "803f00bf803e00be803d00bd",
-                "zero": "e1550000",
-                "group": "01000001000101000100",
-            },
-        ),
-        (
-            golden_uniform(4, zero=False, group=False),
-            {"codes": "832dc7610ba54fe9832dc7610ba54f00", "scale": "803f00bf803e00be803d00bd"},
-        ),
-        (
-            golden_uniform(5, zero=True, group=False),
-            {"codes": "03357979300b56fd497213777158b41b14f52800", "scale": "803f00bf803e00be803d00bd", "zero": "811cd520"},
-        ),
-        (
-            golden_uniform(6, zero=False, group=True),
-            {
-                "codes": "03d24817179a2b5ceb3f913813d689271bdb3b50280f0500",
-                "scale": "803f00bf803e00be803d00bd",
-                "group": "01000001000101000100",
-            },
-        ),
-        (
-            golden_uniform(7, zero=False, group=False),
-            {"codes": "03444372e1844c2b584df723269d536c577c66c7ed7b4041f1a00000", "scale": "803f00bf803e00be803d00bd"},
-        ),
-        (
-            golden_uniform(8, zero=True, group=False),
-            {
-                "codes": "03080d12171c21262b30353a3f44494e53585d62676c71767b80858a8f940000",
-                "scale": "803f00bf803e00be803d00bd",
-                "zero": "0104070a0d100000",
-            },
-        ),
-    ],
-}
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_golden_bytes(name: str) -> None:
-    for part, expected in GOLDEN[name]:
+    for part, expected in examples(name).GOLDEN:
         tensors = form(name).pack(part)
         assert {leaf: bits_of(tensor)[2].hex() for leaf, tensor in tensors.items()} == expected
         described = form(name).describe(part)
@@ -415,7 +318,7 @@ def test_golden_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_weight_of_one_part_is_stored_as_that_part(name: str) -> None:
-    for part in list(FIXED[form(name).part]())[::7]:
+    for part in list(examples(name).fixed())[::7]:
         weight = CompressedWeight(part)
         tensors, spec = packed.pack(weight)
         spec = json.loads(json.dumps(spec))

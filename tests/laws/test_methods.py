@@ -18,9 +18,10 @@ from torch import Tensor
 
 from compress import registry
 from compress.calibration.statistics import Hessian, Statistics
+from compress.parts.uniform import Uniform
 from compress.quant._grid import Grid, encode
 from compress.quant.rtn import rtn
-from compress.weight import CompressedWeight, Uniform
+from compress.weight import CompressedWeight
 
 METHODS = registry.names("quant")
 GROUP = 32

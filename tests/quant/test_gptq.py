@@ -20,11 +20,11 @@ from torch import Tensor
 
 from compress.calibration.statistics import Hessian
 from compress.errors import CalibrationError
+from compress.parts.uniform import Uniform, middle
 from compress.quant._grid import Grid, fit
 from compress.quant._solver import Levels, Sweep, factorise
 from compress.quant.gptq import METHOD, Order, gptq
 from compress.quant.rtn import rtn
-from compress.weight import Uniform, middle
 
 ORDERS: tuple[Order, ...] = ("static", "none", "desc_act")
 law = settings(max_examples=40, deadline=None, derandomize=True)

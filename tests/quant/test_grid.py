@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.parts.uniform import Uniform, middle
 from compress.quant._grid import Grid, encode, fit, indivisible
-from compress.weight import Uniform, middle
 
 law = settings(max_examples=60, deadline=None, derandomize=True)
 

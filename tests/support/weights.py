@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from compress.weight import CompressedWeight, Uniform
+from compress.parts.uniform import Uniform
+from compress.weight import CompressedWeight
 
 
 def random_weight(

@@ -1,0 +1,76 @@
+"""Codes on an affine grid per group of columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from compress.parts.stream import stream_bits
+
+
+def middle(bits: int) -> float:
+    """The zero point of a symmetric grid: the code 2^(b-1), or half a step at one bit, where -s/2 and +s/2 are the two values."""
+    return float(1 << (bits - 1)) if bits > 1 else 0.5
+
+
+def uniform_bits(
+    shape: tuple[int, int], bits: int, group_size: int, zero: bool, group_bits: int = 0, offset: bool = False
+) -> int:
+    """Stored bits of codes on an affine grid, (out, in): codes, scales, zero codes or offsets, `group_bits` per column."""
+    rows, columns = shape
+    groups = rows * (columns // group_size)
+    beside = groups * 16 * (2 if offset else 1) + (stream_bits(groups, bits) if zero else 0)
+    return stream_bits(rows * columns, bits) + beside + columns * group_bits
+
+
+@dataclass(frozen=True, eq=False)
+class Uniform:
+    """Codes on an affine grid per group of columns: `value = (code - zero) * scale + offset`."""
+
+    codes: Tensor  # (out, in) uint8, each below 2^bits
+    scale: Tensor  # (out, groups) bfloat16; may be negative
+    bits: int
+    group_size: int  # columns per group; `in` for one group per row
+    zero: Tensor | None = None  # (out, groups) uint8 zero codes; None: the middle of a symmetric grid
+    group: Tensor | None = (
+        None  # (in,) group of each column, in the smallest of uint8, int16 and int32 that holds it; None: contiguous
+    )
+    offset: Tensor | None = None  # (out, groups) bfloat16, added to every value of a group; None: 0
+    bipolar: bool = False  # the zero point is (2^bits - 1) / 2 and no code means 0: values are odd multiples of scale / 2
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def stored_bits(self) -> int:
+        """Every bit that this part occupies on disk."""
+        group_bits = 0 if self.group is None else self.group.element_size() * 8
+        return uniform_bits(self.shape, self.bits, self.group_size, self.zero is not None, group_bits, self.offset is not None)
+
+    @property
+    def _middle(self) -> float:
+        return ((1 << self.bits) - 1) / 2 if self.bipolar else middle(self.bits)
+
+    def dequantize(self) -> Tensor:
+        """Return the weight (out, in) in float32; exact without offsets, as codes and bfloat16 scales are exact in float32."""
+
+        def spread(values: Tensor) -> Tensor:
+            """(out, groups) -> what fits the codes."""
+            return values.float().unsqueeze(2) if self.group is None else values.float()[:, self.group.long()]
+
+        codes = self.codes.float()
+        if self.group is None:
+            codes = codes.unflatten(1, (-1, self.group_size))  # (out, groups, group size)
+        values: Tensor = (codes - (self._middle if self.zero is None else spread(self.zero))) * spread(self.scale)
+        if self.offset is not None:
+            values += spread(self.offset)
+        return values.flatten(1)
+
+    def rows(self, start: int, stop: int) -> Uniform:
+        """Return the rows start..stop as a weight of their own, sharing memory."""
+        zero = None if self.zero is None else self.zero[start:stop]
+        offset = None if self.offset is None else self.offset[start:stop]
+        return replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop], zero=zero, offset=offset)
