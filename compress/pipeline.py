@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress import distributed, memory, packed
+from compress import distributed, packed
 from compress.block import compress_block
 from compress.calibration.hidden import Hidden
 from compress.calibration.observe import batches
@@ -112,7 +112,6 @@ class Run:
         else:
             self.hidden.update(self._outputs(block, step), self._name(block))
         self.skeleton.release(block)
-        memory.give_back()
 
     def _is_end(self, block: int) -> bool:
         """Whether nothing is calibrated after this block."""

@@ -59,7 +59,9 @@ TABLE: dict[str, Row] = {
     "calibration.observe": Row("calibration.statistics errors", "torch"),
     "calibration.families": Row("packed checkpoint container errors", "torch", lazy_own="calibration.inference"),
     "calibration.experts": Row("calibration.families errors", "torch"),
-    "calibration.skeleton": Row("calibration.experts calibration.families checkpoint errors", "torch", lazy_third="transformers"),
+    "calibration.skeleton": Row(
+        "calibration.experts calibration.families checkpoint memory errors", "torch", lazy_third="transformers"
+    ),
     "calibration.inference": Row(
         "calibration.experts calibration.families calibration.skeleton checkpoint errors", "torch", lazy_third="transformers"
     ),
@@ -81,8 +83,8 @@ TABLE: dict[str, Row] = {
     ),
     "estimate": Row("prepare block recipe calibration.families packed memory files errors", "torch"),
     "pipeline": Row(
-        "block job calibration.hidden calibration.observe calibration.skeleton packed recipe report container distributed memory "
-        "files errors",
+        "block job calibration.hidden calibration.observe calibration.skeleton packed recipe report container distributed files "
+        "errors",
         "torch",
     ),
     "seal": Row("packed calibration.families checkpoint container files errors"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from compress import memory
 from compress.calibration.experts import ExpertLoop
 from compress.calibration.families import Claims, Site, matches, parameter_name, tied
 from compress.checkpoint import Source
@@ -208,6 +209,7 @@ class Skeleton:
     def release(self, number: int) -> None:
         """Let the weights of a block go."""
         _to_meta(self.blocks[number])
+        memory.give_back()
 
     @contextmanager
     def outer(self) -> Iterator[None]:
