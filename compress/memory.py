@@ -6,11 +6,26 @@ import ctypes
 import resource
 import sys
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_LARGE = 1 << 20
+
 
 def peak() -> int:
     """Peak resident bytes of this process so far."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def return_large() -> None:
+    """Make the C library map every block above 1 MB on its own, so that freeing it returns it to the system at once.
+
+    glibc raises that limit to 32 MB as it goes, and the holes that tensors of many sizes then leave in its heap grow with the
+    number of blocks of a model: peaks of `bench/memory.py` with 32 blocks were 14 to 17 % above those with 4.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def give_back() -> None:

@@ -50,6 +50,7 @@ def run(
 ) -> Summary:
     """Do what is planned, or go on with what an earlier run left, and give the result its name `out`. Raises CompressError."""
     started = time.time()
+    memory.return_large()
     device = distributed.start(plan.device)
     mine = identity(plan, ids)
     if (before := seal.finished(out)) is not None:
