@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compress import distributed
+from compress.calibration.families import Site
 from compress.calibration.observe import Tap, observe, passes
 from compress.calibration.skeleton import Skeleton
 from compress.calibration.statistics import Hessian, Statistics, Stats
@@ -98,11 +99,14 @@ def compress_block(
     run: Callable[[], None],
     budget: int,
     listen: Callable[[str, float], None],
+    read: Callable[[Site], Tensor] | None = None,
 ) -> Iterator[tuple[str, Done]]:
     """Compress the sites of one filled block that are this rank's, and yield each with its report row.
 
     `run` sends the calibration through the block; it is called once per pass, and each pass's statistics fit `budget` bytes.
+    `read` gives the weight (out, in) of a site in float32: the source's if None.
     """
+    read = read or (lambda site: skeleton.weight(site).to(skeleton.device).float())
     work = units(assignments)
     owner = dict(zip([u.tap for u in work], distributed.assign([u.cost for u in work], distributed.world()), strict=True))
     watched = taps(skeleton, work)
@@ -119,7 +123,7 @@ def compress_block(
             unit = left.pop(tap)
             if owner[tap] == distributed.rank():
                 listen("compressing", index / len(ready))
-                yield from _compress_unit(skeleton, unit, collected.pop(tap, {}), pooled.get(unit.pool or "", {}))
+                yield from _compress_unit(read, unit, collected.pop(tap, {}), pooled.get(unit.pool or "", {}))
 
 
 def _choose(assignment: Assignment, stats: Stats, pooled: Stats) -> tuple[Any, Stats, str | None]:
@@ -137,7 +141,7 @@ def _choose(assignment: Assignment, stats: Stats, pooled: Stats) -> tuple[Any, S
     return assignment.method, stats, None
 
 
-def _compress_unit(skeleton: Skeleton, unit: Unit, stats: Stats, pooled: Stats) -> Iterator[tuple[str, Done]]:
+def _compress_unit(read: Callable[[Site], Tensor], unit: Unit, stats: Stats, pooled: Stats) -> Iterator[tuple[str, Done]]:
     """Compress the sites of one tap: those of one step in one call where the method treats rows independently."""
     by_step: dict[int, list[Assignment]] = {}
     for position, assignment in enumerate(unit.assignments):
@@ -146,7 +150,7 @@ def _compress_unit(skeleton: Skeleton, unit: Unit, stats: Stats, pooled: Stats) 
     tokens = min((s.tokens for s in stats.values()), default=None)
     for members in by_step.values():
         method, chosen, fallback = _choose(members[0], stats, pooled)
-        weights = [skeleton.weight(a.site).to(skeleton.device).float() for a in members]
+        weights = [read(a.site) for a in members]
         start = time.perf_counter()
         result: Result = method(torch.cat(weights), chosen)
         seconds = time.perf_counter() - start
@@ -157,24 +161,38 @@ def _compress_unit(skeleton: Skeleton, unit: Unit, stats: Stats, pooled: Stats) 
             site = assignment.site
             compressed = result.weight.rows(first, first + site.shape[0])
             first += site.shape[0]
-            decoded = _finite(compressed, site.name)
-            numerical = result.notes.get("fallback")
-            row = SiteRow(
-                site.name,
-                site.block,
-                site.kind,
-                site.shape,
-                method.path,
-                compressed.bits_per_weight,
-                compressed.stored_bits,
-                relative_error(weight, decoded, matrix),
-                site.expert,
-                tokens,
-                "; ".join(text for text in (fallback, numerical) if text) or None,
-                seconds,
-                {k: v for k, v in result.notes.items() if k != "fallback"},
-            )
+            row = site_row(site, method.path, compressed, weight, matrix, result.notes, fallback, tokens, seconds)
             yield site.name, (compressed, row)
+
+
+def site_row(
+    site: Site,
+    path: str,
+    compressed: CompressedWeight,
+    weight: Tensor,
+    hessian: Tensor | None,
+    notes: dict[str, Any],
+    fallback: str | None = None,
+    tokens: int | None = None,
+    seconds: float = 0.0,
+) -> SiteRow:
+    """Describe what became of a weight (out, in). Raises CalibrationError where it is not finite."""
+    decoded = _finite(compressed, site.name)
+    return SiteRow(
+        site.name,
+        site.block,
+        site.kind,
+        site.shape,
+        path,
+        compressed.bits_per_weight,
+        compressed.stored_bits,
+        relative_error(weight, decoded, hessian),
+        site.expert,
+        tokens,
+        "; ".join(text for text in (fallback, notes.get("fallback")) if text) or None,
+        seconds,
+        {k: v for k, v in notes.items() if k != "fallback"},
+    )
 
 
 def _finite(compressed: CompressedWeight, name: str) -> Tensor:

@@ -29,6 +29,11 @@ def world() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def ranks() -> range:
+    """All ranks."""
+    return range(world())
+
+
 def start(device: torch.device) -> torch.device:
     """Join the group that torchrun announces in the environment, if any; return the device of this rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or torch.distributed.is_initialized():

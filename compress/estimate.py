@@ -60,7 +60,8 @@ def estimate(plan: Plan, samples: int, length: int, memory: int, offload: bool) 
         statistics[number] = sum(sum(kind.nbytes(u.columns) for kind in u.kinds) for u in units(members))
     width = settings(source).get("hidden_size", settings(source).get("n_embd", 0))
     width = width if isinstance(width, int) else 0  # what cannot be right, transformers will say
-    hidden = samples * length * width * item
+    # The original's hidden states run along where a method compares: before and after a block.
+    hidden = samples * length * width * item * (3 if plan.compares else 1)
     most = max(statistics.values(), default=0)
     kept = hidden * (2 if offload else 1)
     return Estimate(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -21,6 +23,10 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     needs: ClassVar[tuple[type[Statistics], ...]] = ()
+    # What it is called with: the weight of one site (quant), or a `Block` with all sites of a step.
+    scope: ClassVar[Literal["site", "block"]] = "site"
+    # Whether it compares with what the original block gives for the original's own inputs (`Block.targets`).
+    compares: ClassVar[bool] = False
     # Rows do not influence each other given the statistics: sites that share a tap are compressed in one call.
     rows_independent: ClassVar[bool] = True
 
@@ -67,4 +73,99 @@ class SiteMethod(Protocol):
 
     def stored_bits(self, shape: tuple[int, int]) -> int | None:
         """Bits that a weight of this shape (out, in) will occupy; None where it depends on the values."""
+        ...
+
+
+class Block(Protocol):
+    """One decoder block as a method sees it: weights by site, the calibration that enters it, and what it should give.
+
+    Methods call it on every rank at the same time; what they compute from `total` and `generator` is the same on all of them.
+    """
+
+    @property
+    def sites(self) -> Mapping[str, tuple[int, int]]:
+        """The sites that the method is to work on, with the shapes (out, in) of their weights."""
+        ...
+
+    @property
+    def batches(self) -> int:
+        """Number of this rank's calibration batches."""
+        ...
+
+    def weight(self, site: str) -> Tensor:
+        """Return the weight of a site (out, in) in float32, as transforms have left it and before it is compressed."""
+        ...
+
+    def others(self) -> dict[str, Tensor]:
+        """Return the block's other floating-point tensors (norms, biases) by disk name, in float32."""
+        ...
+
+    def observe(self, kinds: Sequence[type[Statistics]]) -> dict[str, Stats]:
+        """Return statistics of the inputs of every site, over the calibration of all ranks."""
+        ...
+
+    def inputs(self, batch: int) -> Tensor:
+        """Return one batch of hidden states (samples, length, width) that enter the block behind compressed ones."""
+        ...
+
+    def targets(self, batch: int) -> Tensor:
+        """Return what the original model's block gives for this batch of the original model (samples, length, width)."""
+        ...
+
+    def run(self, hidden: Tensor, weights: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the block's output for a batch with these weights (out, in) and other tensors; gradients pass through."""
+        ...
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over ranks."""
+        ...
+
+    def generator(self) -> torch.Generator:
+        """Return a new source of random numbers that belongs to this block: the same on all ranks and in every run."""
+        ...
+
+    def say(self, share: float) -> None:
+        """Tell how much of the work is done, from 0 to 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a transform makes of a block: weights (out, in) in float32 by site, and other tensors by disk name."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning makes of the compressed weights of a block, and of its other tensors by disk name."""
+
+    weights: dict[str, CompressedWeight] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class BlockMethod(Protocol):
+    """A method of `compress/quant` whose scope is a block: it compresses all sites of a step in a block together."""
+
+    def __call__(self, block: Block) -> dict[str, Result]:
+        """Return the compressed weight of every site of `block.sites`; deterministic."""
+        ...
+
+
+class Transform(Protocol):
+    """A method of `compress/transform`: an exact rewrite of a block before its weights are rounded."""
+
+    def __call__(self, block: Block) -> Changed:
+        """Return the weights and other tensors that change; the block's output stays what it is up to rounding."""
+        ...
+
+
+class Tuning(Protocol):
+    """A method of `compress/tune`: it adjusts what is not a code of compressed weights, to what the block should give."""
+
+    def __call__(self, block: Block, weights: Mapping[str, CompressedWeight]) -> Tuned:
+        """Return the weights and other tensors that change; codes and sizes stay."""
         ...

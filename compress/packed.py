@@ -148,9 +148,19 @@ def _fold(numbers: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def write_part(path: Path, tensors: dict[str, Tensor], specs: dict[str, Spec]) -> None:
-    """Write the packed tensors of some sites, with their descriptions, into one file."""
-    save(path, tensors, {"sites": json.dumps(specs, separators=(",", ":"))})
+def write_part(
+    path: Path, tensors: dict[str, Tensor], specs: dict[str, Spec], others: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the packed tensors of some sites, with their descriptions, and tensors that replace the source's, into one file."""
+    others = dict(others or {})
+    names = json.dumps(sorted(others), separators=(",", ":"))
+    save(path, tensors | others, {"sites": json.dumps(specs, separators=(",", ":")), "others": names})
+
+
+def part_others(path: Path) -> dict[str, Entry]:
+    """Return the tensors of a part that replace those of the source, by disk name."""
+    entries, metadata = read_header(path)
+    return {name: entries[name] for name in json.loads(metadata.get("others", "[]"))}
 
 
 def part_specs(metadata: Mapping[str, str]) -> dict[str, Spec]:

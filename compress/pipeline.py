@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from compress import distributed, packed
-from compress.block import compress_block
+from compress import block_methods, distributed, packed
+from compress.block import Done, compress_block
+from compress.block_methods import Surroundings
 from compress.calibration.hidden import Hidden
 from compress.calibration.observe import batches
 from compress.calibration.skeleton import Skeleton
+from compress.container import read_tensor
 from compress.files import sha256
 from compress.job import Job, Record
-from compress.recipe import Assignment
+from compress.recipe import Assignment, StageAssignment
 from compress.report import SiteRow
+from compress.weight import CompressedWeight
 
 SNAPSHOT_SECONDS = 120.0  # hidden states in memory are stored this often; blocks since then are replayed after a crash
 Listen = Callable[[str, float], None]
@@ -33,13 +36,29 @@ class Settings:
     snapshot_seconds: float = SNAPSHOT_SECONDS
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is to be done to the blocks of a model."""
+
+    assignments: list[Assignment]
+    transforms: list[StageAssignment] = field(default_factory=list)
+    tuning: list[StageAssignment] = field(default_factory=list)
+    compares: bool = False  # whether a method needs what the original model gives
+    seed: int = 0
+
+    def of(self, stages: list[StageAssignment], block: int) -> list[StageAssignment]:
+        """Stages with their members in one block."""
+        found = [replace(s, members=[a for a in s.members if a.site.block == block]) for s in stages]
+        return [stage for stage in found if stage.members]
+
+
 class Run:
     """A run over the blocks of a model, from wherever the job is to the last block."""
 
     def __init__(
         self,
         skeleton: Skeleton,
-        assignments: list[Assignment],
+        todo: Work,
         ids: Tensor,
         batch_tokens: int,
         job: Job,
@@ -50,17 +69,20 @@ class Run:
         self.ids = ids
         self.batches = distributed.share(list(batches(ids.shape[0], ids.shape[1], batch_tokens)))
         self.blocks = len(skeleton.blocks)
+        self.todo = todo
         self.work: dict[int, list[Assignment]] = {}
-        for assignment in assignments:
+        for assignment in todo.assignments:
             block = assignment.site.block
             self.work.setdefault(self.blocks if block is None else block, []).append(assignment)
         self.total = self.blocks + (self.blocks in self.work)
         self.hidden: Hidden | None = None
+        self.original: Hidden | None = None  # the original model's hidden states, where a method compares
+        self.targets: Hidden | None = None  # those after the block that is being compressed
         self.end: Tensor | None = None  # output of the last block for the first batch
         self._saved = time.monotonic()
 
-    def _name(self, block: int) -> str:
-        return f"after-{block:05d}.{distributed.rank()}of{distributed.world()}.bin"
+    def _name(self, block: int, what: str = "") -> str:
+        return f"after-{block:05d}{what}.{distributed.rank()}of{distributed.world()}.bin"
 
     def _say(self, block: int) -> Listen:
         return lambda step, share: self.listen(block, self.total, step, share)
@@ -68,7 +90,7 @@ class Run:
     def _ids(self, batch: int) -> Tensor:
         return self.ids[self.batches[batch].start : self.batches[batch].stop]
 
-    def _embed(self) -> Hidden:
+    def _embed(self, name: str = "embedded") -> Hidden:
         """Run the embeddings; every batch size is seen, so that blocks know their masks and positions."""
         folder = self.job.hidden if self.settings.offload else None
         with self.skeleton.outer():
@@ -77,14 +99,20 @@ class Run:
             first = self.skeleton.embed(self._ids(0))
             hidden = Hidden([len(b) for b in self.batches], first.shape[1], first.shape[2], first.dtype, folder)
             rest = (self.skeleton.embed(self._ids(b)) if b else first for b in range(len(self.batches)))
-            hidden.update(rest, f"embedded.{distributed.rank()}of{distributed.world()}.bin")
+            hidden.update(rest, f"{name}.{distributed.rank()}of{distributed.world()}.bin")
         return hidden
 
-    def _outputs(self, block: int, step: str) -> Iterator[Tensor]:
-        assert self.hidden is not None
+    def _outputs(self, block: int, step: str, hidden: Hidden | None = None) -> Iterator[Tensor]:
+        hidden = hidden or self.hidden
+        assert hidden is not None
         for batch in range(len(self.batches)):
             self.listen(block, self.total, step, batch / len(self.batches))
-            yield self.skeleton.forward(block, self.hidden.read(batch).to(self.skeleton.device))
+            yield self.skeleton.forward(block, hidden.read(batch).to(self.skeleton.device))
+
+    def _aim(self, block: int, step: str) -> None:
+        """Run the original's hidden states through the original block, which is filled."""
+        if self.original is not None:
+            self.targets = self.original.after(self._outputs(block, step, self.original), self._name(block, ".original"))
 
     def _observe(self, block: int) -> None:
         """Send the calibration through a block, or to the head, for the hooks on it."""
@@ -104,9 +132,16 @@ class Run:
                 decoded[site] = weight.dequantize().to(self.skeleton.dtype)
         return decoded
 
+    def _put_others(self, block: int, parts: list[str]) -> None:
+        """Give a filled block the tensors that parts on disk have instead of the source's."""
+        for name in parts:
+            found = packed.part_others(self.job.parts / name)
+            self.skeleton.put_others(block, {tensor: read_tensor(entry) for tensor, entry in found.items()})
+
     def _advance(self, block: int, step: str) -> None:
         """Replace the hidden states before a filled block by those after it, and let the block go."""
         assert self.hidden is not None
+        self.original, self.targets = self.targets, None
         if self._is_end(block):
             self.end = next(self._outputs(block, step), None)  # of all that comes out, only the check looks at one batch
         else:
@@ -121,15 +156,22 @@ class Run:
         """Bring the hidden states to where the journal ends; return the next block."""
         records = self.job.records
         self.hidden = self._embed()
+        self.original = self._embed("embedded.original") if self.todo.compares else None
         start = 0
         for record in reversed(records):
             here = record.hidden and self.hidden.restore(self.job.hidden / self._name(record.block))
+            if here and self.original is not None:
+                here = self.original.restore(self.job.hidden / self._name(record.block, ".original"))
             if all(distributed.gather(here)):
                 start = record.block + 1
                 break
         for record in records[start:]:
             if record.block < self.blocks:
+                if self.original is not None:
+                    self.skeleton.load(record.block)
+                    self._aim(record.block, "replaying")
                 self.skeleton.load(record.block, self._decoded(list(record.parts)))
+                self._put_others(record.block, list(record.parts))
                 self._advance(record.block, "replaying")
         return len(records)
 
@@ -138,24 +180,84 @@ class Run:
         tensors: dict[str, Tensor] = {}
         specs: dict[str, Any] = {}
         rows = []
-        found = compress_block(
-            self.skeleton, self.work.get(block, []), lambda: self._observe(block), self.settings.memory, self._say(block)
-        )
-        for site, (weight, row) in found:
+        around = self._surroundings(block)
+        for site, (weight, row) in self._found(block, around):
             mine, specs[site] = packed.pack(weight)
             tensors |= {f"{site}.{leaf}": tensor for leaf, tensor in mine.items()}
             rows.append(row)
-        if not specs:
+        others = around.others if distributed.rank() == 0 else {}
+        if not specs and not others:
             return None, rows
         name = f"block-{block:05d}.{distributed.rank()}of{distributed.world()}.safetensors"
-        packed.write_part(self.job.parts / name, tensors, specs)
+        packed.write_part(self.job.parts / name, tensors, specs, others)
         return name, rows
+
+    def _surroundings(self, block: int) -> Surroundings:
+        assert self.hidden is not None
+
+        def send() -> None:
+            self._observe(block)
+
+        budget, say = self.settings.memory, self._say(block)
+        return Surroundings(self.skeleton, block, self.hidden, self.targets, send, budget, self.todo.seed, say)
+
+    def _found(self, block: int, around: Surroundings) -> Iterator[tuple[str, Done]]:
+        """Yield what becomes of this rank's sites of a block."""
+        work = self.work.get(block, [])
+        alone = [a for a in work if a.method.scope == "site"]
+        joint, tuning = [a for a in work if a.method.scope == "block"], self.todo.of(self.todo.tuning, block)
+        notes = block_methods.transform(around, self.todo.of(self.todo.transforms, block))
+        found = compress_block(self.skeleton, alone, around.send, around.budget, around.listen, around.weight)
+        if joint or tuning:
+            found = self._jointly(block, around, found, joint, tuning)
+        for site, (weight, row) in found:
+            yield site, (weight, replace(row, notes=notes.get(site, {}) | row.notes))
+
+    def _jointly(
+        self,
+        block: int,
+        around: Surroundings,
+        found: Iterator[tuple[str, Done]],
+        joint: list[Assignment],
+        tuning: list[StageAssignment],
+    ) -> Iterator[tuple[str, Done]]:
+        """Go on with methods that see the block, which need what all ranks have made of its sites."""
+        mine = dict(found)
+        everyone = {name: weight for name, (weight, _) in mine.items()}
+        if distributed.world() > 1:
+            everyone = self._exchange(block, everyone)
+        for name, weight in everyone.items():
+            self.skeleton.put(self._site(block, name), weight.dequantize())
+        for name, done in block_methods.together(around, joint):
+            everyone[name] = done[0]
+            if distributed.rank() == 0:
+                mine[name] = done
+        notes = block_methods.tune(around, tuning, everyone)
+        for name, (_, row) in mine.items():
+            yield name, (everyone[name], replace(row, notes=row.notes | notes.get(name, {})))
+
+    def _exchange(self, block: int, mine: dict[str, CompressedWeight]) -> dict[str, CompressedWeight]:
+        """Return the compressed weights of all ranks, which pass through files."""
+        drafts = [self.job.parts / f"draft-{block:05d}.{rank}of{distributed.world()}.safetensors" for rank in distributed.ranks()]
+        tensors: dict[str, Tensor] = {}
+        specs: dict[str, Any] = {}
+        for site, weight in mine.items():
+            leaves, specs[site] = packed.pack(weight)
+            tensors |= {f"{site}.{leaf}": tensor for leaf, tensor in leaves.items()}
+        packed.write_part(drafts[distributed.rank()], tensors, specs)
+        distributed.barrier()
+        everyone = dict(pair for path in drafts for pair in packed.read_part(path))
+        distributed.barrier()
+        drafts[distributed.rank()].unlink()
+        order = [a.site.name for a in self.work[block]]
+        return {name: everyone[name] for name in order if name in everyone}
 
     def _one(self, block: int) -> None:
         start = time.perf_counter()
         head = block == self.blocks
         if not head:
             self.skeleton.load(block)
+            self._aim(block, "running")
         with self.skeleton.outer() if head else nullcontext():
             name, mine = self._compress(block)
         everyone = distributed.gather((name, sha256(self.job.parts / name) if name else "", [row.plain() for row in mine]))
@@ -166,6 +268,7 @@ class Run:
         if not head:
             for site, weight in self._decoded(list(parts)).items():
                 self.skeleton.put(self._site(block, site), weight)
+            self._put_others(block, list(parts))
             self._advance(block, "running")
             stored = self._store(block)
         distributed.barrier()
@@ -189,6 +292,8 @@ class Run:
         due = distributed.gather(time.monotonic() - self._saved >= self.settings.snapshot_seconds)[0]
         if due:
             self.hidden.save(self.job.hidden / self._name(block))
+            if self.original is not None:
+                self.original.save(self.job.hidden / self._name(block, ".original"))
             self._saved = time.monotonic()
         return bool(due)
 

@@ -14,7 +14,7 @@ from compress.calibration.data import fingerprint, load_ids
 from compress.calibration.families import Claims, claim, context_length, find, settings, vocabulary
 from compress.checkpoint import Source
 from compress.errors import RecipeError
-from compress.recipe import Assignment, Recipe
+from compress.recipe import Assignment, Recipe, StageAssignment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,13 +27,22 @@ class Plan:
     claims: Claims
     recipe: Recipe
     assignments: list[Assignment]
+    transforms: list[StageAssignment]
+    tuning: list[StageAssignment]
     dtype: torch.dtype
     device: torch.device
 
     @property
     def calibrated(self) -> bool:
         """Whether a method needs to see data."""
-        return any(o.needs for a in self.assignments for o in (a.method, a.fallback) if o is not None)
+        needy = any(o.needs or o.scope == "block" for a in self.assignments for o in (a.method, a.fallback) if o is not None)
+        return needy or bool(self.transforms) or bool(self.tuning)
+
+    @property
+    def compares(self) -> bool:
+        """Whether a method compares with the original model's hidden states, which then run along."""
+        methods = [a.method for a in self.assignments] + [s.method for s in (*self.transforms, *self.tuning)]
+        return any(method.compares for method in methods)
 
 
 def pick_device(name: str) -> torch.device:
@@ -65,7 +74,9 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
     claims = claim(source, find(source), recipe.copy_, recipe.drop)
     assignments = recipes.resolve(recipe, claims.sites)
     chosen = pick_device(device)
-    return Plan(source, claims, recipe, assignments, pick_dtype(recipe.dtype, source, chosen), chosen)
+    before = recipes.stages(recipe.transforms, "transforms", assignments)
+    after = recipes.stages(recipe.tuning, "tuning", assignments)
+    return Plan(source, claims, recipe, assignments, before, after, pick_dtype(recipe.dtype, source, chosen), chosen)
 
 
 def calibration(plan: Plan) -> Tensor:
@@ -102,4 +113,9 @@ def effective(plan: Plan, ids: Tensor) -> Recipe:
     data = plan.recipe.data
     if data is not None and plan.calibrated:
         data = data.model_copy(update={"samples": ids.shape[0], "length": ids.shape[1]})
-    return plan.recipe.model_copy(update={"steps": steps, "data": data if plan.calibrated else None})
+    changed = {"steps": steps, "data": data if plan.calibrated else None}
+    for place, found in (("transforms", plan.transforms), ("tuning", plan.tuning)):
+        spelt = [s.method.model_dump(mode="json") for s in found]
+        given = zip(getattr(plan.recipe, place), spelt, strict=True)
+        changed[place] = tuple(stage.model_copy(update={"options": values}) for stage, values in given)
+    return plan.recipe.model_copy(update=changed)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from compress import registry
 from compress.errors import RecipeError
 from compress.recipe_data import Data
 
 SHRINK = "shrink"
+_STAGE_KINDS = {"transforms": "transform", "tuning": "tune"}
 
 
 class _Strict(BaseModel):
@@ -42,10 +43,11 @@ class Step(_Strict):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        if value not in registry.methods():
-            close = difflib.get_close_matches(value, registry.methods(), n=1)
+        known = registry.methods(tuple(kind for kind in registry.KINDS if kind not in _STAGE_KINDS.values()))
+        if value not in known:
+            close = difflib.get_close_matches(value, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"no method {value!r}; known are {', '.join(registry.methods())}{hint}")
+            raise ValueError(f"no method {value!r}; known are {', '.join(known)}{hint}")
         return value
 
     @field_validator("fallback")
@@ -54,11 +56,26 @@ class Step(_Strict):
         return value if value == SHRINK else cls._known_method(value)
 
 
+class Stage(_Strict):
+    """A method that works on every block before its weights are compressed, or after, on the sites whose disk names match."""
+
+    method: str
+    match: str | tuple[str, ...] = "*.*"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The globs of this stage."""
+        return (self.match,) if isinstance(self.match, str) else self.match
+
+
 class Recipe(_Strict):
     """Everything that decides the bytes of a result, apart from the source."""
 
     description: str = ""
+    transforms: tuple[Stage, ...] = ()  # exact rewrites of a block before it is calibrated, in this order
     steps: tuple[Step, ...]
+    tuning: tuple[Stage, ...] = ()  # adjustments of a block's compressed weights, in this order
     data: Data | None = None
     copy_: tuple[str, ...] = Field(default=(), alias="copy")  # globs of tensors to copy although no family rule names them
     drop: tuple[str, ...] = ()  # globs of tensors to leave out
@@ -70,6 +87,18 @@ class Recipe(_Strict):
     @classmethod
     def _size(cls, value: str) -> str:
         parse_size(value)
+        return value
+
+    @field_validator("transforms", "tuning")
+    @classmethod
+    def _right_kind(cls, value: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
+        kind = _STAGE_KINDS[str(info.field_name)]
+        known = [f"{kind}/{name}" for name in registry.names(kind)]
+        for stage in value:
+            if stage.method not in known:
+                close = difflib.get_close_matches(stage.method, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"no method {stage.method!r} here; known are {', '.join(known)}{hint}")
         return value
 
     @model_validator(mode="after")
@@ -251,6 +280,33 @@ class Assignment:
     min_tokens: int
 
 
+@dataclass(frozen=True)
+class StageAssignment:
+    """What a stage does to the blocks, and the assignments whose sites match it."""
+
+    method: Any  # an options object
+    members: list[Assignment]
+
+
+def stages(found: Sequence[Stage], place: str, assignments: Sequence[Assignment]) -> list[StageAssignment]:
+    """Build the options objects of stages and find their members. Raises RecipeError for one that matches nothing."""
+    result = []
+    for number, stage in enumerate(found):
+        build = registry.method(stage.method)
+        try:
+            method = build(**stage.options)
+        except ValidationError as error:
+            raise RecipeError(explain(error, list(build.model_fields), f"{place}.{number}.options.")) from error
+        inside = [a for a in assignments if a.site.block is not None]
+        members = [a for a in inside if any(fnmatchcase(a.site.name, p) for p in stage.patterns)]
+        if not members:
+            raise RecipeError(
+                f"{place}.{number}.match: {' '.join(stage.patterns)!r} takes no weight in a block that the steps compress"
+            )
+        result.append(StageAssignment(method, members))
+    return result
+
+
 def _methods_of(step: Step, number: int) -> tuple[Any, Any]:
     """Build the options objects of a step: the method's own, and the fallback's, which takes over the options it knows."""
     build = registry.method(step.method)
@@ -258,8 +314,14 @@ def _methods_of(step: Step, number: int) -> tuple[Any, Any]:
         method = build(**step.options)
     except ValidationError as error:
         raise RecipeError(explain(error, list(build.model_fields), f"steps.{number}.options.")) from error
+    if method.scope == "block" and step.min_tokens is not None:
+        raise RecipeError(
+            f"steps.{number}.min_tokens: {step.method} sees whole blocks and counts no tokens; leave min_tokens out"
+        )
     if step.fallback == SHRINK:
         return method, None
+    if method.scope == "block":
+        raise RecipeError(f"steps.{number}.fallback: {step.method} sees whole blocks and takes none; leave fallback out")
     other = registry.method(step.fallback)
     try:
         return method, other(**{k: v for k, v in step.options.items() if k in other.model_fields})

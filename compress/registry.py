@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.errors import RecipeError
 
-KINDS = ("quant", "formats")
+KINDS = ("quant", "transform", "tune", "formats")
 _EXPORTS = {"formats": "FORMAT"}
 
 
@@ -20,9 +21,9 @@ def names(kind: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
 
 
-def methods() -> list[str]:
-    """List every method as a recipe writes it: `kind/name`."""
-    return [f"{kind}/{name}" for kind in KINDS if kind != "formats" for name in names(kind)]
+def methods(kinds: Sequence[str] = KINDS) -> list[str]:
+    """List every method of some kinds as a recipe writes it: `kind/name`."""
+    return [f"{kind}/{name}" for kind in kinds if kind != "formats" for name in names(kind)]
 
 
 def lookup(kind: str, name: str) -> Any:

@@ -21,7 +21,7 @@ from compress.estimate import Estimate, check_disk
 from compress.evaluate.streamed import last_hidden, token_losses
 from compress.files import sha256, write_json, write_text
 from compress.job import Job, differ, flatten, remove_leftover
-from compress.pipeline import Run, Settings, rows_of
+from compress.pipeline import Run, Settings, Work, rows_of
 from compress.prepare import Plan, effective, identity
 
 CHECK_TOKENS = 128  # of the batch whose result is recorded
@@ -70,7 +70,9 @@ def run(
     job = job or Job.open(folder, mine, text, owner=False)
     if leader:
         job.check_parts()
-    end = Run(skeleton, plan.assignments, ids, plan.recipe.batch_tokens, job, settings, listen).all_blocks()
+    seed = plan.recipe.data.seed if plan.recipe.data is not None else 0
+    work = Work(plan.assignments, plan.transforms, plan.tuning, plan.compares, seed)
+    end = Run(skeleton, work, ids, plan.recipe.batch_tokens, job, settings, listen).all_blocks()
     summary = None
     if leader:
         assert end is not None, "rank 0 has the first batch"

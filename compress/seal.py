@@ -57,13 +57,23 @@ def plan(
         for site in compressed:
             result += [parts[f"{site}.{leaf}"] for leaf in packed.layout(specs[site])]
         if not compressed and (sites or name in copied):
-            result.append(source.entries[name])
+            result.append(_replaced(source.entries[name], parts.get(name)))
         elif not compressed and name not in dropped:
             raise CheckpointError(f"{name}: neither compressed nor copied nor dropped; this is a bug, please report it")
     guard = _guard([site for site in claims.sites if site.name in specs])
     if guard is not None:
         result.append(Entry(guard, "BF16", (0,), 0, 0, source.folder))
     return result, guard
+
+
+def _replaced(original: Entry, other: Entry | None) -> Entry:
+    """What stands for a tensor of the source: itself, or what a transform or tuning has made of it."""
+    if other is not None and (other.shape, other.dtype) != (original.shape, original.dtype):
+        raise CheckpointError(
+            f"{original.name}: a part has it as {other.dtype} {list(other.shape)}; expected {original.dtype} "
+            f"{list(original.shape)}. This is a bug, please report it"
+        )
+    return other or original
 
 
 def _guard(sites: Iterable[Site]) -> str | None:

@@ -79,12 +79,19 @@ TABLE: dict[str, Row] = {
     "job": Row("files errors"),
     "prepare": Row("calibration.data calibration.families recipe checkpoint distributed _version errors", "torch"),
     "block": Row(
-        "calibration.observe calibration.skeleton calibration.statistics method recipe report weight distributed errors", "torch"
+        "calibration.families calibration.observe calibration.skeleton calibration.statistics method recipe report weight "
+        "distributed errors",
+        "torch",
+    ),
+    "block_methods": Row(
+        "block calibration.hidden calibration.observe calibration.skeleton calibration.statistics recipe weight distributed "
+        "errors",
+        "torch",
     ),
     "estimate": Row("prepare block recipe calibration.families packed memory files errors", "torch"),
     "pipeline": Row(
-        "block job calibration.hidden calibration.observe calibration.skeleton packed recipe report container distributed files "
-        "errors",
+        "block block_methods weight job calibration.hidden calibration.observe calibration.skeleton packed recipe report "
+        "container distributed files errors",
         "torch",
     ),
     "seal": Row("packed calibration.families checkpoint container files errors"),

@@ -22,6 +22,7 @@ class Hidden:
     def __init__(self, samples: list[int], length: int, width: int, dtype: torch.dtype, folder: Path | None) -> None:
         self.shapes = [(count, length, width) for count in samples]
         self.dtype, self.folder = dtype, folder
+        self._inner = length, width
         self._memory: list[Tensor | None] = [None] * len(samples)
         self._file: Path | None = None
 
@@ -63,6 +64,12 @@ class Hidden:
             for output in outputs:
                 stream.write(bytes_of(output.to("cpu", self.dtype)))
         self._file = path
+
+    def after(self, outputs: Iterator[Tensor], name: str) -> Hidden:
+        """Return what comes after these states, and keep them; on disk in a file of its own."""
+        result = Hidden([count for count, _, _ in self.shapes], *self._inner, self.dtype, self.folder)
+        result.update(outputs, name)
+        return result
 
     def save(self, path: Path) -> None:
         """Write all batches into a file that `restore` reads; on disk they are there already."""

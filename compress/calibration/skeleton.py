@@ -174,8 +174,7 @@ class Skeleton:
             self.put(site, decoded[site.name] if decoded is not None and site.name in decoded else self.weight(site))
         base = f"{self.family.blocks}.{number}."
         for rest in self._copied.get(str(number), []):
-            inside = parameter_name(self.family, base + rest).removeprefix(f"{self.path}.{number}.")
-            self._assign(block, inside, base + rest)
+            self._assign(block, self._inside(number, base + rest), base + rest)
         self._complete(block, base)
         return block
 
@@ -280,6 +279,41 @@ class Skeleton:
             args, kwargs = self._calls[hidden.shape[0]][number]
             output: Tensor | tuple[Tensor, ...] = self.blocks[number](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def differentiable(self, number: int, hidden: Tensor, weights: Mapping[Site, Tensor], others: Mapping[str, Tensor]) -> Tensor:
+        """Run a filled block with some weights (out, in) and other tensors (by disk name) replaced; gradients pass through."""
+        given: dict[str, Tensor] = {}
+        for site, weight in weights.items():
+            turned = type(self.linear(site)).__name__ == "Conv1D"
+            given[f"{self._within(site)}.weight"] = (weight.T if turned else weight).to(self.dtype)
+        for name, value in others.items():
+            inside = self._inside(number, name)
+            given[inside] = value.to(self.blocks[number].get_parameter(inside).dtype)
+        args, kwargs = self._calls[hidden.shape[0]][number]
+        output: Tensor | tuple[Tensor, ...] = torch.func.functional_call(
+            self.blocks[number], given, (hidden, *args), dict(kwargs)
+        )
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def _inside(self, number: int, name: str) -> str:
+        """Disk name of a tensor of a block -> path of the parameter within the block."""
+        return parameter_name(self.family, name).removeprefix(f"{self.path}.{number}.")
+
+    def others(self, number: int) -> dict[str, Tensor]:
+        """The copied floating-point parameters of a filled block by disk name, in float32."""
+        base, parameters = f"{self.family.blocks}.{number}.", dict(self.blocks[number].named_parameters())
+        names = [base + rest for rest in self._copied.get(str(number), [])]
+        found = {name: parameters.get(self._inside(number, name)) for name in names}
+        return {name: value.detach().float() for name, value in found.items() if value is not None and value.is_floating_point()}
+
+    def put_others(self, number: int, others: Mapping[str, Tensor]) -> None:
+        """Give parameters of a filled block the values of tensors by disk name, instead of the source's."""
+        for name, value in others.items():
+            path, _, leaf = self._inside(number, name).rpartition(".")
+            owner = self.blocks[number].get_submodule(path)
+            known = owner._parameters[leaf]
+            owner._parameters[leaf] = nn.Parameter(value.to(self.device, known.dtype), requires_grad=False)
 
     def rows_to_head(self, ids: Tensor, hidden: Tensor) -> None:
         """Send the output of the last block to the head, for the hooks on it, without computing logits; needs `outer`."""

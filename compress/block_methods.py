@@ -1,0 +1,167 @@
+"""Methods that see a whole block: transforms before it is calibrated, joint compression, and tuning of what was compressed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import distributed
+from compress.block import Done, site_row
+from compress.calibration.hidden import Hidden
+from compress.calibration.observe import Tap, observe, passes
+from compress.calibration.skeleton import Skeleton
+from compress.calibration.statistics import Statistics, Stats
+from compress.errors import CalibrationError
+from compress.recipe import Assignment, StageAssignment
+from compress.weight import CompressedWeight
+
+
+@dataclass
+class Surroundings:
+    """A filled block and the calibration around it: what all views of it share."""
+
+    skeleton: Skeleton
+    number: int
+    inputs: Hidden  # behind compressed blocks
+    targets: Hidden | None  # what the original block gives behind original blocks
+    send: Callable[[], None]  # sends the calibration through the block, for hooks on it
+    budget: int  # bytes of statistics at a time
+    seed: int
+    listen: Callable[[str, float], None]
+    weights: dict[str, Tensor] = field(default_factory=dict)  # (out, in) float32, of sites that a transform has changed
+    others: dict[str, Tensor] = field(default_factory=dict)  # tensors that are stored instead of the source's, by disk name
+
+    def weight(self, site: Any) -> Tensor:
+        """Return a site's weight (out, in) in float32, as transforms have left it."""
+        changed = self.weights.get(site.name)
+        return self.skeleton.weight(site).to(self.skeleton.device).float() if changed is None else changed
+
+    def replace_others(self, others: Mapping[str, Tensor]) -> None:
+        """Store other tensors in the dtype that the source has them in, and let the block run with them."""
+        for name, value in others.items():
+            if not bool(value.isfinite().all()):
+                raise CalibrationError(f"{name}: is not finite after a transform or tuning; check the calibration data")
+            self.others[name] = value.detach().to("cpu", self.skeleton.source.tensor(name).dtype).contiguous()
+        self.skeleton.put_others(self.number, {name: self.others[name] for name in others})
+
+
+class View:
+    """A block as one method sees it: `compress.method.Block`."""
+
+    def __init__(self, around: Surroundings, assignments: Sequence[Any], step: str) -> None:
+        self._around, self._step = around, step
+        self._sites = {a.site.name: a.site for a in assignments}
+        self.sites = {name: site.shape for name, site in self._sites.items()}
+        self.batches = len(around.inputs.shapes)
+
+    def weight(self, site: str) -> Tensor:
+        """Return the weight of a site (out, in) in float32, as transforms have left it."""
+        return self._around.weight(self._sites[site])
+
+    def others(self) -> dict[str, Tensor]:
+        """Return the block's other floating-point tensors by disk name, in float32."""
+        return self._around.skeleton.others(self._around.number)
+
+    def observe(self, kinds: Sequence[type[Statistics]]) -> dict[str, Stats]:
+        """Return statistics of the inputs of every site, over the calibration of all ranks."""
+        skeleton = self._around.skeleton
+        by_tap: dict[str, Any] = {}
+        for site in self._sites.values():
+            by_tap.setdefault(site.tap, site)
+        taps = [Tap(tap, (skeleton.linear(site),), site.shape[1], tuple(kinds)) for tap, site in by_tap.items()]
+        found: dict[str, Stats] = {}
+        for group in passes(taps, self._around.budget):
+            found |= observe(group, self._around.send, skeleton.device)
+        for tap in found:
+            for statistic in found[tap].values():
+                distributed.reduce_to(statistic.tensors(), None)
+                statistic.tokens = sum(distributed.gather(statistic.tokens))
+        return {name: found[site.tap] for name, site in self._sites.items()}
+
+    def inputs(self, batch: int) -> Tensor:
+        """Return one batch of hidden states (samples, length, width) that enter the block behind compressed ones."""
+        return self._around.inputs.read(batch).to(self._around.skeleton.device)
+
+    def targets(self, batch: int) -> Tensor:
+        """Return what the original model's block gives for this batch of the original model (samples, length, width)."""
+        if self._around.targets is None:
+            raise RuntimeError(f"{self._step} does not say that it compares")
+        return self._around.targets.read(batch).to(self._around.skeleton.device)
+
+    def run(self, hidden: Tensor, weights: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the block's output for a batch with these weights (out, in) and other tensors; gradients pass through."""
+        given = {self._sites[name]: weight for name, weight in weights.items()}
+        return self._around.skeleton.differentiable(self._around.number, hidden, given, others or {})
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over ranks."""
+        distributed.reduce_to([values], None)
+        return values
+
+    def generator(self) -> torch.Generator:
+        """Return a source of random numbers that is the same for this block and step on all ranks and in every run."""
+        name = f"{self._step} of block {self._around.number}"
+        digest = hashlib.sha256(f"{self._around.seed}: {name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def say(self, share: float) -> None:
+        """Tell how much of the work is done, from 0 to 1."""
+        self._around.listen("tuning", share)
+
+
+def transform(around: Surroundings, stages: Sequence[StageAssignment]) -> dict[str, dict[str, Any]]:
+    """Rewrite a filled block before it is calibrated; return notes by site."""
+    notes: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        view = View(around, stage.members, stage.method.path)
+        changed = stage.method(view)
+        for site, weight in changed.weights.items():
+            around.weights[site] = weight
+            around.skeleton.put(view._sites[site], weight)
+        around.replace_others(changed.others)
+        for site in view.sites:
+            notes.setdefault(site, {})[stage.method.path] = changed.notes.get(site, changed.notes.get("", {}))
+    return notes
+
+
+def together(around: Surroundings, assignments: Sequence[Assignment]) -> Iterator[tuple[str, Done]]:
+    """Compress the sites of steps whose methods see a block, step by step; the same on every rank."""
+    by_step: dict[int, list[Assignment]] = {}
+    for assignment in assignments:
+        by_step.setdefault(assignment.step, []).append(assignment)
+    for members in by_step.values():
+        method = members[0].method
+        start = time.perf_counter()
+        results = method(View(around, members, method.path))
+        seconds = (time.perf_counter() - start) / len(members)
+        for assignment in members:
+            site, result = assignment.site, results[assignment.site.name]
+            row = site_row(site, method.path, result.weight, around.weight(site), None, result.notes, seconds=seconds)
+            around.skeleton.put(site, result.weight.dequantize())
+            yield site.name, (result.weight, row)
+
+
+def tune(
+    around: Surroundings, stages: Sequence[StageAssignment], weights: dict[str, CompressedWeight]
+) -> dict[str, dict[str, Any]]:
+    """Adjust the compressed weights of a block in place, on every rank alike; return notes by site."""
+    notes: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        members = [a for a in stage.members if a.site.name in weights]
+        view = View(around, members, stage.method.path)
+        tuned = stage.method(view, {name: weights[name] for name in view.sites})
+        for name, weight in tuned.weights.items():
+            if weight.stored_bits != weights[name].stored_bits:
+                raise RuntimeError(f"{stage.method.path}: changed the size of {name}")
+            weights[name] = weight
+            around.skeleton.put(view._sites[name], weight.dequantize())
+        around.replace_others(tuned.others)
+        for name in view.sites:
+            notes.setdefault(name, {})[stage.method.path] = tuned.notes
+    return notes
