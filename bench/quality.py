@@ -120,7 +120,8 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.out:
-        write_json(arguments.out, {"machine": machine(), "command": " ".join(sys.argv), "rows": rows})
+        shown = " ".join(Path(word).name if Path(word).exists() else word for word in sys.argv[1:])
+        write_json(arguments.out, {"machine": machine(), "command": f"python bench/quality.py {shown}", "rows": rows})
 
 
 if __name__ == "__main__":

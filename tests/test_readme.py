@@ -1,0 +1,108 @@
+"""What the README shows is what happens: every command and every recipe in it runs, and every option it names exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from compress import cli, recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = [(match[1], match[2]) for match in re.finditer(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)]
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+def lines(language: str) -> Iterator[str]:
+    for name, text in BLOCKS:
+        if name == language:
+            yield from (line for line in text.splitlines() if line.strip())
+
+
+def blocks(language: str) -> list[str]:
+    return [text for name, text in BLOCKS if name == language]
+
+
+def run(command: list[str], folder: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place where the names that the README uses mean something: the demo's model, and a little text."""
+    place = tmp_path_factory.mktemp("readme")
+    (place / "examples").symlink_to(ROOT / "examples")
+    (place / "MODEL").symlink_to(ROOT / "examples" / "demo")
+    texts = (ROOT / "examples" / "demo" / "calibration.jsonl").read_text(encoding="utf-8").splitlines()[:600]
+    (place / "text.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return place
+
+
+SHELL = [line for line in lines("sh") if not line.startswith("make ")]
+
+
+def test_there_are_commands() -> None:
+    assert len(SHELL) >= 6
+    assert any(line.startswith("torchrun") for line in SHELL)
+
+
+def test_commands_run_as_written_and_the_result_loads(folder: Path) -> None:
+    """One after the other, because some use what others have made; what is drawn from a text is less, to take seconds."""
+    for line in SHELL:
+        words = shlex.split(line.replace("/tmp/", f"{folder}/"), comments=True)
+        small = ["--samples", "16", "--length", "64"] if words[-2:] == ["--data", "text.jsonl"] else []
+        if words[0] == "torchrun":
+            words[words.index("OUT")] = "OUT-of-two"
+            command = [sys.executable, "-m", "torch.distributed.run", *words[1:], *small]
+        else:
+            assert words[0] == "compress"
+            command = [sys.executable, "-m", "compress", *words[1:], *small]
+        run(command, folder)
+    snippet = next(text for text in blocks("python") if "from_pretrained" in text)
+    run(
+        [sys.executable, "-c", snippet + "\nassert type(model.model.layers[0].mlp.up_proj).__name__ == 'CompressedLinear'"],
+        folder,
+    )
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = [line.split()[1] for line in lines("sh") if line.startswith("make ")]
+    assert targets == ["demo", "test"]
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+
+
+def test_recipes_in_the_text_are_recipes() -> None:
+    for text in blocks("yaml"):
+        recipe.parse(yaml.safe_load(text))
+    assert blocks("yaml")
+
+
+def test_commands_of_the_table_are_all_there_are() -> None:
+    shown = set(re.findall(r"`compress (\w+)[^`]*`", README))
+    assert set(COMMANDS) <= shown
+    assert shown <= set(COMMANDS)
+
+
+def test_options_that_are_named_exist() -> None:
+    known = {
+        name for command in COMMANDS.values() for option in command.params for name in (*option.opts, *option.secondary_opts)
+    }
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--nproc-per-node"}
+    assert shown <= known
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
