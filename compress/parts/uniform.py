@@ -9,9 +9,9 @@ from torch import Tensor
 from compress.parts.stream import stream_bits
 
 
-def middle(bits: int) -> float:
-    """The zero point of a symmetric grid: the code 2^(b-1), or half a step at one bit, where -s/2 and +s/2 are the two values."""
-    return float(1 << (bits - 1)) if bits > 1 else 0.5
+def middle(bits: int, bipolar: bool = False) -> float:
+    """The zero point of a symmetric grid: the code 2^(b-1); half a step below it where no code means 0, as always at one bit."""
+    return ((1 << bits) - 1) / 2 if bipolar or bits == 1 else float(1 << (bits - 1))
 
 
 def uniform_bits(
@@ -50,10 +50,6 @@ class Uniform:
         group_bits = 0 if self.group is None else self.group.element_size() * 8
         return uniform_bits(self.shape, self.bits, self.group_size, self.zero is not None, group_bits, self.offset is not None)
 
-    @property
-    def _middle(self) -> float:
-        return ((1 << self.bits) - 1) / 2 if self.bipolar else middle(self.bits)
-
     def dequantize(self) -> Tensor:
         """Return the weight (out, in) in float32; exact without offsets, as codes and bfloat16 scales are exact in float32."""
 
@@ -64,7 +60,8 @@ class Uniform:
         codes = self.codes.float()
         if self.group is None:
             codes = codes.unflatten(1, (-1, self.group_size))  # (out, groups, group size)
-        values: Tensor = (codes - (self._middle if self.zero is None else spread(self.zero))) * spread(self.scale)
+        zero = middle(self.bits, self.bipolar) if self.zero is None else spread(self.zero)
+        values: Tensor = (codes - zero) * spread(self.scale)
         if self.offset is not None:
             values += spread(self.offset)
         return values.flatten(1)

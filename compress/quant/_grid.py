@@ -1,12 +1,15 @@
 """Uniform grids per group of columns: fitting a scale and a zero point to weights, and rounding onto the grid.
 
-    value = (code - zero) * scale,    code - zero = clamp(round(w / scale), -zero, 2^b - 1 - zero)
+    value = (code - zero) * scale + offset,    code - zero = clamp(round((w - offset) / scale), -zero, 2^b - 1 - zero)
 
 symmetric   zero is the middle code, so `code - zero` is -2^(b-1) .. 2^(b-1)-1 (at one bit -1/2 and +1/2).
             minmax: scale = 2 max|w| / (2^b - 1), which cuts half a step off the upper end.
             mse: scales of both signs; a negative one turns the longer end of the range upwards.
+bipolar     zero is half a step below the middle code, so `code - zero` is -(2^b - 1)/2 .. (2^b - 1)/2 in whole steps: the grid is
+            its own mirror image, 0 is not on it, and minmax cuts nothing off.
 asymmetric  zero is an integer. minmax: lo = min(w, 0), hi = max(w, 0), scale = (hi - lo) / (2^b - 1), zero = round(-lo / scale),
             so 0 is exact. mse: the same ranges shrunk.
+offset      0, but where a method finds one of its own.
 
 Shapes: weight (out, in); scale and zero (out, groups); a group is `group_size` consecutive columns, -1 is the whole row.
 Scales are rounded to bfloat16, the type they are stored in, before any weight is rounded against them.
@@ -39,15 +42,17 @@ _RANGES = 8
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Scale and zero point of every group."""
+    """Scale, zero point and offset of every group."""
 
     scale: Tensor  # (out, groups) bfloat16, may be negative
     zero: Tensor | None  # (out, groups) uint8; None: the middle of a symmetric grid
     bits: int
+    offset: Tensor | None = None  # (out, groups) bfloat16; None: 0
+    bipolar: bool = False  # the middle is between two codes
 
     def levels(self, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         """Return the lowest and the highest `code - zero`, and the zero: (out, groups) each, or numbers."""
-        zero: Tensor | float = middle(self.bits) if self.zero is None else self.zero.to(dtype)
+        zero: Tensor | float = middle(self.bits, self.bipolar) if self.zero is None else self.zero.to(dtype)
         return -zero, ((1 << self.bits) - 1) - zero, zero
 
 
@@ -60,8 +65,17 @@ def indivisible(columns: int, group_size: int) -> str | None:
     return f"in={columns} is not a multiple of group_size={group_size}; use {', '.join(map(str, near))}, or -1 for the whole row"
 
 
-def fit(weight: Tensor, bits: int, group_size: int, *, symmetric: bool, search: bool, importance: Tensor | None = None) -> Grid:
-    """Fit a grid to each group of weight (out, in).
+def fit(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool,
+    search: bool,
+    importance: Tensor | None = None,
+    bipolar: bool = False,
+) -> Grid:
+    """Fit a grid to each group of weight (out, in); a bipolar one is symmetric.
 
     With `search`, the one of least sum_j importance_j (w_j - q_j)^2, importance (in,), among shrunk ranges. The min-max range
     is one of them, so that the result is never worse.
@@ -73,26 +87,29 @@ def fit(weight: Tensor, bits: int, group_size: int, *, symmetric: bool, search: 
         rows = max(1, _CHUNK // weight.shape[1])
         for start in range(0, weight.shape[0], rows):
             part = slice(start, start + rows)
-            found = _Search(grouped[part], cost.view(grouped.shape[1:]), bits, scale[part], None if zero is None else zero[part])
+            some = None if zero is None else zero[part]
+            found = _Search(grouped[part], cost.view(grouped.shape[1:]), bits, scale[part], some, bipolar)
             found.run()
             scale[part] = found.scale
             if zero is not None and found.zero is not None:
                 zero[part] = found.zero
-    return Grid(scale.to(torch.bfloat16), None if zero is None else zero.to(torch.uint8), bits)
+    return Grid(scale.to(torch.bfloat16), None if zero is None else zero.to(torch.uint8), bits, bipolar=bipolar)
 
 
 def encode(weight: Tensor, grid: Grid, group_size: int) -> Tensor:
     """Round weight (out, in) onto its grid and return codes (out, in) uint8."""
     grouped = _grouped(weight, group_size)
     low, high, zero = (x.unsqueeze(2) if isinstance(x, Tensor) else x for x in grid.levels(weight.dtype))
+    if grid.offset is not None:
+        grouped = grouped - grid.offset.to(weight.dtype).unsqueeze(2)
     inverse = grid.scale.to(weight.dtype).reciprocal().unsqueeze(2)
     return (nearest(grouped * inverse, low, high) + zero).to(torch.uint8).flatten(1)
 
 
 def nearest(scaled: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """Round w / scale in place to the nearest `code - zero`: integers, or -1/2 and +1/2 where these are low and high."""
-    if isinstance(low, float) and low == -0.5:
-        return scaled.floor_().clamp_(-1.0, 0.0).add_(0.5)
+    """Round w / scale in place to the nearest `code - zero`: integers, or halves of odd integers where these are low and high."""
+    if isinstance(low, float) and isinstance(high, float) and low % 1 == 0.5:
+        return scaled.floor_().clamp_(low - 0.5, high - 0.5).add_(0.5)
     return scaled.round_().clamp_(low, high)  # type: ignore[arg-type]
 
 
@@ -119,10 +136,10 @@ def _cover(grouped: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor 
 class _Search:
     """Finds the range of least weighted squared error of each group: among shrunk ranges, then by least squares on the codes."""
 
-    def __init__(self, grouped: Tensor, cost: Tensor, bits: int, cover: Tensor, zero: Tensor | None) -> None:
+    def __init__(self, grouped: Tensor, cost: Tensor, bits: int, cover: Tensor, zero: Tensor | None, bipolar: bool) -> None:
         self.grouped = grouped  # (rows, groups, group size)
         self.cost = cost  # (groups, group size)
-        self.bits = bits
+        self.bits, self.bipolar = bits, bipolar
         self.cover, self.scale = cover, cover  # (rows, groups)
         self.middle, self.zero = zero, zero  # (rows, groups), or None on a symmetric grid
         self.error = torch.full_like(cover, math.inf)  # (rows, groups)
@@ -133,7 +150,7 @@ class _Search:
         variants = [(1, 0)]
         if self.middle is not None:
             variants += [(1, -1), (1, 1)]  # where few codes lie below zero, the rounded zero point may be the wrong one
-        elif self.bits > 1:
+        elif middle(self.bits, self.bipolar) % 1 == 0:
             variants += [(-1, 0)]  # the end that reaches half a step further is then the upper one
         top = (1 << self.bits) - 1
         for scale in self._ranges():
@@ -152,7 +169,7 @@ class _Search:
     def _encode(self, scale: Tensor, zero: Tensor | None) -> None:
         """Leave w / scale, and the nearest `code - zero`, in the two buffers."""
         torch.mul(self.grouped, scale.reciprocal().unsqueeze(2), out=self._scaled)
-        low = -middle(self.bits) if zero is None else -zero.unsqueeze(2)
+        low = -middle(self.bits, self.bipolar) if zero is None else -zero.unsqueeze(2)
         nearest(self._code.copy_(self._scaled), low, low + ((1 << self.bits) - 1))
 
     def _attempt(self, scale: Tensor, zero: Tensor | None) -> None:

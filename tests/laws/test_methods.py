@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,10 @@ def test_error_is_below_rounding_on_the_same_grid(name: str, bits: int) -> None:
         if isinstance(base, Uniform):
             place = torch.arange(96) if base.group is None else torch.argsort(base.group.long(), stable=True)
             codes = torch.empty_like(base.codes)
-            codes[:, place] = encode(weight[:, place], Grid(base.scale, base.zero, base.bits), base.group_size)
-            nearest = Uniform(codes, base.scale, base.bits, base.group_size, base.zero, base.group)
+            codes[:, place] = encode(
+                weight[:, place], Grid(base.scale, base.zero, base.bits, base.offset, base.bipolar), base.group_size
+            )
+            nearest = replace(base, codes=codes)
             logs.append(math.log(error / loss(weight, nearest.dequantize(), rows)))
     assert sum(plain) < 0
     if logs:
