@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.parts.uniform import Uniform, middle
+from compress.parts.uniform import Uniform
 from compress.quant._grid import Grid, encode, fit, indivisible
 
 law = settings(max_examples=60, deadline=None, derandomize=True)
@@ -28,7 +29,9 @@ def random(rows: int, columns: int, seed: int = 0, tail: float = 0.0) -> Tensor:
 
 def decode(weight: Tensor, grid: Grid, group_size: int) -> Tensor:
     size = weight.shape[1] if group_size == -1 else group_size
-    return Uniform(encode(weight, grid, group_size), grid.scale, grid.bits, size, grid.zero).dequantize().to(weight.dtype)
+    codes = encode(weight, grid, group_size)
+    part = Uniform(codes, grid.scale, grid.bits, size, grid.zero, offset=grid.offset, bipolar=grid.bipolar)
+    return part.dequantize().to(weight.dtype)
 
 
 def errors(weight: Tensor, grid: Grid, size: int, importance: Tensor | None = None) -> Tensor:
@@ -60,6 +63,20 @@ def test_minmax_is_the_formula(bits: int, symmetric: bool, size: int) -> None:
         assert grid.scale[row, group].item() == scale
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_minmax_of_bipolar_grids_reaches_both_ends(bits: int) -> None:
+    weight = random(5, 32, seed=bits)
+    grid = fit(weight, bits, 8, symmetric=True, search=False, bipolar=True)
+    assert grid.bipolar
+    ends = weight.unflatten(1, (4, 8)).abs().amax(2)
+    for row, group in itertools.product(range(5), range(4)):
+        assert grid.scale[row, group].item() == bfloat16(2 * ends[row, group].item() / (2**bits - 1))
+    # Nothing lies more than half a step from a value, but for what the rounding of the scale cuts off the ends.
+    step = grid.scale.double().repeat_interleave(8, 1)
+    left = (weight - decode(weight, grid, 8)).abs()
+    assert (left <= step / 2 + 2.0**-9 * ends.repeat_interleave(8, 1)).all()
+
+
 @pytest.mark.parametrize("search", [True, False])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -77,54 +94,70 @@ def test_groups_of_one_sign_are_not_clipped(bits: int, sign: int, search: bool) 
     bits=st.integers(1, 8),
     symmetric=st.booleans(),
     search=st.booleans(),
+    bipolar=st.booleans(),
+    shifted=st.booleans(),
     groups=st.integers(1, 3),
     size=st.sampled_from([1, 3, 8, 16]),
     seed=st.integers(0, 10**6),
 )
 def test_codes_are_the_nearest_of_all_grid_points(
-    bits: int, symmetric: bool, search: bool, groups: int, size: int, seed: int
+    bits: int, symmetric: bool, search: bool, bipolar: bool, shifted: bool, groups: int, size: int, seed: int
 ) -> None:
     weight = random(3, groups * size, seed, tail=0.5)
-    grid = fit(weight, bits, size, symmetric=symmetric, search=search)
+    grid = fit(weight, bits, size, symmetric=symmetric, search=search, bipolar=symmetric and bipolar)
+    offset = grid.scale.double() * torch.randn(grid.scale.shape, generator=torch.Generator().manual_seed(seed)).double()
+    grid = replace(grid, offset=offset.to(torch.bfloat16) if shifted else None)
     codes = torch.arange(2**bits, dtype=torch.float64)
-    zero = torch.full_like(grid.scale, middle(bits)) if grid.zero is None else grid.zero
+    between = (2**bits - 1) / 2 if bits == 1 or grid.bipolar else 2 ** (bits - 1)
+    zero = torch.full_like(grid.scale, between) if grid.zero is None else grid.zero
     points = (codes - zero.double().unsqueeze(2)) * grid.scale.double().unsqueeze(2)  # (out, groups, 2^bits)
+    if grid.offset is not None:
+        points += grid.offset.double().unsqueeze(2)
     distance = (weight.unflatten(1, (groups, size)).unsqueeze(3) - points.unsqueeze(2)).abs()
     reached = (weight - decode(weight, grid, size)).abs().unflatten(1, (groups, size))
-    torch.testing.assert_close(reached, distance.amin(3), rtol=1e-12, atol=1e-15)
+    # A part adds its offset in float32.
+    tolerance: dict[str, float] = {"rtol": 1e-5, "atol": 1e-6} if shifted else {"rtol": 1e-12, "atol": 1e-15}
+    torch.testing.assert_close(reached, distance.amin(3), **tolerance)
 
 
 @law
 @given(
     bits=st.integers(1, 8),
     symmetric=st.booleans(),
+    bipolar=st.booleans(),
     weighted=st.booleans(),
     size=st.sampled_from([4, 16, 48]),
     tail=st.sampled_from([0.0, 1.5]),
     seed=st.integers(0, 10**6),
 )
-def test_search_is_never_worse_than_minmax(bits: int, symmetric: bool, weighted: bool, size: int, tail: float, seed: int) -> None:
+def test_search_is_never_worse_than_minmax(
+    bits: int, symmetric: bool, bipolar: bool, weighted: bool, size: int, tail: float, seed: int
+) -> None:
     weight = random(4, 48, seed, tail)
     importance = torch.rand(48, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) if weighted else None
-    plain = fit(weight, bits, size, symmetric=symmetric, search=False)
-    searched = fit(weight, bits, size, symmetric=symmetric, search=True, importance=importance)
+    kind: dict[str, bool] = {"symmetric": symmetric, "bipolar": symmetric and bipolar}
+    plain = fit(weight, bits, size, search=False, **kind)
+    searched = fit(weight, bits, size, search=True, importance=importance, **kind)
     assert (errors(weight, searched, size, importance) <= errors(weight, plain, size, importance) * (1 + 1e-12)).all()
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
-def test_search_comes_close_to_brute_force(bits: int, symmetric: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "bipolar"),
+    [*itertools.product((1, 2, 3, 4, 6), (True, False), (False,)), *((bits, True, True) for bits in (1, 2, 3, 4))],
+)
+def test_search_comes_close_to_brute_force(bits: int, symmetric: bool, bipolar: bool) -> None:
     """Against every bfloat16 scale (of both signs, or with every zero point) between a tenth of the covering one and itself."""
     size = 64
     weight = random(12, size, seed=bits)
     importance = torch.rand(size, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.1
-    found = errors(weight, fit(weight, bits, size, symmetric=symmetric, search=True, importance=importance), size, importance)
+    searched = fit(weight, bits, size, symmetric=symmetric, search=True, importance=importance, bipolar=bipolar)
+    found = errors(weight, searched, size, importance)
     cover = fit(weight, bits, size, symmetric=symmetric, search=False).scale
     best = torch.full_like(found, torch.inf)
     for factor, sign in itertools.product(torch.linspace(0.1, 1.0, 180).tolist(), (1, -1) if symmetric else (1,)):
         for zero in (None,) if symmetric else range(2**bits):
             zeros = None if zero is None else torch.full_like(cover, zero, dtype=torch.uint8)
-            grid = Grid((cover.double() * factor * sign).to(torch.bfloat16), zeros, bits)
+            grid = Grid((cover.double() * factor * sign).to(torch.bfloat16), zeros, bits, bipolar=bipolar)
             best = torch.minimum(best, errors(weight, grid, size, importance))
     assert (found / best).mean() < 1.03
     assert (found / best).max() < 1.25

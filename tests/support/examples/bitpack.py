@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
@@ -84,6 +85,8 @@ def golden_uniform(bits: int, zero: bool, group: bool) -> Uniform:
     return Uniform(codes, scale, bits, 5, zeros if zero else None, index if group else None)
 
 
+OFFSETS = torch.tensor([[2.0, -1.0], [0.5, -0.25], [0.0, -3.0]]).to(torch.bfloat16)
+
 # A part, and the bytes of each of its tensors as hexadecimal digits.
 GOLDEN: list[tuple[Uniform, dict[str, str]]] = [
     (
@@ -130,5 +133,22 @@ GOLDEN: list[tuple[Uniform, dict[str, str]]] = [
             "scale": "803f00bf803e00be803d00bd",
             "zero": "0104070a0d100000",
         },
+    ),
+    (
+        replace(golden_uniform(4, zero=False, group=False), offset=OFFSETS),
+        {"codes": "832dc7610ba54fe9832dc7610ba54f00", "scale": "803f00bf803e00be803d00bd", "offset": "004080bf003f80be000040c0"},
+    ),
+    (
+        replace(golden_uniform(2, zero=True, group=False), offset=OFFSETS),
+        {
+            "codes": "9393939393939303",
+            "scale": "803f00bf803e00be803d00bd",
+            "zero": "b1010000",
+            "offset": "004080bf003f80be000040c0",
+        },
+    ),
+    (
+        replace(golden_uniform(3, zero=False, group=False), bipolar=True),
+        {"codes": "4375c64375c64375c6437502", "scale": "803f00bf803e00be803d00bd"},
     ),
 ]
