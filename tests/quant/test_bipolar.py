@@ -20,7 +20,7 @@ from torch import Tensor
 from compress.calibration.statistics import Hessian
 from compress.errors import CalibrationError
 from compress.parts.uniform import Uniform
-from compress.quant._grid import encode, fit
+from compress.quant._grid import Range, encode, fit
 from compress.quant.bipolar import METHOD, bipolar
 
 law = settings(max_examples=40, deadline=None, derandomize=True)
@@ -193,11 +193,13 @@ def test_one_bit_is_the_sign() -> None:
 # ---------------------------------------------------------------------------------------------------- bad Hessians and weights
 
 
-def test_no_tokens_is_rounding_to_nearest() -> None:
+@pytest.mark.parametrize("range_", ["minmax", "mse"])
+def test_no_tokens_is_rounding_to_nearest(range_: Range) -> None:
     weight = problem()[0].float()
-    result = bipolar(weight, torch.zeros(32, 32), bits=3, group_size=8)
-    grid = fit(weight, 3, 8, symmetric=True, search=True, bipolar=True)
+    result = bipolar(weight, torch.zeros(32, 32), bits=3, group_size=8, range=range_)
+    grid = fit(weight, 3, 8, symmetric=True, search=range_ == "mse", bipolar=True)
     assert isinstance(result.weight.base, Uniform)
+    assert torch.equal(result.weight.base.scale, grid.scale)
     assert torch.equal(result.weight.base.codes, encode(weight, grid, 8))
     assert result.notes == {"damp": 0.01, "dead_columns": 32, "fallback": "rtn: no token was seen"}
 
