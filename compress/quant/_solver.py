@@ -103,7 +103,7 @@ Rounder = Callable[[Tensor, int], None]
 
 
 class Grids(Protocol):
-    """What the values of a weight are restricted to, in the working layout: `step * scale`, steps of any kind, a scale per group."""
+    """What a weight is rounded to, in the working layout: `step * scale`, steps of any kind and a scale per group."""
 
     scale: Tensor  # (groups, out)
     inverse: Tensor  # (groups, out)

@@ -56,8 +56,10 @@ class Codebook:
         self.bounds = torch.where(up, middle.nextafter(torch.full_like(middle, -torch.inf)), middle)
         # What all tables have, and the one value that is their own.
         alike = (tables == tables[0]).all(0)
-        self.common = tables[0, alike].unique()  # sorted
-        self.special = tables[:, ~alike].squeeze(1) if len(tables) > 1 else None  # (tables,)
+        common = tables[0, alike].unique()  # sorted
+        self.mirrored = torch.equal(common, -common.flip(0))
+        self.common = common[common >= 0].tolist() if self.mirrored else common.tolist()
+        self.special = tables[:, ~alike].flatten().tolist()  # one per table, or none
         self.largest = tables.abs().amax(1)  # (tables,)
 
     def place(self, scaled: Tensor, select: Tensor | None) -> Tensor:
@@ -76,14 +78,16 @@ class Codebook:
 
     def errors(self, scaled: Tensor) -> Iterator[Tensor]:
         """Yield for each table the squared distance of w / scale to it."""
-        middle = (self.common[1:] + self.common[:-1]) / 2
-        near = self.common.index_select(0, torch.bucketize(scaled, middle, out_int32=True).flatten()).view(scaled.shape)
-        error = near.sub_(scaled).square_()
-        if self.special is None:
-            yield error
-        else:
-            for value in self.special:
-                yield torch.minimum(error, (scaled - value).square_())
+        # The least of a few distances takes a third of the time of finding the nearest value.
+        single = scaled.abs() if self.mirrored else scaled
+        distance = (single - self.common[0]).abs_()
+        other = torch.empty_like(scaled)
+        for value in self.common[1:]:
+            torch.minimum(distance, torch.sub(single, value, out=other).abs_(), out=distance)
+        if not self.special:
+            yield distance.square_()
+        for value in self.special:
+            yield torch.minimum(distance, torch.sub(scaled, value, out=other).abs_()).square_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +99,7 @@ class Scales:
 
     @classmethod
     def of(cls, kind: ScaleType, grouped: Tensor, least: float) -> Scales:
-        """Choose the scales of rows, for weights (out, groups, group size) and tables whose largest values are at least `least`."""
+        """Choose the scales of rows, for weights (out, groups, group size) and tables that reach at least to `least`."""
         cover = grouped.abs().amax((1, 2)).unsqueeze(1) / least  # (out, 1)
         if kind == "uint8":
             row = stored(cover / 255)
@@ -173,7 +177,7 @@ def fit(weight: Tensor, book: Codebook, kind: ScaleType, group_size: int, search
         found = _Fit(grouped[part], cost, book, scales.part(part))
         found.run(search)
         scale[part], select[part] = found.scale, found.select
-    return TableGrid(scale, None if book.special is None else select, scales)
+    return TableGrid(scale, select if book.special else None, scales)
 
 
 class _Fit:
@@ -212,7 +216,7 @@ class _Fit:
         scaled = self.grouped * scale.reciprocal().unsqueeze(2)
         for index, error in enumerate(self.book.errors(scaled)):
             if tables[index]:
-                total = error.mul(self.cost).sum(2) * scale.square()
+                total = error.mul_(self.cost).sum(2) * scale.square()
                 better = total < self.error
                 self.error, self.scale = torch.where(better, total, self.error), torch.where(better, scale, self.scale)
                 self.select = torch.where(better, index, self.select)
@@ -220,7 +224,7 @@ class _Fit:
     def _polish(self) -> None:
         """Try the least-squares scale of the codes that the best scale and table make."""
         scaled = self.grouped * self.scale.reciprocal().unsqueeze(2)
-        value = self.book.value(self.book.place(scaled, None if self.book.special is None else self.select))
+        value = self.book.value(self.book.place(scaled, self.select if self.book.special else None))
         weighted = value * self.cost
         curvature = (weighted * value).sum(2)
         slope = weighted.mul_(self.grouped).sum(2)

@@ -1,7 +1,7 @@
 """BitMoD: 3- and 4-bit floats whose spare code means a value chosen per group (arXiv 2411.11745).
 
-Problem     minimise E(Q) = tr((W - Q) H (W - Q)^T), H the mean of x x^T over calibration tokens, with Q = value * scale and values
-            from small float tables. Sign-magnitude floats have two zeros: the code of -0 is given to one of four special
+Problem     minimise E(Q) = tr((W - Q) H (W - Q)^T), H the mean of x x^T over calibration tokens, with Q = value * scale and
+            values from small float tables. Sign-magnitude floats have two zeros: the code of -0 is given to one of four special
             values, chosen for each group of columns.
 Values      fp3  0 1 2 4 and their negatives, and one of +3 -3 (extra resolution) +6 -6 (extra asymmetry)
             fp4  0 1 2 3 4 6 8 12 and their negatives (E2M1 times two), and one of +10 -10, +16 -16

@@ -1,7 +1,7 @@
 """Four-bit floats and their kin: NF4, E2M1, MXFP4, NVFP4, FP3.
 
-Problem     minimise E(Q) = tr((W - Q) H (W - Q)^T), H the mean of x x^T over calibration tokens, with Q = value * scale and values
-            from one table; without calibration data |W - Q|^2.
+Problem     minimise E(Q) = tr((W - Q) H (W - Q)^T), H the mean of x x^T over calibration tokens, with Q = value * scale and
+            values from one table; without calibration data |W - Q|^2.
 Datatypes   name   values                                              group  scale
             fp4    E2M1: 0 1/2 1 3/2 2 3 4 6 and their negatives         128  bfloat16
             nf4    16 quantiles of a Gaussian in -1..1, 0 among them      64  bfloat16
@@ -98,9 +98,7 @@ class Floating(Method):
     needs: ClassVar[Needs] = Needs(Hessian, unless=("compensate", False))
 
     datatype: Annotated[Datatype, Field(description="values, and type of the scales")] = "fp4"
-    group_size: Annotated[GroupSize | None, Field(description="input columns that share a scale; null: the datatype's own")] = (
-        None
-    )
+    group_size: Annotated[GroupSize | None, Field(description="columns that share a scale; null: as the datatype has it")] = None
     range: Annotated[Range, Field(description="minmax: cover every weight; mse: least error")] = "mse"
     compensate: Annotated[bool, Field(description="feed errors back as GPTQ does; false: to nearest, without data")] = True
     damp: Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
