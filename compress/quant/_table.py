@@ -103,7 +103,7 @@ class Scales:
         cover = grouped.abs().amax((1, 2)).unsqueeze(1) / least  # (out, 1)
         if kind == "uint8":
             row = stored(cover / 255)
-            return cls(kind, torch.where(row * 255 < cover, stored(row * (1 + 2**-7)), row))
+            return cls(kind, torch.where(row * 255 < cover, stored(row * 1.004), row))  # half a step up, and a little: the next
         if kind == "e4m3":
             # The least power of two under which the top of the ladder can be held.
             mantissa, exponent = torch.frexp((cover * (_ABOVE / _MOST_E4M3)).clamp_min(_TINY))
