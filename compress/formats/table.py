@@ -24,7 +24,7 @@ from compress.errors import FormatError
 from compress.formats import _bits
 from compress.parts.table import DATATYPES, SCALE_DTYPES, Table, code_bits, select_bits
 
-_KEYS = ("format", "datatype", "group_size", "scale")
+_KEYS = ("format", "datatype", "bits", "group_size", "scale")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -42,7 +42,13 @@ class TableFormat:
 
     def describe(self, part: Table) -> dict[str, Any]:
         """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
-        return {"format": self.name, "datatype": part.datatype, "group_size": part.group_size, "scale": part.scale_type}
+        return {
+            "format": self.name,
+            "datatype": part.datatype,
+            "bits": code_bits(part.datatype),  # follows from the datatype; for those who do not know it
+            "group_size": part.group_size,
+            "scale": part.scale_type,
+        }
 
     def short(self, described: dict[str, Any]) -> str:
         """Return how a part is stored, in a few words for a table."""
@@ -50,7 +56,7 @@ class TableFormat:
 
     def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> Layout:
         """Return dtype and shape of each tensor of a part, without data. Raises FormatError."""
-        datatype, group_size, scale_type = (described.get(key) for key in _KEYS[1:])
+        datatype, bits, group_size, scale_type = (described.get(key) for key in _KEYS[1:])
         rows, columns = shape
         if unknown := sorted(described.keys() - _KEYS):
             raise FormatError(
@@ -59,6 +65,8 @@ class TableFormat:
         if not (isinstance(datatype, str) and datatype in DATATYPES):
             known = ", ".join(DATATYPES)
             raise FormatError(f"table: datatype is {datatype!r:.80}; known are {known}. Written by a newer compress?")
+        if not (_whole(bits) and bits == code_bits(datatype)):
+            raise FormatError(f"table: bits is {bits!r:.80}; expected {code_bits(datatype)}, those of {datatype}")
         if not (_whole(group_size) and 0 < group_size <= columns and columns % group_size == 0):
             raise FormatError(f"table: group_size is {group_size!r:.80}; expected a divisor of in={columns}")
         if not (isinstance(scale_type, str) and scale_type in SCALE_DTYPES):
@@ -72,8 +80,8 @@ class TableFormat:
         }
         if row_scale is not None:
             layout["row_scale"] = (row_scale, (rows,))
-        if bits := select_bits(datatype):
-            layout["select"] = (torch.int32, (_bits.words(rows * groups, bits),))
+        if choice := select_bits(datatype):
+            layout["select"] = (torch.int32, (_bits.words(rows * groups, choice),))
         return layout
 
     def pack(self, part: Table) -> dict[str, Tensor]:

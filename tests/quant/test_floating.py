@@ -201,6 +201,7 @@ def test_a_model_is_loaded_with_the_logits_it_was_made_with(datatype: str, tiny:
     source = PackedSource.open_packed(tmp_path / "out")
     assert source.table
     assert {spec["base"]["format"] for spec in source.table.values()} == {"table"}
+    assert "- 4-bit" in (tmp_path / "out" / "README.md").read_text()
     entries = Source.open(tmp_path / "out").entries
     stored = sum(entries[name].nbytes for name in source.packed) * 8
     assert stored == sum(source.compressed(site).stored_bits for site in source.table)

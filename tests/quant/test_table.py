@@ -337,7 +337,8 @@ def golden(kind: ScaleType) -> Table:
     [{"datatype": value} for value in ("fp5", "", None, 4, True, ["fp4"], {"fp4": 1})]
     + [{"group_size": value} for value in (0, -1, 3, 20, 2**64, True, 5.0, "5", None)]
     + [{"scale": value} for value in ("float16", None, 8, True, ["e8m0"])]
-    + [{"zero": True}, {"bits": 3}],
+    + [{"bits": value} for value in (4, 0, True, 3.0, "3", None)]
+    + [{"zero": True}],
     ids=str,
 )
 def test_descriptions_that_are_not_written_are_refused(change: dict[str, Any]) -> None:
