@@ -17,6 +17,23 @@ Bits = Annotated[int, Field(ge=1, le=8, description="bits per code")]
 GroupSize = Annotated[int, Field(ge=-1, description="input columns that share a scale; -1: the whole row")]
 
 
+class Needs(tuple[type[Statistics], ...]):
+    """The statistics that a method may need; with the option named in `unless` at that value, it needs none."""
+
+    _option: str
+    _value: Any
+
+    def __new__(cls, *kinds: type[Statistics], unless: tuple[str, Any]) -> Needs:
+        """Make one of statistics."""
+        needs = super().__new__(cls, kinds)
+        needs._option, needs._value = unless
+        return needs
+
+    def __get__(self, instance: object, owner: type) -> tuple[type[Statistics], ...]:
+        """Return the statistics of a method, or of a method with these options."""
+        return () if instance is not None and getattr(instance, self._option) == self._value else self
+
+
 class Method(BaseModel):
     """Options of a method, validated where the recipe names it; unknown options are refused."""
 

@@ -125,9 +125,8 @@ def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[
     kinds: dict[tuple[str, str, str], list[Any]] = {}
     for a in plan.assignments:
         shape = f"{a.site.shape[0]} x {a.site.shape[1]}"
-        options = ", ".join(
-            f"{k}={v}" for k, v in a.method.model_dump().items() if k in ("bits", "group_size", "symmetric", "order", "range")
-        )
+        shown = ("datatype", "bits", "group_size", "symmetric", "order", "range")
+        options = ", ".join(f"{k}={v}" for k, v in a.method.model_dump().items() if k in shown and v is not None)
         kinds.setdefault((a.site.kind, shape, f"{a.method.path} {options}"), []).append(a)
     rows = []
     for (kind, shape, method), members in kinds.items():

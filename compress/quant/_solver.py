@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -98,9 +99,39 @@ def _identity(hessian: Tensor, order: Tensor, mean: float, damp: float, dead: in
     return Factor(torch.diag(ones), order, torch.zeros_like(hessian), ones, mean, damp, dead, fallback)
 
 
+Rounder = Callable[[Tensor, int], None]
+
+
+class Grids(Protocol):
+    """What a weight is rounded to, in the working layout: `step * scale`, steps of any kind and a scale per group."""
+
+    scale: Tensor  # (groups, out)
+    inverse: Tensor  # (groups, out)
+
+    def rounder(self) -> Rounder:
+        """Return what replaces a column w / scale (out,) in place by the nearest steps of its group."""
+        ...
+
+    def encode(self, steps: Tensor, groups: Tensor) -> Tensor:
+        """Return the codes of steps (n, out) that belong to groups (n,), in any type; the steps may be overwritten."""
+        ...
+
+    def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the steps of codes (n, out); only of a single group."""
+        ...
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Round a scale (out,) to the nearest that can be stored, in its own dtype."""
+        ...
+
+    def group(self, index: int) -> Self:
+        """One group, sharing memory."""
+        ...
+
+
 @dataclass(eq=False)
 class Levels:
-    """Grids in the working layout: one row of scales (and of what goes with them) per group."""
+    """Uniform grids in the working layout: one row of scales (and of what goes with them) per group."""
 
     scale: Tensor  # (groups, out)
     inverse: Tensor  # (groups, out)
@@ -130,6 +161,29 @@ class Levels:
         one = slice(index, index + 1)
         return Levels(self.scale[one], self.inverse[one], part(self.low), part(self.high), part(self.zero))
 
+    def rounder(self) -> Rounder:
+        """Return what replaces a column w / scale (out,) in place by the nearest `code - zero` of its group."""
+        count = len(self.scale)  # views are made once: the inner loop runs five small operations per column
+        low = self.low.unbind(0) if isinstance(self.low, Tensor) else [self.low] * count
+        high = self.high.unbind(0) if isinstance(self.high, Tensor) else [self.high] * count
+
+        def nearest_step(scaled: Tensor, group: int) -> None:
+            nearest(scaled, low[group], high[group])
+
+        return nearest_step
+
+    def encode(self, steps: Tensor, groups: Tensor) -> Tensor:
+        """Return the codes of steps (n, out) that belong to groups (n,), in place."""
+        return steps.add_(self.zero.index_select(0, groups) if isinstance(self.zero, Tensor) else self.zero)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `code - zero` of codes (n, out); only of a single group."""
+        return codes.to(dtype).sub_(self.zero)
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Round a scale (out,) to bfloat16."""
+        return stored(scale)
+
     def assign(self, other: Levels) -> None:
         """Take over the values of another."""
         for name in ("scale", "inverse", "low", "high", "zero"):
@@ -156,7 +210,7 @@ class Sweep:
         delta: Tensor,  # (in, out) the weight; becomes weight - rounded
         codes: Tensor,  # (in, out) uint8, written
         feedback: Tensor,  # (in, in), of which the part below the diagonal is read
-        levels: Levels,
+        levels: Grids,
         groups: Tensor,  # (in,) int64 group of each step
         block: int,
         fit: Callable[[Tensor, slice], Grid] | None = None,  # fits (out, group size) at these steps when its group is reached
@@ -169,9 +223,7 @@ class Sweep:
         self._targets, self._deltas = target.unbind(0), delta.unbind(0)
         self._steps = torch.empty(min(block, len(target)), target.shape[1], dtype=target.dtype, device=target.device)
         self._step = self._steps.unbind(0)
-        self._scale, self._inverse = levels.scale.unbind(0), levels.inverse.unbind(0)
-        self._low = levels.low.unbind(0) if isinstance(levels.low, Tensor) else [levels.low] * len(levels.scale)
-        self._high = levels.high.unbind(0) if isinstance(levels.high, Tensor) else [levels.high] * len(levels.scale)
+        self._scale, self._inverse, self._round = levels.scale.unbind(0), levels.inverse.unbind(0), levels.rounder()
 
     def run(self, start: int, stop: int) -> None:
         """Round the steps start..stop, whose targets hold the errors of all steps before `start`."""
@@ -195,6 +247,7 @@ class Sweep:
         their own targets: with S the shift of the group's columns and T - W what came from before it, S + A S = T - W.
         """
         assert self.fit is not None
+        assert isinstance(self.levels, Levels)
         weight = self.delta[steps]  # untouched so far
         shift = torch.linalg.solve_triangular(
             self.feedback[steps, steps], self.target[steps] - weight, upper=False, unitriangular=True
@@ -209,20 +262,16 @@ class Sweep:
             if k > start:
                 self._targets[k].addmv_(self.delta[start:k].T, self.feedback[k, start:k])
             torch.mul(self._targets[k], self._inverse[group], out=step)
-            nearest(step, self._low[group], self._high[group])
+            self._round(step, group)
             self._deltas[k].addcmul_(step, self._scale[group], value=-1)
-        zero = self.levels.zero
-        if isinstance(zero, Tensor):
-            zero = zero.index_select(0, self.groups[start:stop])
-        torch.add(self._steps[: stop - start], zero, out=self._steps[: stop - start])
-        self.codes[start:stop] = self._steps[: stop - start]
+        self.codes[start:stop] = self.levels.encode(self._steps[: stop - start], self.groups[start:stop])
 
 
-def refine(weight: Tensor, hessian: Tensor, levels: Levels, delta: Tensor, codes: Tensor, passes: int, block: int) -> None:
+def refine(weight: Tensor, hessian: Tensor, levels: Grids, delta: Tensor, codes: Tensor, passes: int, block: int) -> None:
     """Lower tr(D H D^T) by passes of coordinate descent over contiguous groups, in place: the scale, then the codes one by one.
 
     weight, delta = weight - rounded and codes are (in, out), hessian (in, in). No step raises the cost by more than rounding:
-    a scale becomes the bfloat16 nearest to the best one, which is no farther from it than the scale it replaces.
+    a scale becomes the storable one nearest to the best, which is no farther from it than the scale it replaces.
     """
     size = len(weight) // len(levels.scale)
     for _ in range(passes):
@@ -241,16 +290,16 @@ def refine(weight: Tensor, hessian: Tensor, levels: Levels, delta: Tensor, codes
             Sweep(target, delta[span], codes[span], inner.tril(-1).div_(pivots), level, one, block).run(0, size)
 
 
-def _rescale(level: Levels, inner: Tensor, gradient: Tensor, delta: Tensor, codes: Tensor) -> None:
-    """Give one group the scale s + <t, G> / <t, H t>, t = code - zero, which is the best one for its codes.
+def _rescale(level: Grids, inner: Tensor, gradient: Tensor, delta: Tensor, codes: Tensor) -> None:
+    """Give one group the scale s + <t, G> / <t, H t>, t the steps, which is the best one for its codes.
 
     inner is the group's part of H, gradient G = H D and delta D are (group size, out); the last two are kept up to date.
     """
-    step = codes.to(delta.dtype).sub_(level.zero)
+    step = level.decode(codes, delta.dtype)
     bent = inner @ step
     curvature = (step * bent).sum(0)
     old = level.scale[0].clone()
-    level.scale[0] = stored(old + torch.where(curvature > 0, (step * gradient).sum(0) / curvature, 0.0))
+    level.scale[0] = level.storable(old + torch.where(curvature > 0, (step * gradient).sum(0) / curvature, 0.0))
     torch.reciprocal(level.scale, out=level.inverse)
     change = level.scale[0] - old
     delta.addcmul_(step, change, value=-1)
