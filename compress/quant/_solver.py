@@ -15,9 +15,10 @@ Working layout: (in, out), so that a column of the weight is one contiguous row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,9 +105,9 @@ class Levels:
 
     scale: Tensor  # (groups, out)
     inverse: Tensor  # (groups, out)
-    low: Tensor | float  # (groups, out) or a number: lowest `code - zero`
-    high: Tensor | float
-    zero: Tensor | float
+    low: Tensor | float | list[Tensor | float]  # lowest `code - zero`: (groups, out), a number, or per group (out,) or a number
+    high: Tensor | float | list[Tensor | float]
+    zero: Tensor | float  # (groups, out), (groups, 1) or a number
 
     @classmethod
     def of(cls, grid: Grid, dtype: torch.dtype) -> Levels:
@@ -124,23 +125,33 @@ class Levels:
     def group(self, index: int) -> Levels:
         """One group, sharing memory."""
 
-        def part(values: Tensor | float) -> Tensor | float:
+        def part(values: Tensor | float | list[Tensor | float]) -> Any:
+            if isinstance(values, list):
+                return values[index : index + 1]
             return values[index : index + 1] if isinstance(values, Tensor) else values
 
         one = slice(index, index + 1)
         return Levels(self.scale[one], self.inverse[one], part(self.low), part(self.high), part(self.zero))
 
     def assign(self, other: Levels) -> None:
-        """Take over the values of another."""
+        """Take over the values of another with as many groups and the same bits in each."""
+        count = len(self.scale)
         for name in ("scale", "inverse", "low", "high", "zero"):
-            mine, new = getattr(self, name), getattr(other, name)
-            if isinstance(mine, Tensor):
-                mine.copy_(new)
+            for mine, new in zip(_each(getattr(self, name), count), _each(getattr(other, name), count), strict=True):
+                if isinstance(mine, Tensor):
+                    mine.copy_(new if isinstance(new, Tensor) else mine.new_tensor(new))
 
     def grid(self, bits: int) -> Grid:
         """Return the grids (out, groups) as they are stored."""
         zero = self.zero.T.to(torch.uint8).contiguous() if isinstance(self.zero, Tensor) else None
         return Grid(self.scale.T.to(torch.bfloat16).contiguous(), zero, bits)
+
+
+def _each(values: Tensor | float | list[Tensor | float], groups: int) -> Sequence[Tensor | float]:
+    """What a Levels holds, by group."""
+    if isinstance(values, list):
+        return values
+    return values.unbind(0) if isinstance(values, Tensor) else [values] * groups
 
 
 class Sweep:
@@ -170,8 +181,7 @@ class Sweep:
         self._steps = torch.empty(min(block, len(target)), target.shape[1], dtype=target.dtype, device=target.device)
         self._step = self._steps.unbind(0)
         self._scale, self._inverse = levels.scale.unbind(0), levels.inverse.unbind(0)
-        self._low = levels.low.unbind(0) if isinstance(levels.low, Tensor) else [levels.low] * len(levels.scale)
-        self._high = levels.high.unbind(0) if isinstance(levels.high, Tensor) else [levels.high] * len(levels.scale)
+        self._low, self._high = _each(levels.low, len(levels.scale)), _each(levels.high, len(levels.scale))
 
     def run(self, start: int, stop: int) -> None:
         """Round the steps start..stop, whose targets hold the errors of all steps before `start`."""
