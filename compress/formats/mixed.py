@@ -4,6 +4,8 @@
     codes1..codes8  I32 (words,)        codes of the columns of all groups of that width, in column order, row by row
     scale           BF16 (out, groups)
     zero2..zero8    I32 (words,)        zero codes of the groups of that width, row by row, only where grids have such
+    group           I32 (words,)        group of each column, only where columns of a group are not neighbours: fields of
+                                        ceil(log2 groups) bits, at least 1; for more than 256 groups I16 or I32 (in,)
 
 The description counts the groups of each width, so that sizes are known without data; the order of groups is in `widths`. 32
 rows of any stream fill whole words.
@@ -18,15 +20,20 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats import _bits
-from compress.parts.mixed import WIDTH_BITS, WIDTHS, Mixed
+from compress.parts.mixed import WIDTH_BITS, WIDTHS, Mixed, group_bits, group_dtype
 
-_KEYS = ("format", "group_size", "groups", "zero")
+_KEYS = ("format", "group_size", "groups", "zero", "scattered")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def _whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _of_column(widths: Tensor, group: Tensor | None, group_size: int) -> Tensor:
+    """The width of each column (in,)."""
+    return widths.repeat_interleave(group_size) if group is None else widths[group.long()]
 
 
 class MixedWidths:
@@ -38,7 +45,8 @@ class MixedWidths:
 
     def describe(self, part: Mixed) -> dict[str, Any]:
         """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
-        return {"format": self.name, "group_size": part.group_size, "groups": part.counts, "zero": part.zero is not None}
+        described = {"format": self.name, "group_size": part.group_size, "groups": part.counts, "zero": part.zero is not None}
+        return described if part.group is None else {**described, "scattered": True}
 
     def short(self, described: dict[str, Any]) -> str:
         """Return how a part is stored, in a few words for a table."""
@@ -46,7 +54,8 @@ class MixedWidths:
         mean = sum(bits * count for bits, count in zip(WIDTHS, counts, strict=True)) / sum(counts)
         present = [bits for bits, count in zip(WIDTHS, counts, strict=True) if count]
         widths = f"{present[0]}-bit" if len(present) == 1 else f"{mean:.3g}-bit ({present[0]}..{present[-1]})"
-        return f"{widths} g{described['group_size']}" + (" with zeros" if described.get("zero") else "")
+        more = (" with zeros", "zero"), (" scattered", "scattered")
+        return f"{widths} g{described['group_size']}" + "".join(text for text, key in more if described.get(key))
 
     def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> Layout:
         """Return dtype and shape of each tensor of a part, without data. Raises FormatError."""
@@ -68,24 +77,32 @@ class MixedWidths:
             )
         if not isinstance(zero, bool):
             raise FormatError(f"mixed: zero is {zero!r:.80}; expected true or false")
+        if "scattered" in described and described["scattered"] is not True:
+            raise FormatError(f"mixed: scattered is {described['scattered']!r:.80}; expected true, or no scattered")
         layout: Layout = {"widths": (torch.int32, (_bits.words(groups, WIDTH_BITS),)), "scale": (torch.bfloat16, (rows, groups))}
         for bits, count in zip(WIDTHS, counts, strict=True):
             if count:
                 layout[f"codes{bits}"] = (torch.int32, (_bits.words(rows * count * group_size, bits),))
                 if zero and bits > 1:
                     layout[f"zero{bits}"] = (torch.int32, (_bits.words(rows * count, bits),))
+        if "scattered" in described:
+            layout["group"] = (group_dtype(groups), (columns,))
+            if groups <= 256:
+                layout["group"] = (torch.int32, (_bits.words(columns, group_bits(groups)),))
         return layout
 
     def pack(self, part: Mixed) -> dict[str, Tensor]:
         """Return the tensors of a part."""
         tensors = {"widths": _bits.pack(part.widths - 1, WIDTH_BITS), "scale": part.scale.contiguous()}
-        codes = part.codes.unflatten(1, (-1, part.group_size))
+        if part.group is not None:
+            groups = len(part.widths)
+            tensors["group"] = _bits.pack(part.group, group_bits(groups)) if groups <= 256 else part.group.contiguous()
+        of_column = _of_column(part.widths, part.group, part.group_size)
         for bits, count in zip(WIDTHS, part.counts, strict=True):
             if count:
-                here = part.widths == bits
-                tensors[f"codes{bits}"] = _bits.pack(codes[:, here], bits)
+                tensors[f"codes{bits}"] = _bits.pack(part.codes[:, of_column == bits], bits)
                 if part.zero is not None and bits > 1:
-                    tensors[f"zero{bits}"] = _bits.pack(part.zero[:, here], bits)
+                    tensors[f"zero{bits}"] = _bits.pack(part.zero[:, part.widths == bits], bits)
         return tensors
 
     def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Mixed:
@@ -104,16 +121,27 @@ class MixedWidths:
             raise FormatError(
                 f"mixed: widths has {found_counts} groups of 1..8 bits; expected {counts} as described. The file is damaged"
             )
-        codes = torch.empty(rows, columns // size, size, dtype=torch.uint8, device=scale.device)
+        group = self._group(tensors["group"], columns, columns // size) if "scattered" in described else None
+        of_column = _of_column(widths, group, size)
+        codes = torch.empty(shape, dtype=torch.uint8, device=scale.device)
         zero = torch.zeros(scale.shape, dtype=torch.uint8, device=scale.device) if described.get("zero") else None
         for bits, count in zip(WIDTHS, counts, strict=True):
             if count:
-                here = widths == bits
                 fields = _bits.unpack(tensors[f"codes{bits}"], bits, rows * count * size)
-                codes[:, here] = fields.view(rows, count, size)
+                codes[:, of_column == bits] = fields.view(rows, count * size)
                 if zero is not None and bits > 1:
-                    zero[:, here] = _bits.unpack(tensors[f"zero{bits}"], bits, rows * count).view(rows, count)
-        return Mixed(codes.view(shape), scale, widths, size, zero)
+                    zero[:, widths == bits] = _bits.unpack(tensors[f"zero{bits}"], bits, rows * count).view(rows, count)
+        return Mixed(codes, scale, widths, size, zero, group)
+
+    def _group(self, stored: Tensor, columns: int, groups: int) -> Tensor:
+        """The group of each column, all of which have as many."""
+        group = _bits.unpack(stored, group_bits(groups), columns) if groups <= 256 else stored
+        inside = bool(((group >= 0) & (group < groups)).all())
+        if not inside or bool((torch.bincount(group.long(), minlength=groups) != columns // groups).any()):
+            raise FormatError(
+                f"mixed: group does not give each of the groups 0..{groups - 1} {columns // groups} columns; the file is damaged"
+            )
+        return group
 
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
