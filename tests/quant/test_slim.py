@@ -27,7 +27,7 @@ from compress.quant._grid import fit
 from compress.quant.gptq import gptq
 from compress.quant.slim import METHOD, balanced, budget, cheapest, decoded, salient_range, slim
 
-law = settings(max_examples=40, deadline=None, derandomize=True)
+law = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 def problem(rows: int = 6, columns: int = 32, tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -215,8 +215,8 @@ def descend(
                 codes[row, column] = rounded(float(wanted[row]), float(scale[row, g]), float(zero[row, g]), bits)
 
 
-def check(seed: int, **options: Any) -> list[int]:
-    weight, hessian = problem(seed=seed)
+def check(seed: int, rows: int = 6, columns: int = 32, **options: Any) -> list[int]:
+    weight, hessian = problem(rows, columns, seed=seed)
     values: dict[str, Any] = {
         "bits": 2,
         "group_size": 8,
@@ -271,8 +271,8 @@ def test_balanced_equals_the_reference_code_for_code(order: str, grouping: str) 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_papers_range_equals_the_reference_code_for_code(symmetric: bool) -> None:
-    for seed, (bits, weight, order) in enumerate(itertools.product((2, 3), (1.0, 5.0), ("groups", "static"))):
-        check(seed, bits=bits, symmetric=symmetric, range="salience", salience_weight=weight, order=order)
+    for seed, (weight, order) in enumerate([(1.0, "groups"), (5.0, "groups"), (5.0, "static")]):
+        check(seed, 3, 24, bits=2 + seed % 2, symmetric=symmetric, range="salience", salience_weight=weight, order=order)
     check(9, range="minmax", symmetric=symmetric, refinements=1)
 
 
@@ -608,9 +608,9 @@ def test_options_and_notes() -> None:
 @pytest.mark.parametrize("size", [5, 32, -1])
 def test_stored_bits_are_known_beforehand_or_not_announced(rows: int, size: int) -> None:
     columns, known = 160, 0
-    hessian = problem(columns=columns)[1]
+    hessian = torch.diag(torch.arange(1.0, 161.0).double())
     for symmetric, allocation, grouping, bits in itertools.product(
-        (True, False), ("free", "balanced"), ("salience", "neighbours"), (2, 3, 4.3, 6)
+        (True, False), ("free", "balanced"), ("salience", "neighbours"), (2, 4.3, 6)
     ):
         if allocation == "balanced" and bits != int(bits):
             continue
