@@ -38,7 +38,7 @@ TABLE: dict[str, Row] = {
     "registry": Row("errors"),
     "files": Row("errors"),
     "parts.stream": Row(),
-    "parts.*": Row("parts.stream errors", "torch"),
+    "parts.*": Row("parts.stream parts.uniform errors", "torch"),
     "weight": Row("errors", "torch"),
     "distributed": Row("errors", "torch"),
     "container": Row("files errors", "torch"),

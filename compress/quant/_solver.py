@@ -15,10 +15,10 @@ Working layout: (in, out), so that a column of the weight is one contiguous row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -135,9 +135,9 @@ class Levels:
 
     scale: Tensor  # (groups, out)
     inverse: Tensor  # (groups, out)
-    low: Tensor | float  # (groups, out) or a number: lowest `code - zero`
-    high: Tensor | float
-    zero: Tensor | float
+    low: Tensor | float | list[Tensor | float]  # lowest `code - zero`: (groups, out), a number, or per group (out,) or a number
+    high: Tensor | float | list[Tensor | float]
+    zero: Tensor | float  # (groups, out), (groups, 1) or a number
 
     @classmethod
     def of(cls, grid: Grid, dtype: torch.dtype) -> Levels:
@@ -155,7 +155,9 @@ class Levels:
     def group(self, index: int) -> Levels:
         """One group, sharing memory."""
 
-        def part(values: Tensor | float) -> Tensor | float:
+        def part(values: Tensor | float | list[Tensor | float]) -> Any:
+            if isinstance(values, list):
+                return values[index : index + 1]
             return values[index : index + 1] if isinstance(values, Tensor) else values
 
         one = slice(index, index + 1)
@@ -164,8 +166,7 @@ class Levels:
     def rounder(self) -> Rounder:
         """Return what replaces a column w / scale (out,) in place by the nearest `code - zero` of its group."""
         count = len(self.scale)  # views are made once: the inner loop runs five small operations per column
-        low = self.low.unbind(0) if isinstance(self.low, Tensor) else [self.low] * count
-        high = self.high.unbind(0) if isinstance(self.high, Tensor) else [self.high] * count
+        low, high = _each(self.low, count), _each(self.high, count)
 
         def nearest_step(scaled: Tensor, group: int) -> None:
             nearest(scaled, low[group], high[group])
@@ -185,16 +186,24 @@ class Levels:
         return stored(scale)
 
     def assign(self, other: Levels) -> None:
-        """Take over the values of another."""
+        """Take over the values of another with as many groups and the same bits in each."""
+        count = len(self.scale)
         for name in ("scale", "inverse", "low", "high", "zero"):
-            mine, new = getattr(self, name), getattr(other, name)
-            if isinstance(mine, Tensor):
-                mine.copy_(new)
+            for mine, new in zip(_each(getattr(self, name), count), _each(getattr(other, name), count), strict=True):
+                if isinstance(mine, Tensor):
+                    mine.copy_(new if isinstance(new, Tensor) else mine.new_tensor(new))
 
     def grid(self, bits: int) -> Grid:
         """Return the grids (out, groups) as they are stored."""
         zero = self.zero.T.to(torch.uint8).contiguous() if isinstance(self.zero, Tensor) else None
         return Grid(self.scale.T.to(torch.bfloat16).contiguous(), zero, bits)
+
+
+def _each(values: Tensor | float | list[Tensor | float], groups: int) -> Sequence[Tensor | float]:
+    """What a Levels holds, by group."""
+    if isinstance(values, list):
+        return values
+    return values.unbind(0) if isinstance(values, Tensor) else [values] * groups
 
 
 class Sweep:
