@@ -113,12 +113,13 @@ class TwoLevelPack:
         group = tensors["group"] if "group" in layout else None
         if group is not None and not bool(((group >= 0) & (group < groups)).all()):
             raise FormatError(f"two_level: group names a group outside 0..{groups - 1}; the file is damaged")
-        fields = {
+        fields: dict[str, Any] = {
             name: _bits.unpack(tensors[name], width, rows * count).view(rows, count)
             for name, (count, width) in _streams(described, columns).items()
         }
-        widths = {key: described[key] for key in (*_WIDTHS, "group_size")}
-        return TwoLevel(**fields, **{name: tensors[name] for name in _TILED}, **widths, group=group)
+        widths: dict[str, Any] = {key: described[key] for key in (*_WIDTHS, "group_size")}
+        fields |= {name: tensors[name] for name in _TILED} | widths
+        return TwoLevel(**fields, group=group)
 
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int

@@ -94,7 +94,8 @@ class TwoLevel:
         scale, zero, codes = self.scale(), self.zero(), self.codes.float()
         if self.group is None:
             grouped = codes.unflatten(1, (-1, self.group_size))  # (out, groups, group size)
-            return ((grouped - zero.unsqueeze(2)) * scale.unsqueeze(2)).flatten(1)
+            values: Tensor = (grouped - zero.unsqueeze(2)) * scale.unsqueeze(2)
+            return values.flatten(1)
         index = self.group.long()
         return (codes - zero[:, index]) * scale[:, index]
 

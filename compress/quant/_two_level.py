@@ -6,16 +6,16 @@ Five moments of the codes say all about it:
     E(s, z) = s^2 (qq - 2 z q1 + z^2 oo) - 2 s (qg - z og) + const
     qq = <q, H q>   q1 = <q, H 1>   oo = <1, H 1>   qg = <q, G>   og = <1, G>,   G = H w
 
-Over places that are stored elsewhere (outliers) q and 1 are 0. For fixed z this is E = A s^2 - 2 B s, for fixed s likewise in z, so
-that over 16 rows the best second level is a least-squares line through (first-level code, B / A) with weights A, and the best
-first-level codes of a row are found by trying all scale codes, each with its best zero code.
+Over places that are stored elsewhere (outliers) q and 1 are 0. For fixed z this is E = A s^2 - 2 B s, for fixed s likewise in
+z, so that over 16 rows the best second level is a least-squares line through (first-level code, B / A) with weights A, and the
+best first-level codes of a row are found by trying all scale codes, each with its best zero code.
 
 Layout: (groups, out), and (groups, tiles) for the second level. Codes are whole numbers in the dtype of the weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from compress.parts.two_level import STEP_BITS, TILE, TwoLevel, decode_scale, decode_zero, tiles
 from compress.quant._grid import stored
 
+_FIRST = ("scale_code", "zero_code")
 _SECOND = ("top", "step", "offset", "zero_step")
 
 
@@ -38,11 +39,10 @@ class Moments:
 
     @classmethod
     def diagonal(cls, codes: Tensor, weight: Tensor, cost: Tensor) -> Moments:
-        """Moments of codes and weights (groups, size, out) under a diagonal metric `cost` (groups, size, out)."""
+        """Moments of one group under a diagonal metric: codes, weight and cost (size, out), cost 0 at outliers."""
         bent = cost * codes
-        return cls(
-            (bent * codes).sum(1), bent.sum(1), cost.expand_as(codes).sum(1), (bent * weight).sum(1), (cost * weight).sum(1)
-        )
+        made = (bent * codes, bent, cost, bent * weight, cost * weight)
+        return cls(*(values.sum(0, keepdim=True) for values in made))
 
     @classmethod
     def full(cls, codes: Tensor, free: Tensor, inner: Tensor, gradient: Tensor) -> Moments:
@@ -70,14 +70,14 @@ class TwoLevelGrid:
     @classmethod
     def empty(cls, groups: int, rows: int, like: Tensor, bits: int, scale_bits: int, zero_bits: int) -> TwoLevelGrid:
         """Room for grids that are fitted later."""
-        first = [like.new_zeros(groups, rows) for _ in range(2)]
-        second = [like.new_zeros(groups, tiles(rows)) for _ in range(4)]
-        return cls(*first, *second, bits, scale_bits, zero_bits)
+        scale_code, zero_code = (like.new_zeros(groups, rows) for _ in range(2))
+        top, step, offset, zero_step = (like.new_zeros(groups, tiles(rows)) for _ in range(4))
+        return cls(scale_code, zero_code, top, step, offset, zero_step, bits, scale_bits, zero_bits)
 
     @classmethod
     def covering(cls, scale: Tensor, zero: Tensor, bits: int, scale_bits: int, zero_bits: int) -> TwoLevelGrid:
         """Place scales and zeros (groups, out) on second levels that cover those of 16 rows."""
-        grid = cls.empty(*scale.shape, scale, bits, scale_bits, zero_bits)
+        grid = cls.empty(scale.shape[0], scale.shape[1], scale, bits, scale_bits, zero_bits)
         grid.top = stored(_tiled(scale, -torch.inf).amax(2))
         drop = 1 - _tiled(scale, torch.inf).amin(2) / grid.top
         unit, last = 1 << (STEP_BITS + scale_bits), (1 << scale_bits) - 1
@@ -112,28 +112,44 @@ class TwoLevelGrid:
 
     def group(self, index: int) -> TwoLevelGrid:
         """One group, sharing memory."""
-        one = {f.name: getattr(self, f.name)[index : index + 1] for f in fields(self) if f.name.endswith("_code")}
-        two = {name: getattr(self, name)[index : index + 1] for name in _SECOND}
-        return TwoLevelGrid(**one, **two, bits=self.bits, scale_bits=self.scale_bits, zero_bits=self.zero_bits)
+        return replace(self, **{name: getattr(self, name)[index : index + 1] for name in (*_FIRST, *_SECOND)})
 
-    def assign(self, other: TwoLevelGrid) -> None:
-        """Take over the values of another, in place."""
-        for name in ("scale_code", "zero_code", *_SECOND):
-            getattr(self, name).copy_(getattr(other, name))
+    def assign(self, other: TwoLevelGrid, where: Tensor) -> None:
+        """Take over another's tiles where (groups, tiles) is true, in place."""
+        rows = self.spread(where)
+        for name in _FIRST:
+            getattr(self, name).copy_(torch.where(rows, getattr(other, name), getattr(self, name)))
+        for name in _SECOND:
+            getattr(self, name).copy_(torch.where(where, getattr(other, name), getattr(self, name)))
+
+    def reordered(self, groups: Tensor) -> TwoLevelGrid:
+        """The same with its groups in another order."""
+        return replace(self, **{name: getattr(self, name)[groups] for name in (*_FIRST, *_SECOND)})
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum (groups, out) over the rows of each tile: (groups, tiles)."""
+        return _tiled(values, 0.0).sum(2)
 
     def part(self, codes: Tensor, group_size: int, group: Tensor | None) -> TwoLevel:
         """Return codes (out, in) on this grid as they are stored."""
-        octets = {
-            "scale_code": self.scale_code,
-            "zero_code": self.zero_code,
-            "scale_step": self.step,
-            "zero_offset": self.offset,
-            "zero_step": self.zero_step,
-        }
-        stored_as = {name: values.T.to(torch.uint8).contiguous() for name, values in octets.items()}
-        top = self.top.T.to(torch.bfloat16).contiguous()
-        widths = {"bits": self.bits, "scale_bits": self.scale_bits, "zero_bits": self.zero_bits}
-        return TwoLevel(codes=codes, scale_top=top, **stored_as, **widths, group_size=group_size, group=group)
+
+        def octets(values: Tensor) -> Tensor:
+            return values.T.to(torch.uint8).contiguous()
+
+        return TwoLevel(
+            codes=codes,
+            scale_code=octets(self.scale_code),
+            zero_code=octets(self.zero_code),
+            scale_top=self.top.T.to(torch.bfloat16).contiguous(),
+            scale_step=octets(self.step),
+            zero_offset=octets(self.offset),
+            zero_step=octets(self.zero_step),
+            bits=self.bits,
+            scale_bits=self.scale_bits,
+            zero_bits=self.zero_bits,
+            group_size=group_size,
+            group=group,
+        )
 
     # ---------------------------------------------------------------- fitting
 
@@ -219,7 +235,8 @@ class TwoLevelGrid:
 def _tiled(values: Tensor, fill: float) -> Tensor:
     """(groups, out) -> (groups, tiles, 16)"""
     missing = -values.shape[1] % TILE
-    return torch.nn.functional.pad(values, (0, missing), value=fill).unflatten(1, (-1, TILE))
+    padded: Tensor = torch.nn.functional.pad(values, (0, missing), value=fill).unflatten(1, (-1, TILE))
+    return padded
 
 
 def _line(curve: Tensor, slope: Tensor, code: Tensor) -> tuple[Tensor, ...]:
