@@ -23,6 +23,7 @@ from torch import Tensor
 from compress.parts.two_level import STEP_BITS, TILE, TwoLevel, decode_scale, decode_zero, tiles
 from compress.quant._grid import stored
 
+_DETERMINED = 1e-5  # variance of codes over their mean square; below it float32 would follow its own rounding
 _FIRST = ("scale_code", "zero_code")
 _SECOND = ("top", "step", "offset", "zero_step")
 
@@ -171,6 +172,7 @@ class TwoLevelGrid:
 
         best = error(self.top, self.step)
         wanted = _divided((a1 * b0 - a0 * b1) * unit, a2 * b0 - a1 * b1)
+        wanted = torch.where(_determined(a0, a1, a2), wanted, self.step)
         for step in (self.step.clone(), wanted.floor(), wanted.ceil()):
             step = step.clamp(0, self.step_limit)
             k = step / unit
@@ -194,6 +196,7 @@ class TwoLevelGrid:
 
         best = error(self.offset, self.zero_step)
         wanted = _divided((a0 * b1 - a1 * b0) * unit, a0 * a2 - a1.square())
+        wanted = torch.where(_determined(a0, a1, a2), wanted, self.zero_step)
         for step in (self.zero_step.clone(), wanted.floor(), wanted.ceil()):
             step = step.clamp(0, 255)
             offset = _divided(b0 - (step / unit) * a1, a0).round_().clamp_(0, 255)
@@ -243,6 +246,11 @@ def _line(curve: Tensor, slope: Tensor, code: Tensor) -> tuple[Tensor, ...]:
     """Sums over tiles, (groups, tiles) each: of A, A n, A n^2, B, B n."""
     bent = curve * code
     return tuple(_tiled(values, 0.0).sum(2) for values in (curve, bent, bent * code, slope, slope * code))
+
+
+def _determined(a0: Tensor, a1: Tensor, a2: Tensor) -> Tensor:
+    """Whether a tile has codes different enough to say which way its line goes."""
+    return a0 * a2 - a1.square() > _DETERMINED * a0 * a2
 
 
 def _divided(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -205,7 +205,6 @@ class Solver:
         bend = feedback.tril(-1)
         bend.diagonal().add_(1.0)
         inner = bend.T @ (cost.unsqueeze(1) * bend)
-        gradient = inner @ wanted
         bound = torch.where(self.live[span], limit / cost, math.inf).tolist()
 
         def attempt() -> tuple[Rounded, Tensor]:
@@ -220,7 +219,9 @@ class Solver:
         better = torch.ones_like(least, dtype=torch.bool)
         for trial in range(_TRIALS + 1):
             if trial:
-                grid.improve(Moments.full(rounded.codes, (~rounded.outlier).to(weight.dtype), inner, gradient))
+                beside = torch.where(rounded.outlier, rounded.delta, wanted)  # what is left when nothing is on the grid
+                free = (~rounded.outlier).to(weight.dtype)
+                grid.improve(Moments.full(rounded.codes, free, inner, inner @ beside))
                 rounded, price = attempt()
                 better, least = price < least, torch.minimum(price, least)
             master.assign(grid, better)
