@@ -318,14 +318,17 @@ def test_golden_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_weight_of_one_part_is_stored_as_that_part(name: str) -> None:
-    for part in list(examples(name).fixed())[::7]:
-        weight = CompressedWeight(part)
+    """In every role that it may have, outliers beside a base of the same shape."""
+    cases = [(role, part) for part in list(examples(name).fixed())[::7] for role in form(name).roles]
+    for role, part in cases:
+        beside = uniform(part.shape[0], 1, part.shape[1], 2, False, None)
+        weight = CompressedWeight(part) if role == "base" else CompressedWeight(beside, **{role: part})
         tensors, spec = packed.pack(weight)
         spec = json.loads(json.dumps(spec))
         rows, columns = part.shape
         assert sum(tensor.nbytes for tensor in tensors.values()) * 8 == weight.stored_bits
         assert weight.bits_per_weight == weight.stored_bits / (rows * columns)
         assert {leaf: (tensor.dtype, tuple(tensor.shape)) for leaf, tensor in tensors.items()} == packed.layout(spec)
-        assert same(packed.unpack(spec, tensors).base, part)
+        assert same(packed.unpack(spec, tensors).parts[role], part)
         for start in range(0, rows, 32):
-            assert same(packed.unpack_rows(spec, tensors, start, rows).base, part.rows(start, rows))
+            assert same(packed.unpack_rows(spec, tensors, start, rows).parts[role], part.rows(start, rows))

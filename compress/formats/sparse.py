@@ -1,0 +1,91 @@
+"""`sparse`: a `Sparse` part as bytes, compressed sparse rows.
+
+pointers  I32 (out + 1,)             where each row begins in the two others, and their length
+columns   U8, I16 or I32 (nnz,)      the smallest that holds all columns of the weight, rising within each row
+values    BF16 (nnz,)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import FormatError
+from compress.parts.sparse import Sparse, column_dtype
+
+_KEYS = ("format", "nnz")
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class SparseRows:
+    """The bijection between a Sparse part and named tensors."""
+
+    name = "sparse"
+    part = Sparse
+    roles = ("outliers",)
+
+    def describe(self, part: Sparse) -> dict[str, Any]:
+        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        return {"format": self.name, "nnz": part.columns.shape[0]}
+
+    def short(self, described: dict[str, Any]) -> str:
+        """Return how a part is stored, in a few words for a table."""
+        return f"{described['nnz']} sparse"
+
+    def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> Layout:
+        """Return dtype and shape of each tensor of a part, without data. Raises FormatError."""
+        if unknown := sorted(described.keys() - _KEYS):
+            raise FormatError(
+                f"sparse: {unknown[0]!r:.80} is not known; expected {', '.join(_KEYS)}. Written by a newer compress?"
+            )
+        nnz, (rows, columns) = described.get("nnz"), shape
+        if not isinstance(nnz, int) or isinstance(nnz, bool) or not 0 <= nnz <= min(rows * columns, 2**31 - 1):
+            raise FormatError(f"sparse: nnz is {nnz!r:.80}; expected 0 to {rows * columns}, all weights. The config is damaged")
+        return {
+            "pointers": (torch.int32, (rows + 1,)),
+            "columns": (column_dtype(columns), (nnz,)),
+            "values": (torch.bfloat16, (nnz,)),
+        }
+
+    def pack(self, part: Sparse) -> dict[str, Tensor]:
+        """Return the tensors of a part."""
+        return {name: getattr(part, name).contiguous() for name in ("pointers", "columns", "values")}
+
+    def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Sparse:
+        """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
+        for name, (dtype, expected) in self.layout(described, shape).items():
+            got = tensors.get(name)
+            if got is None or got.dtype != dtype or tuple(got.shape) != expected:
+                found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
+                raise FormatError(f"sparse: {name} is {found}; expected {dtype} {expected}")
+        pointers, columns, nnz = tensors["pointers"], tensors["columns"], described["nnz"]
+        if int(pointers[0]) != 0 or int(pointers[-1]) != nnz or bool((pointers[1:] < pointers[:-1]).any()):
+            raise FormatError(f"sparse: pointers do not rise from 0 to nnz={nnz}; the file is damaged, fetch it again")
+        index = columns.long()
+        if not bool(((index >= 0) & (index < shape[1])).all()):
+            raise FormatError(f"sparse: columns names a column outside 0..{shape[1] - 1}; the file is damaged, fetch it again")
+        # A column may only fall where a row begins: row by row, the places rise over the whole matrix.
+        row = torch.arange(shape[0], device=index.device).repeat_interleave(pointers.diff().long(), output_size=nnz)
+        if not bool(((row * shape[1] + index).diff() > 0).all()):
+            raise FormatError("sparse: columns do not rise within a row; the file is damaged, fetch it again")
+        return Sparse(pointers, columns, tensors["values"], shape[1])
+
+    def cut_rows(
+        self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return description and tensors of rows start..stop; the number of values becomes theirs."""
+        pointers = tensors["pointers"][start : stop + 1]
+        first, last = int(pointers[0]), int(pointers[-1])
+        if not 0 <= first <= last <= described["nnz"]:
+            raise FormatError(
+                f"sparse: pointers of rows {start}..{stop} go from {first} to {last}; expected them to rise from 0 to "
+                f"nnz={described['nnz']}. The file is damaged, fetch it again"
+            )
+        cut = {"pointers": pointers - first, "columns": tensors["columns"][first:last], "values": tensors["values"][first:last]}
+        return {**described, "nnz": last - first}, cut
+
+
+FORMAT = SparseRows()
