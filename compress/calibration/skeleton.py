@@ -273,9 +273,9 @@ class Skeleton:
         self._calls[ids.shape[0]] = calls
         return kept[0]
 
-    def forward(self, number: int, hidden: Tensor) -> Tensor:
+    def forward(self, number: int, hidden: Tensor, gradients: bool = False) -> Tensor:
         """Run a filled block on hidden states (samples, length, width); a batch of this size must have been embedded before."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             args, kwargs = self._calls[hidden.shape[0]][number]
             output: Tensor | tuple[Tensor, ...] = self.blocks[number](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -324,9 +324,9 @@ class Skeleton:
         finally:
             del head.forward
 
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, hidden: Tensor, gradients: bool = False) -> Tensor:
         """Output of the last block (samples, length, width) -> logits (samples, length, vocabulary); needs `outer`."""
-        with torch.no_grad(), self._bypassed(lambda _: hidden, []):
+        with torch.set_grad_enabled(gradients), self._bypassed(lambda _: hidden, []):
             result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
         return result
 
