@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from pydantic import ValidationError
 from torch import Tensor
 
 from compress import prepare, registry
@@ -22,19 +21,18 @@ from compress import recipe as recipes
 from compress._version import __version__
 from compress.calibration.data import fingerprint
 from compress.calibration.families import Site
+from compress.candidates import Candidate, check_candidates, default_candidates, parse_candidates
 from compress.errors import RecipeError
-from compress.files import human_bytes, write_json
+from compress.files import human_bytes, write_json, write_text, writing
 from compress.folding import fold
 from compress.plan._problem import Choice, Problem
 from compress.prepare import Plan
 from compress.recipe import Recipe
-from compress.sensitivity import Candidate, Listen, Sensitivity, measure, sites_of
+from compress.sensitivity import Listen, Sensitivity, check, measure, sites_of
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
-FINE = (2, 3)  # bits at which smaller groups pay
-GROUP, FINE_GROUPS = 128, (64, 32)
 VERSION = 1  # of what a sensitivity file means
 _FRONT = 12  # points of the front
+_ROUNDS = 3  # of planning for a KL
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,7 @@ class Point:
     bits: int  # stored, of the planned weights
     bits_per_weight: float
     bytes: int  # of all tensors of the checkpoint
-    sum: float  # of the predicted KL of the weights, each alone
-    kl: float  # predicted for the model
+    kl: float  # predicted for the model, nats
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,7 @@ class Planned:
     planner: str
     choices: dict[str, int]  # site -> candidate
     point: Point
+    measured: tuple[float, float | None] | None  # KL of the plan on windows of the data kept for it, and its standard error
     gap: float
     exact: bool
     front: list[Point]  # the milp planner's, at budgets over the whole range
@@ -92,7 +90,8 @@ class Planned:
     candidates: list[Candidate]
     sensitivity: Sensitivity
     sites: list[Site]
-    reused: Path | None  # the file the sensitivities came from, if they were not measured now
+    kept: Path  # the file of the sensitivities
+    reused: bool  # they were there already
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -100,6 +99,8 @@ class Planned:
             "budget": dataclasses.asdict(self.budget),
             "planner": self.planner,
             **dataclasses.asdict(self.point),
+            "measured_kl": None if self.measured is None else self.measured[0],
+            "measured_kl_standard_error": None if self.measured is None else self.measured[1],
             "gap": self.gap,
             "exact": self.exact,
             "sizes_exact": self.sensitivity.exact,
@@ -109,99 +110,16 @@ class Planned:
             "references": [
                 {**dataclasses.asdict(r), "candidate": self.candidates[r.candidate].label} for r in self.sensitivity.references
             ],
-            "reused": None if self.reused is None else str(self.reused),
+            "sensitivities": str(self.kept),
+            "reused": self.reused,
         }
-
-
-def candidate(method: str, options: dict[str, Any]) -> Candidate:
-    """A candidate, its options validated. Raises RecipeError."""
-    path = method if "/" in method else f"quant/{method}"
-    build = registry.method(path)
-    try:
-        return Candidate(path, options, build(**options))
-    except ValidationError as error:
-        raise RecipeError(recipes.explain(error, list(build.model_fields), f"candidate {path}: ")) from error
-
-
-def parse_candidates(texts: Sequence[str]) -> list[Candidate]:
-    """Read candidates: `gptq:bits=2,group_size=64`, or a YAML file with a list of `method` and `options`. Raises RecipeError."""
-    found = []
-    for text in texts:
-        if Path(text).suffix in (".yaml", ".yml"):
-            found += _from_file(Path(text))
-            continue
-        method, _, settings = text.partition(":")
-        options: dict[str, Any] = {}
-        for setting in filter(None, settings.split(",")):
-            key, equals, value = setting.partition("=")
-            if not equals:
-                raise RecipeError(f"--candidates {text}: expected METHOD:option=value,option=value, or a YAML file")
-            try:
-                options[key.strip()] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise RecipeError(f"--candidates {text}: {key} is not a YAML value ({error})") from error
-        found.append(candidate(method.strip(), options))
-    return found
-
-
-def _from_file(path: Path) -> list[Candidate]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(values, list) or not values:
-        raise RecipeError(f"{path}: expected a list of candidates, each with a method: and options:")
-    found = []
-    for value in values:
-        if not isinstance(value, dict) or set(value) - {"method", "options"} or not isinstance(value.get("method"), str):
-            raise RecipeError(f"{path}: {value!r}: expected method: and options: and nothing else")
-        options = value.get("options") or {}
-        if not isinstance(options, dict):
-            raise RecipeError(f"{path}: options: {options!r}; expected a mapping")
-        found.append(candidate(value["method"], options))
-    return found
-
-
-def default_candidates(methods: Sequence[str], sites: Sequence[Site]) -> list[Candidate]:
-    """2 to 8 bits, groups of 128 and at 2 and 3 bits of 64 and 32; whole rows too where 128 does not divide every weight."""
-    settings = [(bits, GROUP) for bits in WIDTHS] + [(bits, group) for bits in FINE for group in FINE_GROUPS]
-    if any(site.shape[1] % GROUP for site in sites):
-        settings += [(bits, -1) for bits in WIDTHS]
-    found: dict[str, Candidate] = {}
-    for method in methods:
-        known = registry.method(method if "/" in method else f"quant/{method}").model_fields
-        for bits, group in sorted(settings):
-            options = {k: v for k, v in (("bits", bits), ("group_size", group)) if k in known}
-            one = candidate(method, options)
-            if any(one.build.check(site.shape) is None for site in sites):
-                found.setdefault(one.label, one)
-    return list(found.values())
-
-
-def check_candidates(candidates: Sequence[Candidate], sites: Sequence[Site]) -> None:
-    """Raise RecipeError for a candidate that fits nothing, for two that are the same, and for a weight that none fits."""
-    if not candidates:
-        raise RecipeError("--candidates: none is left; give some")
-    seen: set[str] = set()
-    for one in candidates:
-        key = json.dumps(one.plain(), sort_keys=True)
-        if key in seen:
-            raise RecipeError(f"--candidates: {one.label} is there twice")
-        seen.add(key)
-        problems = [one.build.check(site.shape) for site in sites]
-        if all(problems):
-            raise RecipeError(f"--candidates: {one.label} fits no weight of this model; {sites[0].name}: {problems[0]}")
-    for site in sites:
-        if all(one.build.check(site.shape) for one in candidates):
-            what = candidates[0].build.check(site.shape)
-            raise RecipeError(f"--candidates: none fits {site.name}, {site.shape[0]} x {site.shape[1]}; the first: {what}")
 
 
 def prepared(model: str, data: dict[str, Any], dtype: str | None, device: str, revision: str | None = None) -> Plan:
     """Open the model, with all linears in blocks as sites. Raises CheckpointError, RecipeError."""
     # The whole row as a group: a step that every shape takes, standing for those to come.
     step = {"match": "*.*", "method": "quant/gptq", "options": {"group_size": -1}}
-    values: dict[str, Any] = {"steps": [step], "data": data}
+    values: dict[str, Any] = {"steps": [step], "data": data or {"name": "c4"}}
     if dtype is not None:
         values["dtype"] = dtype
     plan = prepare.prepare(model, recipes.parse(values, "command line"), device, revision)
@@ -225,24 +143,47 @@ def _identity(plan: Plan, ids: Tensor, candidates: Sequence[Candidate]) -> dict[
     }
 
 
-def sensitivities(
-    plan: Plan, ids: Tensor, candidates: Sequence[Candidate], folder: Path, room: int, listen: Listen
-) -> tuple[Sensitivity, Path | None]:
-    """Measure, or read what an earlier plan of the same model, data and candidates left in `folder`; the file if it was read."""
-    identity = _identity(plan, ids, candidates)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    path = folder / f"sensitivity-{digest}.json"
-    if path.is_file():
+class Kept:
+    """The file that measurements of one model, data and set of candidates are kept in, in the folder of what was asked for."""
+
+    def __init__(self, plan: Plan, ids: Tensor, candidates: Sequence[Candidate], folder: Path) -> None:
+        self.plan, self.ids, self.candidates = plan, ids, candidates
+        self.identity = _identity(plan, ids, candidates)
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
+        self.path = folder / f"sensitivity-{digest}.json"
+        self.sensitivity: Sensitivity | None = None
+        self.checks: dict[str, list[float | None]] = {}
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["identity"] == identity:
-                return Sensitivity.parse(values["sensitivity"]), path
-        except (ValueError, LookupError, TypeError):
-            pass  # not what this command writes: measured again, and written over
-    found = measure(plan, ids, candidates, room, listen)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"identity": identity, "sensitivity": found.plain()})
-    return found, None
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+            if values["identity"] == self.identity:
+                self.sensitivity, self.checks = Sensitivity.parse(values["sensitivity"]), dict(values["checks"])
+        except (OSError, ValueError, LookupError, TypeError):
+            pass  # not there, or not what this command writes: measured, and written over
+
+    def _write(self) -> None:
+        assert self.sensitivity is not None
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"identity": self.identity, "sensitivity": self.sensitivity.plain(), "checks": self.checks})
+
+    def measured(self, room: int, listen: Listen) -> tuple[Sensitivity, bool]:
+        """The sensitivities, and whether they were there already."""
+        if self.sensitivity is not None:
+            return self.sensitivity, True
+        self.sensitivity = measure(self.plan, self.ids, self.candidates, room, listen)
+        self._write()
+        return self.sensitivity, False
+
+    def checked(self, choices: dict[str, int], room: int, listen: Listen) -> tuple[float, float | None]:
+        """The measured KL of a plan and its standard error."""
+        key = hashlib.sha256(json.dumps(choices).encode()).hexdigest()
+        if key not in self.checks:
+            methods = {name: self.candidates[c] for name, c in choices.items()}
+            self.checks[key] = list(check(self.plan, self.ids, methods, room, listen))
+            self._write()
+        kl, error = self.checks[key]
+        assert kl is not None
+        return kl, error
 
 
 class Model:
@@ -261,6 +202,7 @@ class Model:
         shape = (len(self.groups), len(candidates))
         bits, cost, fits = np.zeros(shape, dtype=np.int64), np.zeros(shape), np.ones(shape, dtype=bool)
         rows = {row.site: row for row in sensitivity.sites}
+        self.factors = np.array(sensitivity.factors())
         for variable, members in enumerate(self.groups):
             for site in members:
                 for c, (b, kl) in enumerate(zip(rows[site.name].bits, rows[site.name].kl, strict=True)):
@@ -268,7 +210,7 @@ class Model:
                         fits[variable, c] = False
                     else:
                         bits[variable, c] += b
-                        cost[variable, c] += kl
+                        cost[variable, c] += kl * self.factors[c]
         layer = np.array([members[0].block for members in self.groups], dtype=np.int64)
         scores = {"lim": np.array(sensitivity.lim), "zd": np.array(sensitivity.zd)}
         self.problem = Problem(bits, cost, fits, layer, scores)
@@ -276,18 +218,20 @@ class Model:
             members = self.groups[int(np.flatnonzero(~fits.any(1))[0])]
             names = ", ".join(site.name for site in members[:4])
             raise RecipeError(f"--candidates: none fits all of {names}, which have to be the same")
+        self.least_cost = float(np.where(fits, cost, np.inf).min(1).sum())
         self.least = int(np.where(fits, bits, np.iinfo(np.int64).max).min(1).sum())
         self.most = int(np.where(fits, bits, -1).max(1).sum())
 
     def point(self, choice: Choice) -> Point:
         """What a choice takes and costs."""
         bits, cost = self.problem.bits_of(choice.picks), self.problem.cost_of(choice.picks)
-        return Point(bits, bits / self.numel, self.other_bytes + bits // 8, cost, self.sensitivity.total(cost))
+        return Point(bits, bits / self.numel, self.other_bytes + bits // 8, cost)
 
     def limits(self, budget: Budget) -> tuple[int | None, float | None]:
         """The budget as most bits of the planned weights, or as most cost. Raises RecipeError where it cannot be."""
         if budget.max_kl is not None:
-            return None, self._most_cost(budget.max_kl)
+            self._check_kl(budget.max_kl)
+            return None, budget.max_kl
         if budget.bpw is not None:
             bits = int(budget.bpw * self.numel + 1e-6)
             low, high, given = f"{self.least / self.numel:.4f}", f"{self.most / self.numel:.4f}", f"--bpw {budget.bpw:g}"
@@ -302,15 +246,13 @@ class Model:
             raise RecipeError(f"{given}: above {high}, the largest that these candidates can give; add larger --candidates")
         return bits, None
 
-    def _most_cost(self, max_kl: float) -> float:
+    def _check_kl(self, max_kl: float) -> None:
         cost = np.where(self.problem.fits, self.problem.cost, np.nan)
-        best, worst = (float(x.sum()) for x in (np.nanmin(cost, 1), np.nanmax(cost, 1)))
-        low, high = self.sensitivity.total(best), self.sensitivity.total(worst)
+        low, high = self.least_cost, float(np.nanmax(cost, 1).sum())
         if max_kl < low:
             raise RecipeError(f"--max-kl {max_kl:g}: below {low:.2g}, the least that is predicted; add larger --candidates")
         if max_kl > high:
             raise RecipeError(f"--max-kl {max_kl:g}: above {high:.2g}, the most that is predicted; add smaller --candidates")
-        return self.sensitivity.predicted(max_kl)
 
     def front(self, budgets: Sequence[int]) -> list[Point]:
         """The best plans at these numbers of bits."""
@@ -349,24 +291,59 @@ def together(sites: Sequence[Site], siblings: bool) -> list[list[Site]]:
 
 
 def make(
-    plan: Plan, ids: Tensor, candidates: list[Candidate], budget: Budget, planner: str, siblings: bool,
-    folder: Path, room: int, listen: Listen,
-) -> Planned:  # fmt: skip
-    """Plan a model within a budget; sensitivities are read from `folder` or measured and left there. Raises CompressError."""
+    plan: Plan,
+    ids: Tensor,
+    candidates: list[Candidate],
+    budget: Budget,
+    folder: Path,
+    listen: Listen,
+    planner: str = "milp",
+    siblings: bool = False,
+    room: int = 4 << 30,
+    checked: bool = False,
+) -> Planned:
+    """Plan a model within a budget; what is measured is kept in `folder`. Raises CompressError.
+
+    A plan for a KL is always measured; one that is above it is made again for as much less, `_ROUNDS` times at most.
+    """
     solve = registry.lookup("plan", planner)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("planning runs in one process: make the plan first, then `torchrun ... compress run RECIPE`")
     check_candidates(candidates, sites_of(plan))
-    found, reused = sensitivities(plan, ids, candidates, folder, room, listen)
+    kept = Kept(plan, ids, candidates, folder)
+    found, reused = kept.measured(room, listen)
     model = Model(plan, found, candidates, siblings)
     most_bits, most_cost = model.limits(budget)
-    choice = solve(model.problem, most_bits, most_cost)
-    point = model.point(choice)
-    budgets = sorted({int(b) for b in np.linspace(model.least, model.most, _FRONT)} | ({most_bits} - {None}))
+    measured: tuple[float, float | None] | None = None
+    for _ in range(_ROUNDS):
+        choice = solve(model.problem, most_bits, most_cost)
+        point = model.point(choice)
+        if budget.max_kl is None and not checked:
+            break
+        measured = kept.checked(model.choices(choice), room, listen)
+        if budget.max_kl is None or most_cost is None or measured[0] <= budget.max_kl:
+            break
+        lower = point.kl * budget.max_kl / measured[0]
+        if lower < model.least_cost:
+            break
+        most_cost = lower
+    budgets = {int(b) for b in np.linspace(model.least, model.most, _FRONT)} | ({most_bits} if most_bits else {point.bits})
     return Planned(
-        budget, planner, model.choices(choice), point, choice.gap, choice.exact, model.front(budgets), model.uniform(),
-        candidates, found, model.sites, reused,
-    )  # fmt: skip
+        budget,
+        planner,
+        model.choices(choice),
+        point,
+        measured,
+        choice.gap,
+        choice.exact,
+        model.front(sorted(budgets)),
+        model.uniform(),
+        candidates,
+        found,
+        model.sites,
+        kept.path,
+        reused,
+    )
 
 
 def recipe_of(planned: Planned, plan: Plan, ids: Tensor) -> Recipe:
@@ -382,24 +359,56 @@ def recipe_of(planned: Planned, plan: Plan, ids: Tensor) -> Recipe:
         f"Planned by {planned.planner} for {planned.budget}: {point.bits_per_weight:.4f} bits per weight, "
         f"{point.bytes} bytes, predicted KL {point.kl:.4g}."
     )
-    data = plan.recipe.data
-    if data is not None:
-        data = data.model_copy(update={"samples": ids.shape[0], "length": ids.shape[1]})
-    values = {
-        "description": description,
-        "data": None if data is None else data.model_dump(mode="json"),
-        "dtype": plan.recipe.dtype,
-        "steps": steps,
-    }
+    values: dict[str, Any] = {"description": description}
+    if plan.recipe.data is not None:
+        data = plan.recipe.data.model_dump(mode="json", exclude_unset=True)
+        values["data"] = {**data, "samples": ids.shape[0], "length": ids.shape[1]}
+    values |= {"dtype": plan.recipe.dtype, "steps": steps}
     made = recipes.parse(values, "plan")
     for a in recipes.resolve(made, plan.claims.sites):
         assert a.method == planned.candidates[planned.choices[a.site.name]].build, a.site.name
     return made
 
 
+@dataclass(frozen=True)
+class Made:
+    """What `command` gives."""
+
+    planned: Planned
+    recipe: Recipe
+
+
+def command(
+    model: str,
+    data: dict[str, Any],
+    budget: Budget,
+    folder: Path,
+    listen: Listen,
+    dtype: str | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    room: int = 4 << 30,
+    planner: str = "milp",
+    methods: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    siblings: bool = False,
+    checked: bool = False,
+) -> Made:
+    """Do what `compress plan` asks for but for writing the recipe. Raises CompressError."""
+    registry.lookup("plan", planner)  # before the long part
+    plan = prepared(model, data, dtype, device, revision)
+    candidates = parse_candidates(texts)
+    if methods or not texts:
+        given = [json.dumps(c.plain(), sort_keys=True) for c in candidates]
+        defaults = default_candidates(methods or ["gptq"], sites_of(plan))
+        candidates += [c for c in defaults if json.dumps(c.plain(), sort_keys=True) not in given]
+    check_candidates(candidates, sites_of(plan))
+    ids = prepare.calibration(plan)
+    planned = make(plan, ids, candidates, budget, folder, listen, planner, siblings, room, checked)
+    return Made(planned, recipe_of(planned, plan, ids))
+
+
 def write(recipe: Recipe, path: Path) -> None:
     """Write a recipe for people to read: without the defaults, patterns one per line."""
-    from compress.files import write_text
-
     values = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110))

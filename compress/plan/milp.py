@@ -1,4 +1,4 @@
-"""MILP: one candidate per variable at the least predicted divergence within a budget of bits, or the fewest bits within one of it.
+"""MILP: the least predicted divergence within a budget of bits, or the fewest bits within one of divergence.
 
 Problem   minimise sum_i f[i, x_i] subject to sum_i w[i, x_i] <= limit: a knapsack in which every variable i takes exactly one
           candidate x_i. f is the cost and w the stored bits, or the other way round.
@@ -59,7 +59,8 @@ class _Knapsack:
         """The choice that minimises f + price w; of equals the lightest."""
         value = self.f_scaled + price * self.w_scaled
         tied = value <= value.min(1, keepdims=True) + 1e-15
-        return np.where(tied, self.w_scaled, np.inf).argmin(1)
+        picks: Counts = np.where(tied, self.w_scaled, np.inf).argmin(1)
+        return picks
 
     def _bound(self, price: float) -> float:
         return float((self.f_scaled + price * self.w_scaled).min(1).sum() - price * self.limit / self.w_unit)
