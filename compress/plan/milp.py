@@ -25,8 +25,10 @@ from compress.plan._problem import Choice, Counts, Numbers, Problem, none_meets
 
 _SECONDS = 10.0  # for the solver; the relaxation takes less than one for 10^5 variables
 _LARGEST = 20_000  # candidates that the solver is given
-_GAP = 1e-9
-_HALVINGS = 100
+_GAP = 1e-9  # that the solver closes
+_ENOUGH = 1e-6  # a gap that no solver is asked to close: predictions are not that good by far
+_HALVINGS = 60
+_TRIED = 10_000  # single changes beyond the first that does not fit
 
 
 def milp(problem: Problem, most_bits: int | None = None, most_cost: float | None = None) -> Choice:
@@ -56,10 +58,9 @@ class _Knapsack:
         return total
 
     def _best_at(self, price: float) -> Counts:
-        """The choice that minimises f + price w; of equals the lightest."""
+        """The choice that minimises f + price w."""
         value = self.f_scaled + price * self.w_scaled
-        tied = value <= value.min(1, keepdims=True) + 1e-15
-        picks: Counts = np.where(tied, self.w_scaled, np.inf).argmin(1)
+        picks: Counts = value.argmin(1)
         return picks
 
     def _bound(self, price: float) -> float:
@@ -70,7 +71,7 @@ class _Knapsack:
         lightest = np.where(self.fits, self.w_scaled, np.inf).argmin(1)
         if self._sum(self.w, lightest) > self.limit:
             raise none_meets("milp")
-        free = self._best_at(0.0)
+        free = np.where(self.f_scaled <= self.f_scaled.min(1, keepdims=True), self.w_scaled, np.inf).argmin(1)
         if self._sum(self.w, free) <= self.limit:
             return Choice(free, 0.0, True)
         low, high = 0.0, 1.0
@@ -78,7 +79,7 @@ class _Knapsack:
             low, high = high, high * 8
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            if middle in (low, high):
+            if middle in (low, high) or high - low <= 1e-12 * high:
                 break
             low, high = (low, middle) if self._sum(self.w, self._best_at(middle)) <= self.limit else (middle, high)
         price = max((low, high), key=self._bound)
@@ -94,7 +95,7 @@ class _Knapsack:
         keep = self.fits & (bound + reduced <= upper * (1 + 1e-12) + 1e-12)
         keep[self.everyone, best] = True
         exact = False
-        if upper - bound > _GAP * abs(upper) and keep[keep.sum(1) > 1].sum() <= _LARGEST:
+        if upper - bound > _ENOUGH * abs(upper) and keep[keep.sum(1) > 1].sum() <= _LARGEST:
             found, lower, exact = self._integers(keep, best)
             best = found if self._sum(self.f, found) < self._sum(self.f, best) else best
             upper = self._sum(self.f_scaled, best)
@@ -106,20 +107,24 @@ class _Knapsack:
         """Change single variables, the best gain per weight first, while it fits and helps."""
         picks = picks.copy()
         room = self.limit - self._sum(self.w, picks)
-        for _ in range(4):
+        for _ in range(8):
             gain = self.f_scaled[self.everyone, picks][:, None] - self.f_scaled
             extra = self.w - self.w[self.everyone, picks][:, None]
-            rows, columns = np.nonzero(self.fits & (gain > 0) & (extra <= room))
+            ratio = np.where(self.fits & (gain > 0) & (extra <= room), gain, 0) / np.maximum(extra / self.w_unit, 1e-12)
+            columns = ratio.argmax(1)
+            best = ratio[self.everyone, columns]
+            rows = np.flatnonzero(best > 0)
             if not len(rows):
                 break
-            ratio = gain[rows, columns] / np.maximum(extra[rows, columns] / self.w_unit, 1e-12)
-            changed: set[int] = set()
-            for k in np.argsort(-ratio, kind="stable").tolist():
-                i, j = int(rows[k]), int(columns[k])
-                if i not in changed and extra[i, j] <= room:
-                    changed.add(i)
-                    picks[i] = j
-                    room -= extra[i, j].item()
+            rows = rows[np.argsort(-best[rows], kind="stable")]
+            steps = extra[rows, columns[rows]]
+            first = int(np.searchsorted(np.maximum.accumulate(np.cumsum(steps)), room, side="right"))  # that fit for certain
+            picks[rows[:first]] = columns[rows[:first]]
+            room -= steps[:first].sum().item()
+            for row, step in zip(rows[first : first + _TRIED].tolist(), steps[first : first + _TRIED].tolist(), strict=True):
+                if step <= room:
+                    picks[row] = columns[row]
+                    room -= step
         # The running difference of floats is not the sum itself.
         return picks if self._sum(self.w, picks) <= self.limit else np.where(self.fits, self.w_scaled, np.inf).argmin(1)
 
