@@ -32,7 +32,8 @@ from compress.sensitivity import Listen, Sensitivity, check, measure, sites_of
 
 VERSION = 1  # of what a sensitivity file means
 _FRONT = 12  # points of the front
-_ROUNDS = 3  # of planning for a KL
+_ROUNDS = 6  # of planning for a KL
+_MARGIN = 0.97  # by which each aims lower than the one before
 
 
 @dataclass(frozen=True)
@@ -315,7 +316,7 @@ def make(
     model = Model(plan, found, candidates, siblings)
     most_bits, most_cost = model.limits(budget)
     measured: tuple[float, float | None] | None = None
-    for _ in range(_ROUNDS):
+    for number in range(_ROUNDS):
         choice = solve(model.problem, most_bits, most_cost)
         point = model.point(choice)
         if budget.max_kl is None and not checked:
@@ -323,10 +324,10 @@ def make(
         measured = kept.checked(model.choices(choice), room, listen)
         if budget.max_kl is None or most_cost is None or measured[0] <= budget.max_kl:
             break
-        lower = point.kl * budget.max_kl / measured[0]
-        if lower < model.least_cost:
+        least = model.least_cost * (1 + 1e-9)
+        if most_cost <= least:
             break
-        most_cost = lower
+        most_cost = max(point.kl * budget.max_kl / measured[0] * _MARGIN ** (number + 1), least)
     budgets = {int(b) for b in np.linspace(model.least, model.most, _FRONT)} | ({most_bits} if most_bits else {point.bits})
     return Planned(
         budget,
