@@ -365,7 +365,7 @@ class Measurement:
         try:
             for hidden, gradient in zip(self.kept.pop(), gradients, strict=True):
                 at = hidden.to(self.skeleton.device).requires_grad_()
-                self.skeleton.forward(block, at, gradients=True).backward(gradient.to(self.skeleton.device))
+                self.skeleton.differentiable(block, at, {}, {}).backward(gradient.to(self.skeleton.device))
                 assert at.grad is not None
                 before.append(at.grad.cpu())
         finally:

@@ -291,6 +291,14 @@ def test_candidates_come_from_a_file(tmp_path: Path) -> None:
             parse_candidates([str(path)])
 
 
+def test_a_method_of_whole_blocks_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.quant.rtn import RTN
+
+    monkeypatch.setattr(RTN, "scope", "block")
+    with pytest.raises(RecipeError, match="one weight at a time"):
+        parse_candidates(["rtn:bits=3"])
+
+
 def test_ranks_are_told_to_plan_first(tiny: Tiny, ids: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = run("plan", tiny("llama"), "--bpw", 4, "-o", tmp_path / "r.yaml", "--data", ids, *SMALL)

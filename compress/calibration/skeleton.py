@@ -273,9 +273,9 @@ class Skeleton:
         self._calls[ids.shape[0]] = calls
         return kept[0]
 
-    def forward(self, number: int, hidden: Tensor, gradients: bool = False) -> Tensor:
+    def forward(self, number: int, hidden: Tensor) -> Tensor:
         """Run a filled block on hidden states (samples, length, width); a batch of this size must have been embedded before."""
-        with torch.set_grad_enabled(gradients):
+        with torch.no_grad():
             args, kwargs = self._calls[hidden.shape[0]][number]
             output: Tensor | tuple[Tensor, ...] = self.blocks[number](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
