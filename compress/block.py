@@ -93,20 +93,17 @@ def _reduce(collected: dict[str, Stats], owners: dict[str, int]) -> None:
             statistic.tokens = sum(count[tap][index] for count in counts)
 
 
-def compress_block(
+def observed(
     skeleton: Skeleton,
     assignments: Sequence[Assignment],
     run: Callable[[], None],
     budget: int,
     listen: Callable[[str, float], None],
-    read: Callable[[Site], Tensor] | None = None,
-) -> Iterator[tuple[str, Done]]:
-    """Compress the sites of one filled block that are this rank's, and yield each with its report row.
+) -> Iterator[tuple[Unit, Stats, Stats]]:
+    """Yield the units of one filled block that are this rank's, each with its statistics and those pooled over experts.
 
     `run` sends the calibration through the block; it is called once per pass, and each pass's statistics fit `budget` bytes.
-    `read` gives the weight (out, in) of a site in float32: the source's if None.
     """
-    read = read or (lambda site: skeleton.weight(site).to(skeleton.device).float())
     work = units(assignments)
     owner = dict(zip([u.tap for u in work], distributed.assign([u.cost for u in work], distributed.world()), strict=True))
     watched = taps(skeleton, work)
@@ -123,10 +120,27 @@ def compress_block(
             unit = left.pop(tap)
             if owner[tap] == distributed.rank():
                 listen("compressing", index / len(ready))
-                yield from _compress_unit(read, unit, collected.pop(tap, {}), pooled.get(unit.pool or "", {}))
+                yield unit, collected.pop(tap, {}), pooled.get(unit.pool or "", {})
 
 
-def _choose(assignment: Assignment, stats: Stats, pooled: Stats) -> tuple[Any, Stats, str | None]:
+def compress_block(
+    skeleton: Skeleton,
+    assignments: Sequence[Assignment],
+    run: Callable[[], None],
+    budget: int,
+    listen: Callable[[str, float], None],
+    read: Callable[[Site], Tensor] | None = None,
+) -> Iterator[tuple[str, Done]]:
+    """Compress the sites of one filled block that are this rank's, and yield each with its report row; see `observed`.
+
+    `read` gives the weight (out, in) of a site in float32: the source's if None.
+    """
+    read = read or (lambda site: skeleton.weight(site).to(skeleton.device).float())
+    for unit, stats, pooled in observed(skeleton, assignments, run, budget, listen):
+        yield from _compress_unit(read, unit, stats, pooled)
+
+
+def choose(assignment: Assignment, stats: Stats, pooled: Stats) -> tuple[Any, Stats, str | None]:
     """The method and statistics for a site: the step's own, or the fallback where too few tokens were seen."""
     tokens = min((s.tokens for s in stats.values()), default=None)
     if tokens is None or tokens >= assignment.min_tokens:
@@ -149,7 +163,7 @@ def _compress_unit(read: Callable[[Site], Tensor], unit: Unit, stats: Stats, poo
         by_step.setdefault(assignment.step if joined else -1 - position, []).append(assignment)
     tokens = min((s.tokens for s in stats.values()), default=None)
     for members in by_step.values():
-        method, chosen, fallback = _choose(members[0], stats, pooled)
+        method, chosen, fallback = choose(members[0], stats, pooled)
         weights = [read(a.site) for a in members]
         start = time.perf_counter()
         result: Result = method(torch.cat(weights), chosen)

@@ -15,8 +15,33 @@ import typer
 
 from compress._version import __version__
 from compress.errors import CalibrationError, CompressError, RecipeError
+from compress.options import (
+    Bpw,
+    ChatTemplate,
+    DataName,
+    Device,
+    DryRun,
+    Dtype,
+    Evaluate,
+    JobFolder,
+    Json,
+    KeepJob,
+    Length,
+    MaxKl,
+    Memory,
+    Model,
+    Offload,
+    Output,
+    Quiet,
+    Revision,
+    Samples,
+    Seed,
+    Settings,
+    Size,
+)
 
 if TYPE_CHECKING:
+    from compress.planning import Budget
     from compress.prepare import Plan
     from compress.recipe import Recipe
     from compress.recipe_data import Data
@@ -35,33 +60,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a Hub id.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]
-DataName = Annotated[
-    str | None, typer.Option("--data", help="Calibration: .txt .jsonl .parquet .npy, a preset (c4, wikitext2, ...) or a Hub id.")
-]
-Samples = Annotated[int | None, typer.Option(help="Windows of text.")]
-Length = Annotated[int | None, typer.Option(help="Tokens of a window.")]
-Seed = Annotated[int | None, typer.Option(help="Draws documents and windows.")]
-ChatTemplate = Annotated[
-    bool | None, typer.Option("--chat-template/--no-chat-template", help="Write messages with the tokenizer's template.")
-]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: steps.0.options.bits=3. May be repeated.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and its sizes, and stop.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str | None, typer.Option(help="Of the calibration's forward passes: auto, float32, bfloat16, float16.")]
-Offload = Annotated[bool, typer.Option("--offload", help="Keep the calibration's hidden states on disk.")]
-Memory = Annotated[str, typer.Option(help="Room for statistics; a block that needs more is calibrated in several passes.")]
-JobFolder = Annotated[Path | None, typer.Option("--job", help="Where progress is kept; OUTPUT.job if not given.")]
-KeepJob = Annotated[bool, typer.Option("--keep-job", help="Do not remove the job folder in the end.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-Evaluate = Annotated[
-    str | None,
-    typer.Option("--evaluate", help="Then measure quality on this text or dataset, for the report and the model card."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
 def main() -> None:
@@ -100,6 +98,9 @@ def quantize(
     bits: Annotated[int | None, typer.Option(help="Bits per code, 1 to 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1 for the whole row.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid without or with zero points.")] = None,
+    bpw: Bpw = None,
+    size: Size = None,
+    max_kl: MaxKl = None,
     data: DataName = None,
     samples: Samples = None,
     length: Length = None,
@@ -122,10 +123,23 @@ def quantize(
     """Quantize a model.
 
     compress quantize MODEL -o OUT --bits 4 --data text.jsonl
+
+    With a budget instead of --bits, `compress plan` and `compress run` in one go:
+    compress quantize MODEL -o OUT --bpw 2.75 --data text.jsonl
     """
     options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     given = {key: value for key, value in options.items() if value is not None}
-    made = _recipe(recipe, method, given, _data(data, samples, length, seed, chat_template), dtype, settings)
+    values = _data(data, samples, length, seed, chat_template)
+    if any(budget is not None for budget in (bpw, size, max_kl)):
+        from compress import planning
+
+        if given or recipe is not None:
+            flag = "--recipe" if recipe is not None else "--" + next(iter(given)).replace("_", "-")
+            raise RecipeError(f"{flag}: not with a budget, which chooses the recipe; leave one of them out")
+        budget = planning.Budget.of(bpw, size, max_kl)
+        made = _planned(model, values, budget, output.parent, method, settings, device, dtype, memory, revision, quiet or json_)
+    else:
+        made = _recipe(recipe, method, given, values, dtype, settings)
     _run(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet)
 
 
@@ -158,6 +172,58 @@ def run(
     """
     made = _recipe(recipe, None, {}, _data(data, samples, length, seed, chat_template), dtype, settings)
     _run(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet)
+
+
+@app.command("plan")
+def plan_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write, a .yaml file.")],
+    bpw: Bpw = None,
+    size: Size = None,
+    max_kl: MaxKl = None,
+    planner: Annotated[str, typer.Option(help="milp: the best there is; lim, zd: whole layers by a score; uniform.")] = "milp",
+    method: Annotated[list[str] | None, typer.Option(help="Of the default candidates, 2 to 8 bits; may be repeated.")] = None,
+    candidates: Annotated[
+        list[str] | None, typer.Option(help="METHOD:bits=2,group_size=64, or a YAML file with a list. May be repeated.")
+    ] = None,
+    uniform_siblings: Annotated[
+        bool, typer.Option("--uniform-siblings", help="Linears that read one tensor (q, k, v; gate, up) get the same.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also measure the plan; always done for --max-kl.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Bits by layer and the front, .svg .png or .pdf; beside the recipe if not given.")
+    ] = None,
+    data: DataName = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    chat_template: ChatTemplate = None,
+    json_: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    memory: Memory = "4GB",
+    revision: Revision = None,
+    quiet: Quiet = False,
+) -> None:
+    """Find the best bits for every weight within a budget, and write them as a recipe.
+
+    compress plan MODEL --bpw 3.0 -o recipe.yaml --data text.jsonl
+    """
+    from compress import planning, plots, screen
+
+    budget = planning.Budget.of(bpw, size, max_kl)
+    values = _data(data, samples, length, seed, chat_template)
+    with _progress(quiet or json_) as listen:
+        made = planning.command(
+            model, values, budget, output.parent, listen, dtype, device, revision, _room(memory), planner, method or [],
+            candidates or [], uniform_siblings, check,
+        )  # fmt: skip
+    planning.write(made.recipe, output)
+    drawn = plot or (output.with_suffix(".svg") if plots.available() else None)
+    if drawn is not None:
+        plots.plot(made.planned, drawn)
+    found = {"recipe": str(output), "plot": drawn and str(drawn), **made.planned.plain()}
+    print(json.dumps(found, indent=2)) if json_ else screen.show_planned(found)
 
 
 @app.command()
@@ -281,6 +347,41 @@ def _recipe(
     return recipe_module.parse(recipe_module.change(values, settings or []), name or "command line")
 
 
+def _planned(
+    model: str,
+    data: dict[str, Any],
+    budget: Budget,
+    folder: Path,
+    method: str | None,
+    settings: list[str] | None,
+    device: str,
+    dtype: str | None,
+    memory: str,
+    revision: str | None,
+    silent: bool,
+) -> Recipe:
+    """Plan for `quantize`; settings change the recipe that was planned."""
+    from compress import planning, screen
+    from compress import recipe as recipe_module
+
+    with _progress(silent) as listen:
+        methods = [method] if method else []
+        made = planning.command(model, data, budget, folder, listen, dtype, device, revision, _room(memory), methods=methods)
+    if not silent:
+        screen.show_planned(made.planned.plain())
+    values = made.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return recipe_module.parse(recipe_module.change(values, settings or []), "plan")
+
+
+def _room(memory: str) -> int:
+    from compress.recipe import parse_size
+
+    try:
+        return parse_size(memory)
+    except ValueError as error:
+        raise RecipeError(f"--memory: {error}") from error
+
+
 def _run(
     model: str,
     output: Path,
@@ -300,12 +401,9 @@ def _run(
     from compress import run as runs
     from compress.evaluate import quality as evaluation
     from compress.pipeline import Settings as RunSettings
-    from compress.recipe import parse_data, parse_size
+    from compress.recipe import parse_data
 
-    try:
-        room = parse_size(memory)
-    except ValueError as error:
-        raise RecipeError(f"--memory: {error}") from error
+    room = _room(memory)
     plan = prepare.prepare(model, recipe, device, revision)
     ids = prepare.calibration(plan)
     measured = None if evaluate is None else parse_data({"name": evaluate})

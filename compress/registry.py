@@ -11,8 +11,9 @@ from typing import Any
 
 from compress.errors import RecipeError
 
-KINDS = ("quant", "transform", "tune", "formats")
-_EXPORTS = {"formats": "FORMAT"}
+KINDS = ("quant", "transform", "tune", "formats", "plan")
+_EXPORTS = {"formats": "FORMAT", "plan": "PLANNER"}  # kinds that are no methods
+_WORDS = {"formats": "format", "plan": "planner"}
 
 
 def names(kind: str) -> list[str]:
@@ -23,24 +24,24 @@ def names(kind: str) -> list[str]:
 
 def methods(kinds: Sequence[str] = KINDS) -> list[str]:
     """List every method of some kinds as a recipe writes it: `kind/name`."""
-    return [f"{kind}/{name}" for kind in kinds if kind != "formats" for name in names(kind)]
+    return [f"{kind}/{name}" for kind in kinds if kind not in _EXPORTS for name in names(kind)]
 
 
 def lookup(kind: str, name: str) -> Any:
-    """Import `compress.<kind>.<name>` and return its METHOD or FORMAT. Raises RecipeError that lists the known names."""
+    """Import `compress.<kind>.<name>` and return its METHOD, FORMAT or PLANNER. Raises RecipeError that lists the known names."""
     if kind not in KINDS or name not in names(kind):
         known = names(kind) if kind in KINDS else []
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {kind}/{close[0]}?" if close else ""
         choices = ", ".join(f"{kind}/{n}" for n in known) or ", ".join(methods())
-        raise RecipeError(f"{kind}/{name}: no such {'format' if kind == 'formats' else 'method'}; known are {choices}{hint}")
+        raise RecipeError(f"{kind}/{name}: no such {_WORDS.get(kind, 'method')}; known are {choices}{hint}")
     return getattr(importlib.import_module(f"compress.{kind}.{name}"), _EXPORTS.get(kind, "METHOD"))
 
 
 def method(path: str) -> Any:
     """Return the options class of a method written as `kind/name`."""
     kind, _, name = path.partition("/")
-    if kind == "formats" or not name:
+    if kind in _EXPORTS or not name:
         close = difflib.get_close_matches(path, methods(), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise RecipeError(f"{path}: a method is written as kind/name; known are {', '.join(methods())}{hint}")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Listen = Callable[[int, int, str, float], None]
 _PIPED = 160  # columns where there is no terminal
-_NUMBERS = ("count", "bits", "size", "before", "after", "original", "model")
+_NUMBERS = ("count", "bits", "size", "before", "after", "original", "model", "predicted KL", "measured KL", "weights")
 # Where a step of a block begins and how much of the block's time it is likely to take.
 _STEPS = {
     "loading": (0.0, 0.02),
@@ -35,6 +35,7 @@ _STEPS = {
     "compressing": (0.47, 0.28),
     "running": (0.75, 0.25),
     "replaying": (0.0, 1.0),
+    "gradients": (0.0, 1.0),
 }
 
 
@@ -179,6 +180,48 @@ def show_plan(found: dict[str, Any]) -> None:
     )
     out.print(f"disk       about {human_bytes(found['disk'])} while it runs")
     out.print(f"runs on    {found['device']} in {found['dtype']}")
+
+
+def show_planned(found: dict[str, Any]) -> None:
+    """Print a plan of bits, what it was chosen from, and how far its predictions can be trusted."""
+    out = _out()
+    measured = {r["candidate"]: (r["measured"], r["standard_error"]) for r in found["references"]}
+    rows: list[tuple[float, int, float, str, tuple[float, float | None] | None]] = []
+    rows += [(p["bits_per_weight"], p["bytes"], p["kl"], "milp", None) for p in found["front"]]
+    rows += [(u["bits_per_weight"], u["bytes"], u["kl"], u["candidate"], measured.get(u["candidate"])) for u in found["uniform"]]
+    table = _table("divergence against size", "bits", "size", "predicted KL", "measured KL", "all weights by")
+    for bits, size, kl, what, seen in sorted(rows, key=lambda row: (row[0], row[3])):
+        table.add_row(f"{bits:.4f}", human_bytes(size), f"{kl:.5f}", _measured(seen), what)
+    out.print(table)
+    counts: dict[str, int] = {}
+    for label in found["choices"].values():
+        counts[label] = counts.get(label, 0) + 1
+    table = _table("the plan", "weights", "method")
+    for label, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        table.add_row(str(count), label)
+    out.print(table)
+    whole = human_bytes(found["bytes"]) + (
+        "" if found["sizes_exact"] else " or about that: a method's size depends on the values"
+    )
+    out.print(f"plan         {found['bits_per_weight']:.4f} bits per weight, checkpoint {whole}, by {found['planner']}")
+    check = "" if found["measured_kl"] is None else _measured((found["measured_kl"], found["measured_kl_standard_error"]))
+    out.print(f"KL           {found['kl']:.5f} predicted{', ' + check + ' measured' if check else ''}")
+    if found["planner"] == "milp":
+        out.print(f"optimality   {'proven' if found['exact'] else 'best found'}, gap {found['gap']:.1e} of what is minimised")
+    limit = found["budget"]["max_kl"]
+    if limit is not None and found["measured_kl"] is not None and found["measured_kl"] > limit:
+        out.print(f"above        the KL of {limit:g} that was asked for: predictions did not come closer; ask for less")
+    state = "reused from" if found["reused"] else "kept in"
+    out.print(f"sensitivity  {state} {found['sensitivities']}", soft_wrap=True)
+    if found.get("recipe"):
+        out.print(f"recipe       {found['recipe']}", soft_wrap=True)
+        out.print(f"plot         {found['plot'] or 'none: matplotlib is not installed'}", soft_wrap=True)
+
+
+def _measured(seen: tuple[float, float | None] | None) -> str:
+    if seen is None:
+        return ""
+    return f"{seen[0]:.5f}" + ("" if seen[1] is None else f" ± {seen[1]:.5f}")
 
 
 def plain_summary(summary: Summary, quality: Quality | None) -> dict[str, Any]:

@@ -270,6 +270,29 @@ def check_set(start: Start, tmp_path: Path) -> None:
     assert len(list(out.glob("*.safetensors"))) > 1
 
 
+def check_bpw(start: Start, tmp_path: Path) -> None:
+    done, out = start("--bpw", 3.25, "--json")
+    assert done.code == 0, done.err
+    assert 3.0 < summary(out)["bits_per_compressed_weight"] <= 3.25
+    done, _ = start("--bpw", 3, "--bits", 3)
+    assert (done.code, "--bits: not with a budget" in done.err) == (2, True)
+
+
+def check_size(start: Start, tmp_path: Path) -> None:
+    done, out = start("--size", "18KB", "--json")
+    assert done.code == 0, done.err
+    assert 17_500 < summary(out)["bytes_after"] <= 18_000
+
+
+def check_max_kl(start: Start, tmp_path: Path) -> None:
+    done, small = start("--max-kl", 0.05)
+    assert "predicted" in done.out
+    _, large = start("--max-kl", 0.005, "--json")
+    assert summary(small)["bytes_after"] < summary(large)["bytes_after"]
+    done, _ = start("--max-kl", 0.05, "--bpw", 3)
+    assert (done.code, "--bpw and --max-kl: give one of" in done.err) == (2, True)
+
+
 def check_dry_run(start: Start, tmp_path: Path) -> None:
     done, out = start("--dry-run")
     assert done.code == 0
@@ -369,7 +392,7 @@ def check_quiet(start: Start, tmp_path: Path) -> None:
 
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
 ALIASES = {"settings": "set", "json_": "json"}
-ONLY_QUANTIZE = ("method", "bits", "group_size", "symmetric", "recipe")
+ONLY_QUANTIZE = ("method", "bits", "group_size", "symmetric", "recipe", "bpw", "size", "max_kl")
 
 
 def options_of(command: str) -> set[str]:

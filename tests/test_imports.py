@@ -50,6 +50,8 @@ TABLE: dict[str, Row] = {
     "calibration.statistics": Row("errors", "torch"),
     "method": Row("weight calibration.statistics errors", "torch pydantic"),
     "quant.*": Row("method parts.* weight calibration.statistics errors quant._*", "torch scipy pydantic"),
+    # Planners see numbers alone: what candidates take and cost.
+    "plan.*": Row("plan._* errors", "numpy scipy"),
     # Calibration deals in files, names and model code, never in methods.
     "recipe_data": Row("", "pydantic"),
     "recipe": Row("registry recipe_data errors", "pydantic yaml"),
@@ -94,6 +96,20 @@ TABLE: dict[str, Row] = {
         "container distributed files errors",
         "torch",
     ),
+    # Planning: what candidates cost is measured as a run would compress, then a planner decides.
+    "candidates": Row("recipe registry calibration.families errors", "yaml pydantic"),
+    "sensitivity": Row(
+        "block candidates prepare recipe calibration.families calibration.observe calibration.skeleton calibration.statistics "
+        "memory errors",
+        "torch",
+    ),
+    "folding": Row(),
+    "planning": Row(
+        "sensitivity candidates folding plan._* prepare recipe registry calibration.data calibration.families _version "
+        "files errors",
+        "torch numpy yaml",
+    ),
+    "plots": Row("planning errors", lazy_third="matplotlib"),
     "seal": Row("packed calibration.families checkpoint container files errors"),
     "evaluate.speed": Row("errors", "torch", lazy_third="transformers"),
     "evaluate.*": Row(
@@ -109,7 +125,8 @@ TABLE: dict[str, Row] = {
     "screen": Row(
         "files memory errors", "rich", lazy_own="registry recipe prepare estimate run inspection evaluate.quality facts"
     ),
-    "cli": Row("_version errors", "typer", lazy_own="*"),
+    "options": Row("", "typer"),
+    "cli": Row("options _version errors", "typer", lazy_own="*"),
     "__main__": Row("cli"),
     "": Row("_version", lazy_own="runtime.quantizer", lazy_third="transformers"),
 }
@@ -297,7 +314,7 @@ def test_help_of_every_command_loads_nothing_heavy() -> None:
     texts, heavy, torch = json.loads(python(code))
     assert heavy == []
     assert not torch
-    assert {"quantize", "run", "inspect", "eval", "verify", "methods", "recipes"} <= {text.split()[0] for text in texts}
+    assert {"quantize", "run", "plan", "inspect", "eval", "verify", "methods", "recipes"} <= {text.split()[0] for text in texts}
     for command, text in texts.items():
         assert text.startswith("Usage: "), command
     assert "130 interrupted" in " ".join(texts["--help"].split())

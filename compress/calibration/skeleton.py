@@ -324,9 +324,9 @@ class Skeleton:
         finally:
             del head.forward
 
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, hidden: Tensor, gradients: bool = False) -> Tensor:
         """Output of the last block (samples, length, width) -> logits (samples, length, vocabulary); needs `outer`."""
-        with torch.no_grad(), self._bypassed(lambda _: hidden, []):
+        with torch.set_grad_enabled(gradients), self._bypassed(lambda _: hidden, []):
             result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
         return result
 
