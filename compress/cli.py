@@ -275,14 +275,14 @@ def _recipe(
     from compress import registry
 
     if name is None:
-        before, path = _line(method or "quant/gptq")
+        stages, path = _line(method or "quant/gptq")
         known = registry.method(path).model_fields
         if unknown := [key for key in options if key not in known]:
             raise RecipeError(f"--{unknown[0].replace('_', '-')}: {path} has no such option; it has {', '.join(known)}")
         # Names of linears in blocks have a dot; the head's has none and stays as it is.
         values: dict[str, Any] = {"data": {"name": "c4"}, "steps": [{"match": "*.*", "method": path, "options": options}]}
-        if before:
-            values["transforms"] = [{"method": stage} for stage in before]
+        if stages:
+            values["transforms"] = [{"method": stage} for stage in stages]
     else:
         if method or options:
             flag = "--method" if method else "--" + next(iter(options)).replace("_", "-")

@@ -40,7 +40,7 @@ class Experts:
 class Scaling:
     """A norm or linear and all that reads its output, which stays what it is if one is divided by what the others' columns get.
 
-    Between them is nothing, or what keeps channels apart and scales: attention on values, a product with the activated gate, ReLU.
+    Between them is nothing, or what keeps channels apart and their scale: attention on values, a product with the gate, ReLU.
     Names are those within the block, without ".weight". A producer with a star is one per expert, as are its readers then.
     `rows` are those of the producer that the readers' columns come from:
         all         one by one
