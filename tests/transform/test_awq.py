@@ -22,6 +22,7 @@ from torch import Tensor
 from compress.checkpoint import Source
 from compress.errors import RecipeError
 from compress.evaluate.streamed import last_hidden
+from compress.method import Scalable
 from compress.packed import PackedSource
 from compress.pipeline import Settings
 from compress.quant.rtn import RTN
@@ -352,3 +353,96 @@ def test_methods_lists_it(capsys: Any) -> None:
     assert "transform/awq" in capsys.readouterr().out
     assert json.dumps(found)
     assert awq.METHOD is AWQ
+
+
+class Few:
+    """A block of three linears: a norm feeds a and, with a third of the tokens, b; rows of b feed c, two columns each."""
+
+    def __init__(self) -> None:
+        self.sites = {"a": (6, 16), "b": (8, 16), "c": (5, 16)}
+        self.weights = {name: weights(*shape, seed=n).float() for n, (name, shape) in enumerate(self.sites.items())}
+        rows = inputs(60, 16).float()
+        self.rows = {"a": rows, "b": rows[::3] * 1.5, "c": inputs(50, 16, 5).float()}
+        self.norm = torch.linspace(0.3, 2.0, 16)
+        self.scalables = [
+            Scalable("norm", ("a", "b"), copied=("router",)),
+            Scalable("b", ("c",), norm=False, bias="bias", channels=torch.arange(16) // 2),
+        ]
+
+    def rounding(self, site: str) -> RTN:
+        return RTN(bits=2 if site == "c" else 3, group_size=8, range="minmax")
+
+    def weight(self, site: str) -> Tensor:
+        return self.weights[site].clone()
+
+    def others(self) -> dict[str, Tensor]:
+        return {"norm": self.norm.clone(), "router": torch.ones(2, 16), "bias": torch.ones(8)}
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        return value.float()
+
+    def observe_in_turn(self, kinds: Any) -> Any:
+        for name, rows in self.rows.items():
+            stats = {kind: kind(16, CPU) for kind in kinds}
+            for statistic in stats.values():
+                statistic.add(rows)
+            yield (name,), stats
+
+    def observe(self, kinds: Any) -> Any:
+        return {names[0]: stats for names, stats in self.observe_in_turn(kinds)}
+
+
+def best_scale(block: Few, names: list[str], magnitude: list[float], columns: list[int]) -> tuple[int, list[float]]:
+    """The number of the best candidate of eight, and its scales per channel, by sums over all tokens."""
+    results = []
+    for number in range(8):
+        raw = [max(a, 1e-4 * max(magnitude)) ** (number / 8) for a in magnitude]
+        scale = [r / (max(raw) * min(raw)) ** 0.5 for r in raw]
+        spread = [scale[c] for c in columns]
+        error = 0.0
+        for name in names:
+            weight = block.weights[name].double()
+            bits = block.rounding(name).bits
+            scaled = [[w * s for w, s in zip(row, spread, strict=True)] for row in weight.tolist()]
+            rounded = torch.tensor(round_rows(scaled, bits, 8, True), dtype=torch.float64) / torch.tensor(spread).double()
+            error += float(((weight - rounded) @ block.rows[name].double().T).square().sum())
+        results.append((error, number, scale))
+    error, number, scale = min(results)
+    return number, scale
+
+
+def test_a_block_is_searched_as_sums_over_its_tokens_say() -> None:
+    block = Few()
+    changed = AWQ(points=8, clip=False)(block)  # type: ignore[arg-type]
+    tokens = torch.cat([block.rows["a"], block.rows["b"]]).double().abs().mean(0).tolist()
+    first, outer = best_scale(block, ["a", "b"], tokens, list(range(16)))
+    heard = block.rows["c"].double().abs().mean(0).view(8, 2).amax(1).tolist()
+    second, inner = best_scale(block, ["c"], heard, [c // 2 for c in range(16)])
+    assert first > 0
+    assert second > 0
+    assert [changed.notes[name]["alpha"] for name in "abc"] == [first / 8, first / 8, second / 8]
+    outer_, inner_ = torch.tensor(outer), torch.tensor(inner)
+    torch.testing.assert_close(changed.others["norm"], block.norm / outer_, rtol=1e-5, atol=0)
+    torch.testing.assert_close(changed.others["router"], outer_.expand(2, 16), rtol=1e-5, atol=0)
+    torch.testing.assert_close(changed.others["bias"], 1 / inner_, rtol=1e-5, atol=0)
+    torch.testing.assert_close(changed.weights["a"], block.weights["a"] * outer_, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(changed.weights["b"], block.weights["b"] * outer_ / inner_.unsqueeze(1), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(changed.weights["c"], block.weights["c"] * inner_.repeat_interleave(2), rtol=1e-5, atol=1e-8)
+
+
+def test_clipping_follows_scaling_and_sees_the_scaled_inputs() -> None:
+    block = Few()
+    scaled = AWQ(points=8, clip=False)(block)  # type: ignore[arg-type]
+    both = AWQ(points=8, clip_skip=("a",))(block)  # type: ignore[arg-type]
+    assert torch.equal(both.weights["a"], scaled.weights["a"])
+    clipped = 0
+    for name in "bc":
+        spread = scaled.weights[name] / block.weights[name] if name == "c" else scaled.weights["a"] / block.weights["a"]
+        rows = block.rows[name] / spread[0]
+        expected = clip(scaled.weights[name], rows.T @ rows, Rounding(block.rounding(name).bits, 8, True, "minmax"), 20)
+        torch.testing.assert_close(both.weights[name], expected, rtol=1e-4, atol=1e-7)
+        clipped += int((both.weights[name] != scaled.weights[name]).sum())
+    assert clipped > 0
+    alone = AWQ(scale=False)(block)  # type: ignore[arg-type]
+    assert set(alone.weights) == {"a", "b", "c"}
+    assert alone.others == {}
