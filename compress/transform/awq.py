@@ -19,13 +19,17 @@ Steps       1. mean |x| of all inputs, in one pass; candidates for every place.
             3. The best candidate of each place is moved: norm weight (and bias) or producer rows divided, columns multiplied.
             4. `clip`: for every row and group the bound among amax (1 - i/m), i = 0 .. m/2 - 1 at `clip_points` m, of least
                (w - Q(clamp w)) H_gg (w - Q(clamp w))^T, the error of the group's part of the output; H_gg is the block of H on
-               the group's columns, scaled as these are. The weight is clamped there. This step alone is no exact rewrite.
+               the group's columns, scaled as these are. The weight is clamped there. This step alone is no exact rewrite: it is
+            taken before methods that know nothing of inputs, and not before those that compensate, unless the option says so.
 Shapes      W (out, in), s (in,), H (in, in), bounds (out, groups).
 Grid        Q is the grid of the method that rounds the sites afterwards, or what the options say: `quant/gptq` rounds better,
             but its grid is the same.
+Defaults    20 candidates and bounds down to half, as in the paper. Measured: on weights of a small llama under correlated inputs
+            clamping takes 4 to 7 % off the output error of rounding to nearest and adds 2 to 3 % to that of GPTQ, which can
+            make up for rounding but not for a clamp.
 Failures    inputs of equal size leave nothing to gain; norms in few bits take scales only to their own precision (they are
-            then the exact quotient, but a router, a bias of a norm or of v_proj is rounded once more). At 2 bits scaling helps
-            little: compensation (GPTQ) does more, and both together most.
+            then the exact quotient, but a router, a bias of a norm or of v_proj is rounded once more). Compensation
+            (GPTQ) does more than scales at every width; before it, scales gain little where channels are of like size.
 """
 
 from __future__ import annotations
@@ -119,7 +123,10 @@ class AWQ(Method):
 
     scale: Annotated[bool, Field(description="move scales between tensors")] = True
     points: Annotated[int, Field(ge=2, le=1000, description="candidates of alpha, from 0 to just below 1")] = 20
-    clip: Annotated[bool, Field(description="clamp weights to the best bound of each group; not an exact rewrite")] = True
+    clip: Annotated[
+        bool | None,
+        Field(description="clamp weights to the best bound of each group; null: where the method that rounds needs no data"),
+    ] = None
     clip_points: Annotated[int, Field(ge=2, le=1000, description="steps of the bound from the largest weight to 0")] = 20
     clip_skip: Annotated[tuple[str, ...], Field(description="globs of weights that are not clamped: queries and keys")] = (
         "*.q_proj",
@@ -138,7 +145,7 @@ class AWQ(Method):
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
-        if not (self.scale or self.clip):
+        if not self.scale and self.clip is False:
             raise ValueError("scale and clip are both false: nothing is left to do")
         return self
 
@@ -179,8 +186,9 @@ class _Search:
         """Do all steps."""
         if self.options.scale:
             self.scale()
-        if self.options.clip:
-            self.clip()
+        wanted = [site for site in self.block.sites if self.clips(site)]
+        if wanted:
+            self.clip(set(wanted))
         return self.moved.changed(self.notes)
 
     def scale(self) -> None:
@@ -233,13 +241,19 @@ class _Search:
             by_grid.setdefault(self.grids[site], []).append(self.block.weight(site))
         return [(rounding, torch.cat(weights)) for rounding, weights in by_grid.items()]
 
-    def clip(self) -> None:
-        """Step 4."""
+    def clips(self, site: str) -> bool:
+        """Whether the weights of a site are to be clamped."""
+        given = self.options.clip
+        wanted = not self.block.rounding(site).needs if given is None else given
+        return wanted and not any(fnmatchcase(site, pattern) for pattern in self.options.clip_skip)
+
+    def clip(self, wanted: set[str]) -> None:
+        """Step 4, for some sites."""
         for sites, stats in self.block.observe_in_turn((Hessian,)):
+            if wanted.isdisjoint(sites):
+                continue
             hessian = _hessian(stats).matrix()
-            for site in sites:
-                if any(fnmatchcase(site, pattern) for pattern in self.options.clip_skip):
-                    continue
+            for site in wanted.intersection(sites):
                 spread = self.moved.columns.get(site)
                 scaled = hessian if spread is None else hessian / spread / spread.unsqueeze(1)
                 before = self.moved.weight(site)

@@ -25,6 +25,7 @@ from compress.evaluate.streamed import last_hidden
 from compress.method import Scalable
 from compress.packed import PackedSource
 from compress.pipeline import Settings
+from compress.quant.gptq import GPTQ
 from compress.quant.rtn import RTN
 from compress.report import read_rows
 from compress.transform import awq
@@ -392,8 +393,8 @@ class Few:
         return {names[0]: stats for names, stats in self.observe_in_turn(kinds)}
 
 
-def best_scale(block: Few, names: list[str], magnitude: list[float], columns: list[int]) -> tuple[int, list[float]]:
-    """The number of the best candidate of eight, and its scales per channel, by sums over all tokens."""
+def best_scale(block: Few, names: list[str], magnitude: list[float], columns: list[int]) -> tuple[int, list[float], float]:
+    """The number of the best candidate of eight, its scales per channel and its error over that of none, by sums over tokens."""
     results = []
     for number in range(8):
         raw = [max(a, 1e-4 * max(magnitude)) ** (number / 8) for a in magnitude]
@@ -408,19 +409,21 @@ def best_scale(block: Few, names: list[str], magnitude: list[float], columns: li
             error += float(((weight - rounded) @ block.rows[name].double().T).square().sum())
         results.append((error, number, scale))
     error, number, scale = min(results)
-    return number, scale
+    return number, scale, error / results[0][0]
 
 
 def test_a_block_is_searched_as_sums_over_its_tokens_say() -> None:
     block = Few()
     changed = AWQ(points=8, clip=False)(block)  # type: ignore[arg-type]
     tokens = torch.cat([block.rows["a"], block.rows["b"]]).double().abs().mean(0).tolist()
-    first, outer = best_scale(block, ["a", "b"], tokens, list(range(16)))
+    first, outer, gain = best_scale(block, ["a", "b"], tokens, list(range(16)))
     heard = block.rows["c"].double().abs().mean(0).view(8, 2).amax(1).tolist()
-    second, inner = best_scale(block, ["c"], heard, [c // 2 for c in range(16)])
+    second, inner, more = best_scale(block, ["c"], heard, [c // 2 for c in range(16)])
     assert first > 0
     assert second > 0
     assert [changed.notes[name]["alpha"] for name in "abc"] == [first / 8, first / 8, second / 8]
+    found = [changed.notes[name]["loss"] for name in "abc"]
+    assert found == pytest.approx([gain, gain, more], abs=1e-4)
     outer_, inner_ = torch.tensor(outer), torch.tensor(inner)
     torch.testing.assert_close(changed.others["norm"], block.norm / outer_, rtol=1e-5, atol=0)
     torch.testing.assert_close(changed.others["router"], outer_.expand(2, 16), rtol=1e-5, atol=0)
@@ -443,6 +446,8 @@ def test_clipping_follows_scaling_and_sees_the_scaled_inputs() -> None:
         torch.testing.assert_close(both.weights[name], expected, rtol=1e-4, atol=1e-7)
         clipped += int((both.weights[name] != scaled.weights[name]).sum())
     assert clipped > 0
-    alone = AWQ(scale=False)(block)  # type: ignore[arg-type]
+    block.rounding = lambda site: GPTQ(bits=3, group_size=8)  # type: ignore[assignment,method-assign]
+    assert not any("clipped" in note for note in AWQ()(block).notes.values())  # type: ignore[arg-type]
+    alone = AWQ(scale=False, clip=True)(block)  # type: ignore[arg-type]
     assert set(alone.weights) == {"a", "b", "c"}
     assert alone.others == {}
