@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import distributed
+from compress import distributed, scalings
 from compress.block import Done, site_row
+from compress.calibration.families import settings
 from compress.calibration.hidden import Hidden
 from compress.calibration.observe import Tap, observe, passes
 from compress.calibration.skeleton import Skeleton
 from compress.calibration.statistics import Statistics, Stats
 from compress.errors import CalibrationError
+from compress.method import Method, Scalable
 from compress.recipe import Assignment, StageAssignment
 from compress.weight import CompressedWeight
 
@@ -47,7 +49,7 @@ class Surroundings:
         for name, value in others.items():
             if not bool(value.isfinite().all()):
                 raise CalibrationError(f"{name}: is not finite after a transform or tuning; check the calibration data")
-            self.others[name] = value.detach().to("cpu", self.skeleton.source.tensor(name).dtype).contiguous()
+            self.others[name] = value.detach().to("cpu", self.skeleton.source.dtype(name)).contiguous()
         self.skeleton.put_others(self.number, {name: self.others[name] for name in others})
 
 
@@ -58,6 +60,7 @@ class View:
         self._around, self._step = around, step
         self._sites = {a.site.name: a.site for a in assignments}
         self.sites = {name: site.shape for name, site in self._sites.items()}
+        self._rounding = {a.site.name: a.method for a in assignments}
         self.batches = len(around.inputs.shapes)
 
     def weight(self, site: str) -> Tensor:
@@ -66,23 +69,45 @@ class View:
 
     def others(self) -> dict[str, Tensor]:
         """Return the block's other floating-point tensors by disk name, in float32."""
-        return self._around.skeleton.others(self._around.number)
+        around, source = self._around, self._around.skeleton.source
+        names = around.skeleton.others(around.number)  # the model may compute in less precision than the source is stored in
+        values = {name: around.others[name] if name in around.others else source.tensor(name) for name in names}
+        return {name: value.to(around.skeleton.device).float() for name, value in values.items()}
+
+    @property
+    def scalables(self) -> list[Scalable]:
+        """Where scales can move between tensors of the block, and where they could but for an obstacle."""
+        skeleton = self._around.skeleton
+        return scalings.resolve(skeleton.claims, settings(skeleton.source), self._around.number, self._sites)
+
+    def rounding(self, site: str) -> Method:
+        """Return the method that will compress a site, or has."""
+        method: Method = self._rounding[site]
+        return method
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """Return a value of one of the other tensors as it comes back from where it is stored, in float32."""
+        return value.to(self._around.skeleton.source.dtype(name)).float()
 
     def observe(self, kinds: Sequence[type[Statistics]]) -> dict[str, Stats]:
         """Return statistics of the inputs of every site, over the calibration of all ranks."""
+        return {name: stats for names, stats in self.observe_in_turn(kinds) for name in names}
+
+    def observe_in_turn(self, kinds: Sequence[type[Statistics]]) -> Iterator[tuple[tuple[str, ...], Stats]]:
+        """Yield the same tensor by tensor, with the sites that read it, observed in passes within the budget."""
         skeleton = self._around.skeleton
-        by_tap: dict[str, Any] = {}
+        by_tap: dict[str, list[Any]] = {}
         for site in self._sites.values():
-            by_tap.setdefault(site.tap, site)
-        taps = [Tap(tap, (skeleton.linear(site),), site.shape[1], tuple(kinds)) for tap, site in by_tap.items()]
-        found: dict[str, Stats] = {}
+            by_tap.setdefault(site.tap, []).append(site)
+        taps = [Tap(tap, (skeleton.linear(s[0]),), s[0].shape[1], tuple(kinds)) for tap, s in by_tap.items()]
         for group in passes(taps, self._around.budget):
-            found |= observe(group, self._around.send, skeleton.device)
-        for tap in found:
-            for statistic in found[tap].values():
-                distributed.reduce_to(statistic.tensors(), None)
-                statistic.tokens = sum(distributed.gather(statistic.tokens))
-        return {name: found[site.tap] for name, site in self._sites.items()}
+            found = observe(group, self._around.send, skeleton.device)
+            for tap in [tap.name for tap in group]:
+                stats = found.pop(tap)
+                for statistic in stats.values():
+                    distributed.reduce_to(statistic.tensors(), None)
+                    statistic.tokens = sum(distributed.gather(statistic.tokens))
+                yield tuple(site.name for site in by_tap[tap]), stats
 
     def inputs(self, batch: int) -> Tensor:
         """Return one batch of hidden states (samples, length, width) that enter the block behind compressed ones."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.container import Entry, read_header, read_tensor
+from compress.container import DTYPES, Entry, read_header, read_tensor
 from compress.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -82,6 +82,10 @@ class Source:
     def numel(self) -> int:
         """Number of values in all tensors."""
         return sum(entry.numel for entry in self.entries.values())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a tensor is stored in."""
+        return DTYPES[self.entries[name].dtype]
 
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         """Read a tensor, or element `index` of its first axis; a value that is not finite raises CheckpointError."""

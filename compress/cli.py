@@ -94,7 +94,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def quantize(
     model: Model,
     output: Output,
-    method: Annotated[str | None, typer.Option(help="As `compress methods` lists it; gptq is short for quant/gptq.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="As `compress methods` lists it, gptq for short; after transforms: awq+gptq.")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits per code, 1 to 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1 for the whole row.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid without or with zero points.")] = None,
@@ -313,6 +315,19 @@ def _data(
     return {key: value for key, value in values.items() if value is not None}
 
 
+def _line(method: str) -> tuple[list[str], str]:
+    """Read a method such as awq+gptq: transforms in order, and what rounds after them, to nearest if nothing is said."""
+    from compress import registry
+
+    transforms = registry.names("transform")
+    paths = [m if "/" in m else f"transform/{m}" if m in transforms else f"quant/{m}" for m in method.split("+")]
+    if paths[-1].startswith("transform/"):
+        paths.append("quant/rtn")
+    if wrong := [path for path in paths[:-1] if not path.startswith("transform/")]:
+        raise RecipeError(f"--method {method}: {wrong[0]} cannot go before another method; transforms can, such as awq+gptq")
+    return paths[:-1], paths[-1]
+
+
 def _recipe(
     name: str | None,
     method: str | None,
@@ -326,13 +341,14 @@ def _recipe(
     from compress import registry
 
     if name is None:
-        path = method or "quant/gptq"
-        path = path if "/" in path else f"quant/{path}"
+        stages, path = _line(method or "quant/gptq")
         known = registry.method(path).model_fields
         if unknown := [key for key in options if key not in known]:
             raise RecipeError(f"--{unknown[0].replace('_', '-')}: {path} has no such option; it has {', '.join(known)}")
         # Names of linears in blocks have a dot; the head's has none and stays as it is.
         values: dict[str, Any] = {"data": {"name": "c4"}, "steps": [{"match": "*.*", "method": path, "options": options}]}
+        if stages:
+            values["transforms"] = [{"method": stage} for stage in stages]
     else:
         if method or options:
             flag = "--method" if method else "--" + next(iter(options)).replace("_", "-")

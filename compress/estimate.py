@@ -58,6 +58,11 @@ def estimate(plan: Plan, samples: int, length: int, memory: int, offload: bool) 
         by_block.setdefault(-1 if a.site.block is None else a.site.block, []).append(a)
     for number, members in by_block.items():
         statistics[number] = sum(sum(kind.nbytes(u.columns) for kind in u.kinds) for u in units(members))
+    for stage in plan.transforms:  # they look before the methods do
+        for number in {a.site.block for a in stage.members}:
+            seen = units([a for a in stage.members if a.site.block == number])
+            mine = sum(kind.nbytes(u.columns) for u in seen for kind in stage.method.needs)
+            statistics[number] = max(statistics[number], mine)
     width = settings(source).get("hidden_size", settings(source).get("n_embd", 0))
     width = width if isinstance(width, int) else 0  # what cannot be right, transformers will say
     # The original's hidden states run along where a method compares: before and after a block.

@@ -144,7 +144,8 @@ class Checkpoint:
         """How the weights are stored, in a few words."""
         if not self.widths:
             return "nothing compressed"
-        methods = sorted({row.method.rsplit("/", 1)[-1].upper() for row in self.rows})
+        before = sorted({path for row in self.rows for path in row.notes if path.startswith("transform/")})
+        methods = [m.rsplit("/", 1)[-1].upper() for m in (*before, *sorted({row.method for row in self.rows}))]
         bits = " and ".join(map(str, self.widths)) if len(self.widths) < 3 else f"{self.widths[0]} to {self.widths[-1]}"
         sizes = self._stored("group_size")
         groups = [f"groups of {sizes[0]}"] if len(sizes) == 1 else []

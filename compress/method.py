@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -56,6 +56,10 @@ class Method(BaseModel):
         """Say what is wrong with a weight of this shape (out, in), or None; called before any weight is read."""
         return None
 
+    def check_before(self, shape: tuple[int, int], rounding: Method) -> str | None:
+        """Say why it cannot go before, or after, the method that compresses a weight of this shape (out, in), or None."""
+        return self.check(shape)
+
     def stored_bits(self, shape: tuple[int, int]) -> int | None:
         """Bits that a weight of this shape (out, in) will occupy; None where it depends on the values."""
         return None
@@ -93,6 +97,24 @@ class SiteMethod(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Scalable:
+    """A norm or linear of a block, and all that reads its output.
+
+    The block's function stays if the producer's channels are divided by scales (channels,), its bias with them, and column j of
+    every reader is multiplied by the scale of channel `channels[j]`.
+    """
+
+    producer: str  # a site, or the disk name of a norm's weight
+    sites: tuple[str, ...]  # readers that are compressed, all on this step's list
+    norm: bool = True  # whether the producer is a norm
+    offset: float = 0.0  # a norm multiplies by this plus its weight
+    bias: str | None = None  # disk name of the producer's bias
+    copied: tuple[str, ...] = ()  # disk names of readers (out, in) that are copied, such as a router
+    channels: Tensor | None = None  # (in,) int64; None: one by one
+    obstacle: str | None = None  # why no scales can move here; nothing else but the names is known then
+
+
 class Block(Protocol):
     """One decoder block as a method sees it: weights by site, the calibration that enters it, and what it should give.
 
@@ -102,6 +124,15 @@ class Block(Protocol):
     @property
     def sites(self) -> Mapping[str, tuple[int, int]]:
         """The sites that the method is to work on, with the shapes (out, in) of their weights."""
+        ...
+
+    @property
+    def scalables(self) -> Sequence[Scalable]:
+        """Where scales can move between tensors of the block, and where they could but for an obstacle."""
+        ...
+
+    def rounding(self, site: str) -> Method:
+        """Return the method that will compress a site, or has."""
         ...
 
     @property
@@ -117,8 +148,16 @@ class Block(Protocol):
         """Return the block's other floating-point tensors (norms, biases) by disk name, in float32."""
         ...
 
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """Return a value of one of the other tensors as it comes back from where it is stored, in float32."""
+        ...
+
     def observe(self, kinds: Sequence[type[Statistics]]) -> dict[str, Stats]:
         """Return statistics of the inputs of every site, over the calibration of all ranks."""
+        ...
+
+    def observe_in_turn(self, kinds: Sequence[type[Statistics]]) -> Iterator[tuple[tuple[str, ...], Stats]]:
+        """Yield the same tensor by tensor, with the sites that read it; no more of them are in memory than a run may hold."""
         ...
 
     def inputs(self, batch: int) -> Tensor:

@@ -303,6 +303,9 @@ def stages(found: Sequence[Stage], place: str, assignments: Sequence[Assignment]
             raise RecipeError(
                 f"{place}.{number}.match: {' '.join(stage.patterns)!r} takes no weight in a block that the steps compress"
             )
+        for member in members:
+            if problem := method.check_before(member.site.shape, member.method):
+                raise RecipeError(f"{place}.{number}: {stage.method}: {member.site.name}: {problem}")
         result.append(StageAssignment(method, members))
     return result
 

@@ -148,6 +148,7 @@ def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[
         "device": plan.device.type,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "calibration": {"samples": ids[0], "length": ids[1]} if plan.calibrated else None,
+        "transforms": [stage.method.path for stage in plan.transforms],
         "sites": rows,
         "untouched_linears": untouched,
         "copied_tensors": len(plan.claims.copied),
@@ -169,6 +170,8 @@ def show_plan(found: dict[str, Any]) -> None:
         bits = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
         table.add_row(row["kind"], str(row["count"]), row["shape"], bits, row["method"])
     out.print(table)
+    if found["transforms"]:
+        out.print(f"before     {', '.join(found['transforms'])}")
     about = "" if found["bytes_after_exact"] else "about "
     out.print(f"size       {human_bytes(found['bytes_before'])} -> {about}{human_bytes(found['bytes_after'])}")
     copied, dropped = found["copied_tensors"], len(found["dropped_tensors"])

@@ -52,6 +52,7 @@ TABLE: dict[str, Row] = {
     "quant.*": Row("method parts.* weight calibration.statistics errors quant._*", "torch scipy pydantic"),
     # Planners see numbers alone: what candidates take and cost.
     "plan.*": Row("plan._* errors", "numpy scipy"),
+    "transform.*": Row("method parts.* weight calibration.statistics errors transform._* quant._*", "torch scipy pydantic"),
     # Calibration deals in files, names and model code, never in methods.
     "recipe_data": Row("", "pydantic"),
     "recipe": Row("registry recipe_data errors", "pydantic yaml"),
@@ -85,9 +86,10 @@ TABLE: dict[str, Row] = {
         "distributed errors",
         "torch",
     ),
+    "scalings": Row("calibration.families method", "torch"),
     "block_methods": Row(
-        "block calibration.hidden calibration.observe calibration.skeleton calibration.statistics recipe weight distributed "
-        "errors",
+        "block scalings method calibration.families calibration.hidden calibration.observe calibration.skeleton "
+        "calibration.statistics recipe weight distributed errors",
         "torch",
     ),
     "estimate": Row("prepare block recipe calibration.families packed memory files errors", "torch"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from compress.checkpoint import Source
 from compress.container import Entry
@@ -37,6 +37,45 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """A norm or linear and all that reads its output, which stays what it is if one is divided by what the others' columns get.
+
+    Between them is nothing, or what keeps channels apart and their scale: attention on values, a product with the gate, ReLU.
+    Names are those within the block, without ".weight". A producer with a star is one per expert, as are its readers then.
+    `rows` are those of the producer that the readers' columns come from:
+        all         one by one
+        values      of v_proj; heads of a group read the same
+        stacked     the values below queries and keys, as in qkv_proj
+        interleaved the values below keys, head by head, as in kv_b_proj
+        second half as of gate_up_proj
+    """
+
+    producer: str
+    readers: tuple[str, ...]  # globs: every matrix that reads it, also those that are copied, such as routers
+    rows: Literal["all", "values", "stacked", "interleaved", "second half"] = "all"
+    # Values that settings of config.json must have, which are also those of a config that does not name them.
+    where: tuple[tuple[str, Any], ...] = ()
+
+
+_ATTENTION_SCALINGS = (
+    Scaling("input_layernorm", _ATTENTION[0]),
+    Scaling("self_attn.v_proj", _ATTENTION[1], "values"),
+)
+_MLP_NORM = Scaling("post_attention_layernorm", _MLP[0])
+_UP_DOWN = Scaling("mlp.up_proj", _MLP[1])
+_SCALINGS = (*_ATTENTION_SCALINGS, _MLP_NORM, _UP_DOWN)
+_GEMMA_SCALINGS = (*_ATTENTION_SCALINGS, Scaling("pre_feedforward_layernorm", _MLP[0]), _UP_DOWN)
+_EXPERT_INPUTS = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj", "mlp.gate")
+_EXPERT_UP_DOWN = Scaling("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",))
+_MIXED_SCALINGS = (
+    *_ATTENTION_SCALINGS,
+    Scaling("post_attention_layernorm", (*_MLP[0], *_EXPERT_INPUTS)),
+    _UP_DOWN,
+    _EXPERT_UP_DOWN,
+)
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture. `taps` groups the linears of a block that read one tensor; a block that has none of a group skips it."""
 
@@ -44,6 +83,8 @@ class Family:
     taps: Taps = _ATTENTION + _MLP
     keep: tuple[str, ...] = _NORMS  # globs of block tensors that are copied byte for byte
     experts: Experts | None = None
+    scalings: tuple[Scaling, ...] = ()  # where scales can move from one tensor to others; none are known if it is empty
+    norm_offset: float = 0.0  # norms multiply by this plus their weight
     blocks: str = "model.layers"
     outer: tuple[str, ...] = ("model.embed_tokens.weight", "model.norm.weight")  # globs outside the blocks, copied
     head: str = "lm_head"
@@ -79,15 +120,23 @@ _USUAL_EXPERTS = Experts()
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", keep=(*_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.*_proj.bias")),
-        Family("mistral"),
-        Family("qwen2", keep=(*_NORMS, *_QKV_BIASES)),
-        Family("qwen3", keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias")),
-        Family("gemma2", keep=(*_NORMS, *_GEMMA_NORMS), tied=True),
-        Family("gemma3_text", keep=(*_NORMS, *_QK_NORMS, *_GEMMA_NORMS), tied=True),
+        Family("llama", keep=(*_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.*_proj.bias"), scalings=_SCALINGS),
+        Family("mistral", scalings=_SCALINGS),
+        Family("qwen2", keep=(*_NORMS, *_QKV_BIASES), scalings=_SCALINGS),
+        Family("qwen3", keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias"), scalings=_SCALINGS),
+        Family("gemma2", keep=(*_NORMS, *_GEMMA_NORMS), scalings=_GEMMA_SCALINGS, norm_offset=1.0, tied=True),
+        Family(
+            "gemma3_text",
+            keep=(*_NORMS, *_QK_NORMS, *_GEMMA_NORMS),
+            scalings=_GEMMA_SCALINGS,
+            norm_offset=1.0,
+            tied=True,
+        ),
         Family(
             "gemma3",  # the text of a model that also sees
             keep=(*_NORMS, *_QK_NORMS, *_GEMMA_NORMS),
+            scalings=_GEMMA_SCALINGS,
+            norm_offset=1.0,
             blocks="language_model.model.layers",
             outer=("language_model.model.embed_tokens.weight", "language_model.model.norm.weight"),
             head="language_model.lm_head",
@@ -96,11 +145,27 @@ FAMILIES = {
             renames=(("language_model.model.", "model.language_model."), ("language_model.lm_head", "lm_head")),
             prefix="",
         ),
-        Family("phi3", taps=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))),
+        Family(
+            "phi3",
+            taps=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+            scalings=(
+                Scaling("input_layernorm", ("self_attn.qkv_proj",)),
+                Scaling("self_attn.qkv_proj", ("self_attn.o_proj",), "stacked"),
+                Scaling("post_attention_layernorm", ("mlp.gate_up_proj",)),
+                Scaling("mlp.gate_up_proj", ("mlp.down_proj",), "second half"),
+            ),
+        ),
         Family(
             "opt",
             taps=(_ATTENTION[0], ("self_attn.out_proj",), ("fc1",), ("fc2",)),
             keep=("self_attn.*.bias", "fc?.bias", "self_attn_layer_norm.*", "final_layer_norm.*"),
+            scalings=(
+                # Norms that follow what they belong to give the residual stream, which the whole rest of the model reads.
+                Scaling("self_attn_layer_norm", _ATTENTION[0], where=(("do_layer_norm_before", True),)),
+                Scaling("self_attn.v_proj", ("self_attn.out_proj",), "values"),
+                Scaling("final_layer_norm", ("fc1",), where=(("do_layer_norm_before", True),)),
+                Scaling("fc1", ("fc2",), where=(("activation_function", "relu"),)),
+            ),
             blocks="model.decoder.layers",
             tied=True,
             outer=("model.decoder.embed_*.weight", "model.decoder.final_layer_norm.*", "model.decoder.project_*.weight"),
@@ -109,6 +174,12 @@ FAMILIES = {
             "gpt2",
             taps=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
             keep=("attn.c_*.bias", "mlp.c_*.bias", "ln_?.*"),
+            scalings=(
+                Scaling("ln_1", ("attn.c_attn",)),
+                Scaling("attn.c_attn", ("attn.c_proj",), "stacked"),
+                Scaling("ln_2", ("mlp.c_fc",)),
+                Scaling("mlp.c_fc", ("mlp.c_proj",), where=(("activation_function", "relu"),)),
+            ),
             blocks="transformer.h",
             outer=("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.*"),
             drop=("*.attn.bias", "*.attn.masked_bias"),
@@ -121,6 +192,14 @@ FAMILIES = {
             taps=_ATTENTION,
             keep=(*_NORMS, "block_sparse_moe.gate.weight"),
             experts=Experts("block_sparse_moe.experts", "mlp.experts", ("w1", "w3"), "w2"),
+            scalings=(
+                *_ATTENTION_SCALINGS,
+                Scaling(
+                    "post_attention_layernorm",
+                    ("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3", "block_sparse_moe.gate"),
+                ),
+                Scaling("block_sparse_moe.experts.*.w3", ("block_sparse_moe.experts.*.w2",)),
+            ),
             renames=(("block_sparse_moe.", "mlp."),),
         ),
         Family(
@@ -133,13 +212,36 @@ FAMILIES = {
             ),
             keep=(*_NORMS, *_QKV_BIASES, "mlp.gate.weight", "mlp.shared_expert_gate.weight"),
             experts=_USUAL_EXPERTS,
+            scalings=(
+                *_ATTENTION_SCALINGS,
+                Scaling(
+                    "post_attention_layernorm",
+                    (
+                        *_MLP[0],
+                        *_EXPERT_INPUTS,
+                        "mlp.shared_expert.gate_proj",
+                        "mlp.shared_expert.up_proj",
+                        "mlp.shared_expert_gate",
+                    ),
+                ),
+                _UP_DOWN,
+                _EXPERT_UP_DOWN,
+                Scaling("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
+            ),
         ),
         Family(
             "qwen3_moe",
             keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.gate.weight"),
             experts=_USUAL_EXPERTS,
+            scalings=_MIXED_SCALINGS,
         ),
-        Family("olmoe", taps=_ATTENTION, keep=(*_NORMS, *_QK_NORMS, "mlp.gate.weight"), experts=_USUAL_EXPERTS),
+        Family(
+            "olmoe",
+            taps=_ATTENTION,
+            keep=(*_NORMS, *_QK_NORMS, "mlp.gate.weight"),
+            experts=_USUAL_EXPERTS,
+            scalings=_MIXED_SCALINGS,
+        ),
         Family(
             "deepseek_v3",
             taps=(
@@ -160,12 +262,29 @@ FAMILIES = {
                 "mlp.gate.e_score_correction_bias",
             ),
             experts=_USUAL_EXPERTS,
+            scalings=(
+                Scaling("input_layernorm", ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")),
+                Scaling("self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
+                Scaling("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",)),
+                Scaling("self_attn.kv_b_proj", ("self_attn.o_proj",), "interleaved"),
+                Scaling(
+                    "post_attention_layernorm",
+                    (*_MLP[0], *_EXPERT_INPUTS, "mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+                ),
+                _UP_DOWN,
+                _EXPERT_UP_DOWN,
+                Scaling("mlp.shared_experts.up_proj", ("mlp.shared_experts.down_proj",)),
+            ),
         ),
         Family(
             "gpt_oss",
             taps=_ATTENTION,
             keep=(*_NORMS, "self_attn.*.bias", "self_attn.sinks", "mlp.router.*", "mlp.experts.*_bias"),
             experts=Experts(inputs=("gate_up_proj",), fused=True),
+            scalings=(  # none from gate_up_proj to down_proj: what lies between clamps and adds one
+                *_ATTENTION_SCALINGS,
+                Scaling("post_attention_layernorm", ("mlp.experts.*.gate_up_proj", "mlp.router")),
+            ),
         ),
     )
 }

@@ -89,4 +89,35 @@ class Hessian:
         return result
 
 
+class Magnitude:
+    """The mean magnitude of each channel of a linear's inputs: the sum of |x| over tokens, in float64."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.total = torch.zeros(columns, dtype=torch.float64, device=device)
+
+    @classmethod
+    def nbytes(cls, columns: int) -> int:
+        """Bytes of the sum."""
+        return columns * 8
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows (tokens, in)."""
+        self.total += rows.abs().sum(0, dtype=torch.float64)
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: Magnitude) -> None:
+        """Add another accumulator's sum and count."""
+        self.total += other.total
+        self.tokens += other.tokens
+
+    def tensors(self) -> list[Tensor]:
+        """The sum, to be reduced in place over ranks."""
+        return [self.total]
+
+    def mean(self) -> Tensor:
+        """Return the mean of |x|, (in,) float32; zeros when no token was seen."""
+        return (self.total / max(self.tokens, 1)).float()
+
+
 Stats = dict[type[Statistics], Statistics]

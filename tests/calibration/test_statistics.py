@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compress.calibration import statistics
 from compress.calibration.observe import Tap, batches, observe, passes
-from compress.calibration.statistics import Hessian
+from compress.calibration.statistics import Hessian, Magnitude
 
 CPU = torch.device("cpu")
 
@@ -99,3 +99,27 @@ def test_a_pooled_tap_sees_the_rows_of_all_its_modules() -> None:
 def test_batches_cover_all_samples_once() -> None:
     assert [len(b) for b in batches(10, 16, 64)] == [4, 4, 2]
     assert [len(b) for b in batches(3, 100, 64)] == [1, 1, 1]
+
+
+def test_the_magnitude_is_the_mean_of_absolute_values_however_tokens_are_split() -> None:
+    rows = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    whole, parts = Magnitude(7, CPU), [Magnitude(7, CPU) for _ in range(3)]
+    whole.add(rows)
+    for part, some in zip(parts, rows.tensor_split([11, 11]), strict=True):
+        part.add(some)
+    expected = [sum(abs(float(v)) for v in column) / 50 for column in rows.T]
+    assert whole.mean().tolist() == pytest.approx(expected, rel=1e-6)
+    assert whole.mean().dtype == torch.float32
+    for part in parts[1:]:
+        parts[0].merge(part)
+    assert parts[0].tokens == whole.tokens == 50
+    torch.testing.assert_close(parts[0].total, whole.total, rtol=1e-14, atol=0)
+    assert [t.data_ptr() for t in whole.tensors()] == [whole.total.data_ptr()]
+    assert Magnitude.nbytes(7) == whole.total.numel() * 8
+    assert torch.equal(Magnitude(7, CPU).mean(), torch.zeros(7))
+
+
+def test_magnitudes_of_half_precision_do_not_overflow() -> None:
+    found = Magnitude(2, CPU)
+    found.add(torch.full((1000, 2), -60000.0, dtype=torch.float16))
+    assert found.mean().tolist() == [60000.0, 60000.0]
