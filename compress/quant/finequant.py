@@ -11,7 +11,11 @@ Steps      1. g = g_max. The range of a group is max |w|, which is what a symmet
 Percentile the least ratio that at least `percentile` per cent of all ratios do not exceed; 100 is the largest. The largest of
            many thousand ratios is an accident, and grows with the size of the matrix.
 Shapes     weight W (out, in), codes (out, in), scale (out, in / g) in bfloat16; g is one number per matrix.
-DEFAULTS
+Defaults   alpha and the percentile are ours, as the paper's are not known; 32 columns are what kernels want at least. The 99.9th
+           percentile of a Gaussian matrix is 1.5 at 4096 columns, 2.0 at 128 and 2.3 at 64: with alpha 2 such a matrix keeps its
+           rows whole, and what has weights far out does not. Measured on a small llama of no such weights, 4 bits, KL to the
+           original: 4.083 bits per weight 0.0221, from 128 columns down 4.328 and 0.0152; with one size for all it is 4.052 and
+           0.0228 (rows), 4.25 and 0.0157 (64), 4.5 and 0.0129 (32). So there the choice is worth nothing: use a fixed size.
 Failures   the rule looks one halving ahead, and ratios grow as groups get smaller: a matrix that stops at a large g might have
            gained from a much smaller one. It does not see the inputs either.
 Source     the heuristic of FineQuant (arXiv 2308.09723), on a percentile of the ratios instead of the largest.
