@@ -1,9 +1,10 @@
 """The table of quality: recipes against models, with size, KL divergence, perplexity and seconds.
 
     python bench/quality.py --model MODEL [--model ...] --calibration IDS.npy --heldout IDS.npy
-        [--recipe NAME_OR_FILE ...] [--bits 4 3 2] [--out results.json]
+        [--recipe NAME_OR_FILE ...] [--method NAME ...] [--bits 4 3 2] [--jobs 1] [--out results.json]
 
-Without --recipe: GPTQ and round-to-nearest, symmetric, group 128, at each of --bits. Every run is a process of its own, so the
+Without --recipe: each --method (gptq and rtn if none is named; `all` for all) at each of --bits that it has, `plan` being what
+`compress quantize --bpw` makes of that budget. --jobs N runs several at a time, which the seconds then tell. Every run is a process of its own, so the
 seconds are what a user waits for. KL divergence is measured in float32 over all positions but the first of each window, natural
 logarithm; bits per weight count all stored bits of the compressed weights.
 """
@@ -18,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ import yaml
 
 from compress.files import write_json
 
+PLAN = "plan-"
+Steps = dict[str, Any]
 HEADS = (
     ("model", 14),
     ("recipe", 22),
@@ -39,16 +44,78 @@ HEADS = (
 )
 
 
-def step(method: str, bits: int) -> dict[str, Any]:
-    """The recipe that the comparison with other tools uses: symmetric, group 128, all linears in blocks."""
-    return {"steps": [{"match": "*.*", "method": method, "options": {"bits": bits, "group_size": 128, "symmetric": True}}]}
+def _uniform(method: str, **more: Any) -> Callable[[float], Steps | None]:
+    """A method of whole bits with group 128; two and a half are two bits and groups of 32."""
+
+    def steps(bits: float) -> Steps | None:
+        if bits == 2.5:
+            return step(method, 2, group_size=32, **more)
+        return step(method, int(bits), group_size=128, **more) if bits == int(bits) else None
+
+    return steps
+
+
+def step(method: str, bits: float, **options: Any) -> Steps:
+    """One method for all linears in blocks."""
+    return {"steps": [{"match": "*.*", "method": method, "options": {"bits": bits, **options}}]}
+
+
+def _with(steps: Callable[[float], Steps | None], **more: Any) -> Callable[[float], Steps | None]:
+    """The same with transforms before it, or tuning after."""
+
+    def both(bits: float) -> Steps | None:
+        found = steps(bits)
+        return None if found is None else {**found, **more}
+
+    return both
+
+
+def _table(method: str, names: dict[float, str]) -> Callable[[float], Steps | None]:
+    def steps(bits: float) -> Steps | None:
+        options = {"datatype": names.get(bits)}
+        return {"steps": [{"match": "*.*", "method": method, "options": options}]} if bits in names else None
+
+    return steps
+
+
+AWQ = [{"method": "transform/awq"}]
+GRID = [{"method": "tune/grid"}]
+METHODS: dict[str, Callable[[float], Steps | None]] = {
+    "rtn": _uniform("quant/rtn"),
+    "gptq": _uniform("quant/gptq"),
+    "gptq+tuning": _with(_uniform("quant/gptq"), tuning=GRID),
+    "signround": _uniform("quant/signround"),
+    "decoupleq": _with(_uniform("quant/decoupleq"), tuning=GRID),
+    "awq+rtn": _with(_uniform("quant/rtn"), transforms=AWQ),
+    "awq+gptq": _with(_uniform("quant/gptq"), transforms=AWQ),
+    "slim": lambda bits: step("quant/slim", bits, group_size=128),
+    "spqr": lambda bits: {"steps": [{"match": "*.*", "method": "quant/spqr", "options": _spqr(bits)}]},
+    "hqq": lambda bits: step("quant/hqq", int(bits), group_size=64) if bits == int(bits) else None,
+    "finequant": lambda bits: step("quant/finequant", int(bits)) if bits == int(bits) else None,
+    "bipolar": _uniform("quant/bipolar"),
+    "bitmod": _table("quant/bitmod", {3: "fp3", 4: "fp4"}),
+    "fp4": _table("quant/floating", {4: "fp4"}),
+    "nf4": _table("quant/floating", {4: "nf4"}),
+    "mxfp4": _table("quant/floating", {4: "mxfp4"}),
+    "nvfp4": _table("quant/floating", {4: "nvfp4"}),
+}
+
+
+def _spqr(bits: float) -> dict[str, Any]:
+    """Two or three bits per code, and outliers up to what is stored in all."""
+    return {"bits": max(2, int(bits) - (bits < 4)), "target_bits": bits + 0.125}
 
 
 def measure(model: Path, recipe: str, calibration: Path, heldout: Path, device: str) -> dict[str, Any]:
     """Compress in one process, evaluate in another; return the row."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        run = ["run", recipe, str(model), "-o", str(out), "--data", str(calibration), "--json", "--device", device]
+        what = (
+            ["quantize", str(model), "--bpw", recipe.removeprefix(PLAN)]
+            if recipe.startswith(PLAN)
+            else ["run", recipe, str(model)]
+        )
+        run = [*what, "-o", str(out), "--data", str(calibration), "--json", "--device", device]
         started = time.perf_counter()
         made = call(*run)
         seconds = time.perf_counter() - started
@@ -57,7 +124,7 @@ def measure(model: Path, recipe: str, calibration: Path, heldout: Path, device: 
         shutil.rmtree(out)
     return {
         "model": model.name,
-        "recipe": Path(recipe).stem,
+        "recipe": recipe.removesuffix(".yaml").rpartition("/")[2],
         "bits_per_weight": made["bits_per_compressed_weight"],
         "bytes": made["bytes_after"],
         "kl": found["kl"],
@@ -88,6 +155,31 @@ def machine() -> dict[str, str]:
     return {"cpu": cpu, "gpu": gpu, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
+def show(row: dict[str, Any]) -> None:
+    """Print one row."""
+    print(
+        f"{row['model']:>14} {row['recipe']:>22} {row['bits_per_weight']:>7.3f} {row['kl']:>9.5f} "
+        f"{row['kl_standard_error']:>8.5f} {row['agreement']:>7.2%} {row['perplexity']:>10.3f} "
+        f"{row['perplexity_before']:>8.3f} {row['seconds']:>8.1f}",
+        flush=True,
+    )
+
+
+def recipes_of(methods: list[str], bits: list[float], folder: Path) -> list[str]:
+    """Write a recipe for each method at each width that it has; a plan is named by its budget."""
+    found = []
+    for method in [*METHODS, "plan"] if methods == ["all"] else methods:
+        for width in bits:
+            steps = METHODS[method](width) if method in METHODS else None
+            path = folder / f"{method}-{width:g}bit.yaml"
+            if steps is not None:
+                path.write_text(yaml.safe_dump(steps))
+                found.append(str(path))
+            elif method == "plan":
+                found.append(f"{PLAN}{width:g}")
+    return found
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,30 +187,21 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--heldout", type=Path, required=True)
     parser.add_argument("--recipe", action="append", default=[])
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--method", action="append", default=[], choices=[*METHODS, "plan", "all"])
+    parser.add_argument("--bits", type=float, nargs="+", default=[4, 3, 2])
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        recipes = list(arguments.recipe)
-        if not recipes:
-            for method in ("quant/gptq", "quant/rtn"):
-                for bits in arguments.bits:
-                    path = Path(folder) / f"{method.split('/')[1]}-{bits}bit-g128.yaml"
-                    path.write_text(yaml.safe_dump(step(method, bits)))
-                    recipes.append(str(path))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        methods = arguments.method or ([] if arguments.recipe else ["gptq", "rtn"])
+        recipes = arguments.recipe + recipes_of(methods, arguments.bits, Path(folder))
         print(" ".join(name.rjust(width) for name, width in HEADS))
-        for model in arguments.model:
-            for recipe in recipes:
-                row = measure(model, recipe, arguments.calibration, arguments.heldout, arguments.device)
-                rows.append(row)
-                print(
-                    f"{row['model']:>14} {row['recipe']:>22} {row['bits_per_weight']:>7.3f} {row['kl']:>9.5f} "
-                    f"{row['kl_standard_error']:>8.5f} {row['agreement']:>7.2%} {row['perplexity']:>10.3f} "
-                    f"{row['perplexity_before']:>8.3f} {row['seconds']:>8.1f}",
-                    flush=True,
-                )
+        work = [(m, r, arguments.calibration, arguments.heldout, arguments.device) for m in arguments.model for r in recipes]
+        for row in pool.map(lambda given: measure(*given), work):
+            rows.append(row)
+            show(row)
     if arguments.out:
         shown = " ".join(Path(word).name if Path(word).exists() else word for word in sys.argv[1:])
         write_json(arguments.out, {"machine": machine(), "command": f"python bench/quality.py {shown}", "rows": rows})
