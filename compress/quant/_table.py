@@ -120,6 +120,7 @@ class Scales:
         assert self.row is not None
         if self.kind == "uint8":
             return (scale / self.row).round_().clamp_(1, 255).mul_(self.row)
+        # Above 448 a conversion saturates on some devices and versions of torch, and gives NaN on others.
         return (scale / self.row).clamp_(_LEAST_E4M3, _MOST_E4M3).to(torch.float8_e4m3fn).to(scale.dtype).mul_(self.row)
 
     def covering(self, scale: Tensor) -> Tensor:
