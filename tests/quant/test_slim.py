@@ -333,6 +333,16 @@ def test_few_groups_have_one_width_when_balanced() -> None:
         assert set(widths(slim(weight, hessian, bits=bits, group_size=8, allocation="balanced"))) == {bits}
 
 
+def test_spread_is_of_free_widths_only() -> None:
+    weight, hessian = problem(columns=64)
+    found = [widths(slim(weight, hessian, bits=3, group_size=8, spread=n, allocation="balanced")) for n in (0, 1, 3)]
+    assert found[0] == found[1] == found[2]
+    assert set(found[0]) == {2, 3, 4}
+    free = [widths(slim(weight, hessian, bits=3, group_size=8, spread=n)) for n in (0, 1, 3)]
+    assert set(free[0]) == {3}
+    assert free[0] != free[1] != free[2]
+
+
 def test_not_mixing_is_among_what_is_tried() -> None:
     """Where groups are alike, any exchange of bits is a loss: the paper's search would have to make one."""
     weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).repeat(1, 8)
