@@ -82,3 +82,12 @@ def test_no_pattern_takes_what_was_not_planned() -> None:
     ((_, patterns),) = fold(choices, ["language_model.lm_head"])
     assert "*.*" not in patterns
     assert len(patterns) <= len(DENSE)
+
+
+def test_a_star_that_reaches_over_a_dot_takes_no_more_than_its_own() -> None:
+    """`model.layers.*.a.w` also matches `model.layers.0.b.a.w`, which is to be something else."""
+    choices = {f"model.layers.{b}.a.w": 1 for b in range(3)} | {f"model.layers.{b}.b.a.w": 0 for b in range(3)}
+    choices |= {f"model.layers.{b}.c": 0 for b in range(3)}
+    steps = fold(choices)
+    assert {name: unfold(steps, name) for name in choices} == choices
+    assert steps[0] == (1, ["model.layers.[012].a.w"])
