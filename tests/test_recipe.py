@@ -75,7 +75,7 @@ def test_shipped_recipes_resolve_and_their_dump_loads_to_the_same(name: str, tin
     assert recipe.description
     assigned = recipes.resolve(recipe, sites)
     assert {a.site.name for a in assigned} == {site.name for site in sites if site.name != "lm_head"}
-    needs_data = any(a.method.needs for a in assigned)
+    needs_data = any(a.method.needs for a in assigned) or bool(recipe.transforms) or bool(recipe.tuning)
     assert (recipe.data is not None) == needs_data
     assert recipes.load(written(tmp_path, recipes.dump(recipe))) == recipe
     changed = recipes.load(name, [f"data.name={tmp_path}/ids.npy"])

@@ -221,7 +221,9 @@ def in_order(diagonal: list[float], size: int, order: str) -> list[int]:
         return sorted(columns, key=lambda c: -diagonal[c])
     means = {g: sum(diagonal[g * size : (g + 1) * size]) / size for g in range(len(diagonal) // size)}
     return [
-        c for g in sorted(means, key=lambda g: -means[g]) for c in sorted(columns[g * size : (g + 1) * size], key=lambda c: -diagonal[c])
+        c
+        for g in sorted(means, key=lambda g: -means[g])
+        for c in sorted(columns[g * size : (g + 1) * size], key=lambda c: -diagonal[c])
     ]
 
 
