@@ -254,15 +254,16 @@ class Solver:
         self.delta[span] = torch.where(better, rounded.delta - shift, self.delta[span])
 
     def search(self, room: int) -> float:
-        """Sweep with the threshold that leaves at most `room` outliers, and not many fewer; return it.
+        """Sweep with a threshold that leaves at most `room` outliers, and not many fewer; return it.
 
-        Bisection of its logarithm, cut where counts falling like a power of the threshold would hit; in the middle every third
-        time. The last sweep is the one that is kept.
+        Bisection of its logarithm, cut where counts falling like a power of the threshold would hit, in the middle every third
+        time. A count jumps a little from one threshold to the next, as all later columns change with each outlier: where none
+        is found that leaves less than 1 % unused, the one that leaves least is taken.
         """
         low, high = -14.0, 5.0
         many, few = float(self.weight.numel()), 0.5
         aim = room * (1 - _SLACK / 2)
-        best = math.inf
+        best, most = math.inf, 0
         for attempt in range(_SEARCH if room else 0):
             share = math.log(many / aim) / math.log(many / few) if attempt % 3 != 2 else 0.5
             middle = low + (high - low) * min(max(share, 0.05), 0.95)
@@ -271,9 +272,11 @@ class Solver:
             if found > room:
                 low, many = middle, float(found)
                 continue
-            high, few, best = middle, max(float(found), 0.5), math.exp(middle)
+            high, few = middle, max(float(found), 0.5)
             if found >= room * (1 - _SLACK):
-                return best
+                return math.exp(middle)
+            if found > most:
+                best, most = math.exp(middle), found
         self.sweep(best)
         return best
 
