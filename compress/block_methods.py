@@ -42,12 +42,16 @@ class Surroundings:
         changed = self.weights.get(site.name)
         return self.skeleton.weight(site).to(self.skeleton.device).float() if changed is None else changed
 
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """Return another tensor in the dtype that it is stored in, which is the source's."""
+        return value.detach().to(self.skeleton.source.tensor(name).dtype).contiguous()
+
     def replace_others(self, others: Mapping[str, Tensor]) -> None:
         """Store other tensors in the dtype that the source has them in, and let the block run with them."""
         for name, value in others.items():
             if not bool(value.isfinite().all()):
                 raise CalibrationError(f"{name}: is not finite after a transform or tuning; check the calibration data")
-            self.others[name] = value.detach().to("cpu", self.skeleton.source.tensor(name).dtype).contiguous()
+            self.others[name] = self.stored(name, value).cpu()
         self.skeleton.put_others(self.number, {name: self.others[name] for name in others})
 
 
@@ -59,6 +63,8 @@ class View:
         self._sites = {a.site.name: a.site for a in assignments}
         self.sites = {name: site.shape for name, site in self._sites.items()}
         self.batches = len(around.inputs.shapes)
+        counts = distributed.gather(self.batches)
+        self.first, self.everyones = sum(counts[: distributed.rank()]), sum(counts)
 
     def weight(self, site: str) -> Tensor:
         """Return the weight of a site (out, in) in float32, as transforms have left it."""
@@ -67,6 +73,10 @@ class View:
     def others(self) -> dict[str, Tensor]:
         """Return the block's other floating-point tensors by disk name, in float32."""
         return self._around.skeleton.others(self._around.number)
+
+    def stored(self, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return other tensors by disk name as they would be stored, in float32."""
+        return {name: self._around.stored(name, value).to(value.device).float() for name, value in others.items()}
 
     def observe(self, kinds: Sequence[type[Statistics]]) -> dict[str, Stats]:
         """Return statistics of the inputs of every site, over the calibration of all ranks."""

@@ -92,12 +92,26 @@ class Block(Protocol):
         """Number of this rank's calibration batches."""
         ...
 
+    @property
+    def first(self) -> int:
+        """Place of this rank's first batch among the batches of all ranks: what is drawn does not depend on their number."""
+        ...
+
+    @property
+    def everyones(self) -> int:
+        """Number of calibration batches of all ranks."""
+        ...
+
     def weight(self, site: str) -> Tensor:
         """Return the weight of a site (out, in) in float32, as transforms have left it and before it is compressed."""
         ...
 
     def others(self) -> dict[str, Tensor]:
         """Return the block's other floating-point tensors (norms, biases) by disk name, in float32."""
+        ...
+
+    def stored(self, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return other tensors by disk name as they would be stored, in float32."""
         ...
 
     def observe(self, kinds: Sequence[type[Statistics]]) -> dict[str, Stats]:
