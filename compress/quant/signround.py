@@ -71,7 +71,9 @@ class Rounding:
         if grid.zero is None:
             return cls(grouped, shift, scale, None, torch.ones_like(scale).unsqueeze(0), grid.bits)
         zeros = grid.zero.to(weight.dtype)
-        return cls(grouped, shift, (top - zeros) * scale, -zeros * scale, torch.ones_like(scale).expand(2, -1, -1).clone(), grid.bits)
+        return cls(
+            grouped, shift, (top - zeros) * scale, -zeros * scale, torch.ones_like(scale).expand(2, -1, -1).clone(), grid.bits
+        )
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Return scale as stored, and zero (out, groups), of the ranges as they are."""
@@ -104,7 +106,9 @@ class Rounding:
         scale, zero = self.grid()
         scaled, level = self.levels(scale, zero)
         given = by_value.unflatten(1, (-1, self.weight.shape[2]))
-        inside = nearest(scaled.clone(), -torch.inf, torch.inf) == level if self.bits > 1 or zero is not None else scaled.abs() <= 1
+        inside = (
+            nearest(scaled.clone(), -torch.inf, torch.inf) == level if self.bits > 1 or zero is not None else scaled.abs() <= 1
+        )
         by_shift = torch.where(inside, given * scale.unsqueeze(2), 0.0)
         change = torch.where(inside, level - self.weight / scale.unsqueeze(2), level)
         by_scale = (given * change).sum(2)
