@@ -15,6 +15,7 @@ from torch import Tensor
 from compress.method import Block
 
 Tensors = Mapping[str, Tensor]
+_BETAS = (0.9, 0.99)
 
 
 def drawn(block: Block, per_step: int) -> Iterator[list[int]]:
@@ -75,3 +76,19 @@ def _error(block: Block, batch: int, weights: Tensors, others: Tensors | None) -
 def _nothing(weights: Tensors) -> Tensor:
     """A sum of squares and a count, both 0, where the weights are."""
     return torch.zeros(2, dtype=torch.float64, device=next(iter(weights.values())).device)
+
+
+class Adam:
+    """Directions of Adam (arXiv 1412.6980): the mean of past gradients over the root of their mean square, about 1 in size."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._mean, self._square, self._count = torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Take in a gradient and return what to move against; 0 where there was never any."""
+        first, second = _BETAS
+        self._count += 1
+        self._mean.lerp_(gradient, 1 - first)
+        self._square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        spread = (self._square / (1 - second**self._count)).sqrt_().clamp_min_(torch.finfo(self._square.dtype).tiny)
+        return (self._mean / (1 - first**self._count)).div_(spread)

@@ -12,7 +12,7 @@ BLOCK = 32  # columns that are solved one by one between matrix products
 
 
 def swept(weight: Tensor, factor: Factor, levels: Levels, size: int) -> tuple[Tensor, Tensor]:
-    """Round weight (in, out) on levels of groups of `size` columns; return weight - rounded and codes (in, out), natural order."""
+    """Round weight (in, out) on levels of groups of `size` columns; return weight - rounded and codes, in natural order."""
     target = weight[factor.order]
     delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
     Sweep(target, delta, codes, factor.feedback, levels, factor.order // size, BLOCK).run(0, len(weight))

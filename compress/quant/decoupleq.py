@@ -1,7 +1,7 @@
 """decoupleQ: integers and floats of a weight found in turn, each the best for the other (arXiv 2404.12759).
 
-Problem   minimise E = tr((W - Q) H (W - Q)^T) over Q = s a + o: integers a in -2^(b-1) .. 2^(b-1)-1, a scale s and an offset o per
-          row and group, neither of which is tied to the range of the weights. H is the damped mean of x x^T.
+Problem   minimise E = tr((W - Q) H (W - Q)^T) over Q = s a + o: integers a in -2^(b-1) .. 2^(b-1)-1, a scale s and an offset o
+          per row and group, neither of which is tied to the range of the weights. H is the damped mean of x x^T.
 Shapes    W and a (out, in), H (in, in), s and o (out, groups).
 Start     the grid of least squared error that GPTQ begins with, its zero point written as an offset, and GPTQ's codes on it.
 Floats    given a, E is quadratic in a row's 2 G floats. With D = W - Q and blocks of groups i, j:
@@ -168,14 +168,15 @@ def floats(
 def normal(
     weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, bits: int, *, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return matrix (out, 2 groups, 2 groups) and right side (out, 2 groups) of the change of scales and then offsets, float64."""
+    """Return matrix (out, n, n) and right side (out, n) of the change of scales and then offsets, n = 2 groups, in float64."""
     rows, groups = scale.shape
     size = weight.shape[1] // groups
     steps = codes.double() - middle(bits)
     bent = (weight.double() - decoded(codes, scale.double(), offset.double(), bits)) @ hessian
 
     def per_group(values: Tensor) -> Tensor:
-        return values.unflatten(1, (groups, size)).sum(2)
+        summed: Tensor = values.unflatten(1, (groups, size)).sum(2)
+        return summed
 
     unknowns = groups if symmetric else 2 * groups
     matrix = weight.new_empty(rows, unknowns, unknowns, dtype=torch.float64)
@@ -193,10 +194,10 @@ def normal(
 
 
 def plane(best: Tensor, lower: Tensor, groups: int) -> Tensor:
-    """Round unknowns (out, n) to bfloat16 from the first on, each making up for those before it, given a factor (out, n, n).
+    """Round unknowns (out, n) to bfloat16 one by one, each making up for those before it, given a factor L (out, n, n).
 
-    With P = L L^T the cost of an error e is |L^T e|^2: unknown k has the square (L_kk e_k + sum_{j>k} L_jk e_j)^2, so the last one
-    is rounded first. Scales come before offsets, which make up for them: the matrix is turned around.
+    With P = L L^T the cost of an error e is |L^T e|^2: unknown k has the square (L_kk e_k + sum_{j>k} L_jk e_j)^2, so the last
+    one is rounded first: offsets before scales.
     """
     rounded = best.clone()
     for k in range(best.shape[1] - 1, -1, -1):

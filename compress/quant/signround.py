@@ -1,6 +1,6 @@
-"""SignRound: where each weight is rounded, and to what range, learned by signed gradients of the block's error (arXiv 2309.05516).
+"""SignRound: where each weight is rounded, and to what range, learned by gradients of the block's error (arXiv 2309.05516).
 
-Problem   minimise the mean squared error of a block's outputs, with inputs behind the compressed blocks and the original's outputs
+Problem   minimise the mean squared error of a block's outputs, with inputs behind compressed blocks and the original's outputs
           as targets, over all linears of the block together. GPTQ minimises the error of each linear alone.
 Weights   x = W / s + V,  q = clamp(round(x), low, high),  Q = s q                  W and V (out, in), s (out, groups)
           symmetric    s = alpha s0, of either sign: the longer end of the range is at the larger weight
@@ -9,7 +9,8 @@ Weights   x = W / s + V,  q = clamp(round(x), low, high),  Q = s q              
           where s is rounded to bfloat16, the type it is stored in. V is in steps of the grid.
 Gradients G = dLoss/dQ is the block's; the rest is closed form, with round(y) taken to have the slope 1:
           dQ/dV = s inside the range and 0 outside;   dQ/ds = q - W/s inside, q outside;   dQ/dz = 0 inside, -s outside
-Step      p <- p - rate (1 - t/T) sign(gradient), for V and for alpha and beta; no state beside p.
+Step      p <- p - rate (1 - t/T) d, for V and for alpha and beta (theirs over 2^(b-1): all rates are in steps of the grid, at
+          the end of the range), with d the direction of Adam or, as in the paper, the sign of the gradient.
 Best      the loss over all batches is taken at the start and `evaluations` times on the way, with what would be stored; the
           least is kept, so that the result is never worse than its start. (The paper keeps the step whose own batch lost least.)
 Start     gptq   V moves each x into the cell of the code that GPTQ with refined scales gives it, as little as it takes
@@ -31,14 +32,17 @@ from torch import Tensor
 from compress.calibration.statistics import Hessian, Statistics
 from compress.method import Bits, Block, GroupSize, Method, Result
 from compress.parts.uniform import Uniform, middle, uniform_bits
-from compress.quant._comparison import drawn, gradients, loss
+from compress.quant._comparison import Adam, drawn, gradients, loss
 from compress.quant._compensate import compensated
 from compress.quant._grid import Grid, fit, indivisible, nearest, stored
 from compress.weight import CompressedWeight
 
 Start = Literal["gptq", "mse"]
+Rule = Literal["adam", "sign"]
 # How far inside the cell of its code a weight is put that GPTQ rounded elsewhere, in steps of the grid.
 _MARGIN = 0.05
+# How far V and the ends of a range can go in all steps together, in steps of the grid; with signs as in the paper.
+_REACH = {"adam": (0.25, 0.25), "sign": (0.5, 0.5)}
 _SHORTEST, _LONGEST = 0.1, 2.0  # of the range that a group starts with
 
 
@@ -52,28 +56,27 @@ class Rounding:
     low: Tensor | None  # (out, groups) lo0; None: symmetric
     range: Tensor  # (ends, out, groups) multipliers: of s0; or of lo0 and hi0
     bits: int
+    adam: tuple[Adam, Adam] | None = None  # of V and of the range; None: signs
 
     @classmethod
     def at(cls, weight: Tensor, grid: Grid, size: int, codes: Tensor | None) -> Rounding:
         """Begin at a grid of weight (out, in), with the codes (out, in) given or else the nearest ones."""
         grouped, scale = weight.unflatten(1, (-1, size)), grid.scale.to(weight.dtype)
         top = (1 << grid.bits) - 1
-        shift = torch.zeros_like(grouped)
+        shift, zeros = torch.zeros_like(grouped), None if grid.zero is None else grid.zero.to(weight.dtype)
         if codes is not None:
-            zero = middle(grid.bits) if grid.zero is None else grid.zero.to(weight.dtype).unsqueeze(2)
+            zero = middle(grid.bits) if zeros is None else zeros.unsqueeze(2)
             scaled = grouped / scale.unsqueeze(2)
             want = codes.unflatten(1, (-1, size)).to(weight.dtype) - zero
             reach = 0.5 - _MARGIN
             inside = torch.maximum(torch.minimum(scaled, want + reach), want - reach)
-            # A weight beyond the range is rounded to its end wherever it is: left there, it has no gradient until the range grows.
-            agrees = nearest(scaled.clone(), *_limits(grid.bits, None if grid.zero is None else zero.squeeze(2))) == want
+            # A weight beyond the range that is rounded to its end is left there, without a gradient until the range grows.
+            agrees = nearest(scaled.clone(), *_limits(grid.bits, zeros)) == want
             shift = torch.where(agrees, 0.0, inside - scaled)
-        if grid.zero is None:
+        if zeros is None:
             return cls(grouped, shift, scale, None, torch.ones_like(scale).unsqueeze(0), grid.bits)
-        zeros = grid.zero.to(weight.dtype)
-        return cls(
-            grouped, shift, (top - zeros) * scale, -zeros * scale, torch.ones_like(scale).expand(2, -1, -1).clone(), grid.bits
-        )
+        ends = torch.ones_like(scale).expand(2, -1, -1).clone()
+        return cls(grouped, shift, (top - zeros) * scale, -zeros * scale, ends, grid.bits)
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Return scale as stored, and zero (out, groups), of the ranges as they are."""
@@ -106,9 +109,8 @@ class Rounding:
         scale, zero = self.grid()
         scaled, level = self.levels(scale, zero)
         given = by_value.unflatten(1, (-1, self.weight.shape[2]))
-        inside = (
-            nearest(scaled.clone(), -torch.inf, torch.inf) == level if self.bits > 1 or zero is not None else scaled.abs() <= 1
-        )
+        pair = self.bits == 1 and zero is None  # -1/2 and +1/2, whose cells reach one step out
+        inside = scaled.abs() <= 1 if pair else scaled.round() == level
         by_shift = torch.where(inside, given * scale.unsqueeze(2), 0.0)
         change = torch.where(inside, level - self.weight / scale.unsqueeze(2), level)
         by_scale = (given * change).sum(2)
@@ -120,10 +122,14 @@ class Rounding:
         return by_shift, torch.stack([(-whole / top - by_zero / scale) * self.low, whole / top * self.start])
 
     def step(self, by_value: Tensor, rate: float, range_rate: float) -> None:
-        """Move everything against the sign of its gradient."""
+        """Move everything against its gradient, given that by the weight (out, in)."""
         by_shift, by_range = self.gradients(by_value)
-        self.shift.sub_(by_shift.sign_(), alpha=rate)
-        self.range.sub_(by_range.sign_(), alpha=range_rate).clamp_(_SHORTEST, _LONGEST)
+        if self.adam is None:
+            by_shift, by_range = by_shift.sign_(), by_range.sign_()
+        else:
+            by_shift, by_range = self.adam[0].direction(by_shift), self.adam[1].direction(by_range)
+        self.shift.sub_(by_shift, alpha=rate)
+        self.range.sub_(by_range, alpha=range_rate / (1 << (self.bits - 1))).clamp_(_SHORTEST, _LONGEST)
 
 
 def _limits(bits: int, zero: Tensor | None) -> tuple[Any, Any]:
@@ -143,9 +149,10 @@ def signround(
     rate: float | None = None,
     range_rate: float | None = None,
     start: Start = "gptq",
+    rule: Rule = "adam",
     evaluations: int = 8,
 ) -> dict[str, Result]:
-    """Round all weights of a block together; rates of None are 1 / steps."""
+    """Round all weights of a block together; rates of None are those of `_REACH`."""
     notes: dict[str, dict[str, Any]] = {site: {} for site in block.sites}
     roundings: dict[str, Rounding] = {}
     stats = block.observe((Hessian,)) if start == "gptq" else {}
@@ -160,7 +167,10 @@ def signround(
                 notes[site]["fallback"] = factor.fallback
         else:
             codes, grid = None, fit(weight, bits, size, symmetric=symmetric, search=True)
-        roundings[site] = Rounding.at(weight, grid, size, codes)
+        found = Rounding.at(weight, grid, size, codes)
+        if rule == "adam":
+            found.adam = Adam(found.shift), Adam(found.range)
+        roundings[site] = found
 
     def values() -> dict[str, Tensor]:
         return {site: rounding.value() for site, rounding in roundings.items()}
@@ -168,13 +178,15 @@ def signround(
     before = least = loss(block, values())
     best = {site: (rounding.shift.clone(), rounding.range.clone()) for site, rounding in roundings.items()}
     best_step, done = 0, {round(steps * (k + 1) / evaluations) for k in range(evaluations)}
-    rate, source = 1 / max(steps, 1) if rate is None else rate, drawn(block, batches)
-    range_rate = rate if range_rate is None else range_rate
+    rates = [
+        2 * reach / max(steps, 1) if given is None else given
+        for reach, given in zip(_REACH[rule], (rate, range_rate), strict=True)
+    ]
+    source = drawn(block, batches)
     for step in range(steps if block.everyones else 0):
-        _, found, _ = gradients(block, next(source), values())
-        left = 1 - step / steps
-        for site, gradient in found.items():
-            roundings[site].step(gradient, rate * left, range_rate * left)
+        _, by_weight, _ = gradients(block, next(source), values())
+        for site, gradient in by_weight.items():
+            roundings[site].step(gradient, *(rate * (1 - step / steps) for rate in rates))
         if step + 1 in done and (now := loss(block, values())) < least:
             least, best_step = now, step + 1
             best = {site: (rounding.shift.clone(), rounding.range.clone()) for site, rounding in roundings.items()}
@@ -198,9 +210,12 @@ class SignRound(Method):
     symmetric: Annotated[bool, Field(description="no zero points: the scale may be negative")] = True
     steps: Annotated[int, Field(ge=0, le=100000, description="steps of signed gradients per block")] = 200
     batches: Annotated[int, Field(ge=1, description="calibration batches (of batch_tokens tokens) that a step looks at")] = 1
-    rate: Annotated[float | None, Field(gt=0, le=1, description="first step of V, in steps of the grid; null: 1 / steps")] = None
-    range_rate: Annotated[float | None, Field(gt=0, le=1, description="first step of range multipliers; null: rate")] = None
+    rate: Annotated[
+        float | None, Field(gt=0, le=1, description="first step of V, in steps of the grid; null: by rule and steps")
+    ] = None
+    range_rate: Annotated[float | None, Field(gt=0, le=1, description="first step of the ends of a range, likewise")] = None
     start: Annotated[Start, Field(description="what is improved on: GPTQ's codes, or rounding on the best grid")] = "gptq"
+    rule: Annotated[Rule, Field(description="how gradients become steps: Adam's directions, or the paper's signs")] = "adam"
     evaluations: Annotated[int, Field(ge=1, description="times that the loss over all batches is taken on the way")] = 8
 
     def check(self, shape: tuple[int, int]) -> str | None:

@@ -1,14 +1,14 @@
 """Grid: scales and offsets of compressed weights, and norms, trained so that the block gives what the original gave.
 
-Problem   minimise the mean squared error of a block's outputs, with inputs behind the compressed blocks and the original's outputs
+Problem   minimise the mean squared error of a block's outputs, with inputs behind compressed blocks and the original's outputs
           as targets, over the scales s and offsets o (out, groups) of all its compressed weights, codes fixed, and over its norms
           and biases. A weight is linear in them, Q = (code - zero) s + o, so there is nothing to round but how they are stored.
 Step      Adam on p, with s = s0 + |s0| p, o = o0 + |s0| p and n = n0 + rms(n0) p for other vectors: one rate suits all, as it is
           relative to what is there. Masters are float32; the rate falls linearly to 0.
 Best      the loss over all batches is taken before the first round and after each, with everything rounded as it is stored; the
           least is kept, so that the result is never worse than what came in.
-Parts     every floating-point field `scale` and `offset` of a weight's base by which its values can be differentiated. Other parts
-          stay as they are, and the notes name their sites.
+Parts     every floating-point field `scale` and `offset` of a weight's base by which its values can be differentiated. Other
+          parts stay as they are, and the notes name their sites.
 Source    the block-wise step of decoupleQ (arXiv 2404.12759), which takes absolute steps of 1e-5.
 Failures  few calibration tokens are fitted and not learned from; needs gradients through the block.
 """
@@ -24,11 +24,10 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.method import Block, Method, Tuned
-from compress.quant._comparison import drawn, gradients, loss
+from compress.quant._comparison import Adam, drawn, gradients, loss
 from compress.weight import CompressedWeight
 
 _FIELDS = ("scale", "offset")
-_BETAS = (0.9, 0.99)
 _LEAST = 1e-3  # of the root mean square of a vector, as the unit of its steps: gains of norms may begin at zero
 
 
@@ -38,7 +37,7 @@ class Master:
     def __init__(self, start: Tensor, unit: Tensor) -> None:
         self.start, self.unit = start.float(), unit.float()
         self.p = torch.zeros_like(self.start)
-        self._mean, self._square, self._step = torch.zeros_like(self.p), torch.zeros_like(self.p), 0
+        self._adam = Adam(self.p)
 
     def value(self) -> Tensor:
         """Return what p stands for."""
@@ -46,12 +45,7 @@ class Master:
 
     def step(self, gradient: Tensor, rate: float) -> None:
         """Take one step of Adam, given the gradient by the value."""
-        gradient, self._step = gradient * self.unit, self._step + 1
-        self._mean.lerp_(gradient, 1 - _BETAS[0])
-        self._square.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-        spread = (self._square / (1 - _BETAS[1] ** self._step)).sqrt_()
-        tiny = torch.finfo(spread.dtype).tiny
-        self.p.sub_((self._mean / (1 - _BETAS[0] ** self._step)).div_(spread.clamp_min_(tiny)), alpha=rate)
+        self.p.sub_(self._adam.direction(gradient * self.unit), alpha=rate)
 
 
 class Weight:
