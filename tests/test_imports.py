@@ -50,6 +50,7 @@ TABLE: dict[str, Row] = {
     "calibration.statistics": Row("errors", "torch"),
     "method": Row("weight calibration.statistics errors", "torch pydantic"),
     "quant.*": Row("method parts.* weight calibration.statistics errors quant._*", "torch scipy pydantic"),
+    "tune.*": Row("method parts.* weight calibration.statistics errors quant._*", "torch scipy pydantic"),
     # Calibration deals in files, names and model code, never in methods.
     "recipe_data": Row("", "pydantic"),
     "recipe": Row("registry recipe_data errors", "pydantic yaml"),

@@ -7,7 +7,7 @@ that it has, sums are formed over ranks, and so all ranks take the same step wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def loss(block: Block, weights: Tensors, others: Tensors | None = None) -> float
 
 
 def gradients(
-    block: Block, batches: list[int], weights: Tensors, others: Tensors | None = None
+    block: Block, batches: Iterable[int], weights: Tensors, others: Tensors | None = None
 ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """Return the loss of a step and its gradients by the weights (out, in) and other tensors, float32, of all ranks together.
 
@@ -63,6 +63,41 @@ def gradients(
         dict(zip(leaves, found, strict=False)),
         dict(zip(more, found[len(leaves) :], strict=True)),
     )
+
+
+def probe(block: Block, weights: Tensors) -> tuple[dict[str, Tensor], int]:
+    """Return gradients by the weights (out, in) of the sum of all outputs with random signs, and how many outputs there are."""
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    summed = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    count = _nothing(weights)
+    generator = block.generator()
+    seed = generator.initial_seed()
+    for batch in range(block.batches):
+        generator.manual_seed(seed + block.first + batch)  # a batch's own signs, whichever rank has it
+        with torch.enable_grad():
+            output = block.run(block.inputs(batch), leaves)
+        signs = torch.randint(0, 2, output.shape, generator=generator, dtype=torch.int8).to(output).mul_(2).sub_(1)
+        for name, gradient in zip(
+            leaves, torch.autograd.grad(output, list(leaves.values()), signs, allow_unused=True), strict=True
+        ):
+            if gradient is not None:
+                summed[name] += gradient
+        count += output.numel()
+    return {name: block.total(gradient) for name, gradient in summed.items()}, int(block.total(count)[0])
+
+
+def moved(block: Block, weights: Tensors, changes: Tensors, batches: int) -> dict[str, float]:
+    """Return the mean square of how outputs move when one weight (out, in) changes, by site, over the first `batches` batches."""
+    total = {site: _nothing(weights) for site in changes}
+    with torch.no_grad():
+        for batch in range(max(0, min(block.batches, batches - block.first))):
+            hidden = block.inputs(batch)
+            output = block.run(hidden, weights).float()
+            for site, change in changes.items():
+                other = block.run(hidden, {**weights, site: weights[site] + change}).float()
+                total[site] += torch.stack([(other - output).square().sum().double(), total[site].new_tensor(output.numel())])
+    found = {site: block.total(values).tolist() for site, values in total.items()}
+    return {site: float(summed / max(count, 1)) for site, (summed, count) in found.items()}
 
 
 def _error(block: Block, batch: int, weights: Tensors, others: Tensors | None) -> tuple[Tensor, int]:

@@ -70,7 +70,7 @@ class Weight:
             if not values.requires_grad or not torch.equal(values, self.weight.dequantize()):
                 return False
             found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
-        return all(gradient is not None for gradient in found)
+        return all(gradient is not None and bool(gradient.any()) for gradient in found)
 
     def _dequantized(self, values: Mapping[str, Tensor]) -> Tensor:
         base: Any = replace(self.weight.base, **values)  # type: ignore[type-var]

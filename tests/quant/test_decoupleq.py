@@ -169,11 +169,10 @@ def test_error_falls_with_every_round_and_is_below_gptq() -> None:
         weight, hessian = problem(rows=16, columns=48, seed=seed)
         objective = factorise(hessian, 0.01, descending=True).hessian
 
-        def lost(**options: int) -> Tensor:
-            base = decoupleq(weight, hessian, bits=BITS, group_size=16, **options).weight.dequantize().double()
-            return torch.tensor(row_error(weight, objective, base))
-
-        errors = [lost(rounds=r, refinements=k) for r, k in ((0, 0), (1, 0), (2, 0), (4, 0), (4, 1), (4, 4))]
+        errors = []
+        for rounds, passes in ((0, 0), (1, 0), (2, 0), (4, 0), (4, 1), (4, 4)):
+            found = decoupleq(weight, hessian, bits=BITS, group_size=16, rounds=rounds, refinements=passes).weight
+            errors.append(torch.tensor(row_error(weight, objective, found.dequantize().double())))
         for more, less in itertools.pairwise(errors):
             assert (less <= more * (1 + 1e-6)).all()
         theirs = gptq(weight, hessian, bits=BITS, group_size=16, symmetric=False).weight.dequantize().double()

@@ -90,6 +90,7 @@ def mixing_block(seed: int = 0, width: int = 32, inner: int = 64, batches: int =
 
     weights = {"up": normal(inner, width) * width**-0.5, "down": normal(width, inner) * inner**-0.5}
     others = {"norm.weight": 1 + 0.2 * normal(width), "down.bias": 0.1 * normal(width)}
+    others = {name: value.bfloat16().float() for name, value in others.items()}
     mix = (torch.eye(width) + 0.4 * normal(width, width)) * normal(width).exp()
 
     def up(hidden: Tensor, others: Mapping[str, Tensor]) -> Tensor:
