@@ -5,8 +5,8 @@
 
 Without --recipe: each --method (gptq and rtn if none is named; `all` for all) at each of --bits that it has, `plan` being what
 `compress quantize --bpw` makes of that budget. --jobs N runs several at a time, which the seconds then tell. Every run is a
-process of its own, so the seconds are what a user waits for. KL divergence is measured in float32 over all positions but the first
-of each window, natural logarithm; bits per weight count all stored bits of the compressed weights.
+process of its own, so the seconds are what a user waits for. KL divergence is measured in float32 over all positions but the
+first of each window, natural logarithm; bits per weight count all stored bits of the compressed weights.
 """
 
 from __future__ import annotations

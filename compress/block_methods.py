@@ -62,6 +62,8 @@ class View:
         self.sites = {name: site.shape for name, site in self._sites.items()}
         self._rounding = {a.site.name: a.method for a in assignments}
         self.batches = len(around.inputs.shapes)
+        counts = distributed.gather(self.batches)
+        self.first, self.everyones = sum(counts[: distributed.rank()]), sum(counts)
 
     def weight(self, site: str) -> Tensor:
         """Return the weight of a site (out, in) in float32, as transforms have left it."""

@@ -140,6 +140,16 @@ class Block(Protocol):
         """Number of this rank's calibration batches."""
         ...
 
+    @property
+    def first(self) -> int:
+        """Place of this rank's first batch among the batches of all ranks: what is drawn does not depend on their number."""
+        ...
+
+    @property
+    def everyones(self) -> int:
+        """Number of calibration batches of all ranks."""
+        ...
+
     def weight(self, site: str) -> Tensor:
         """Return the weight of a site (out, in) in float32, as transforms have left it and before it is compressed."""
         ...
