@@ -213,21 +213,16 @@ class TwoLevelGrid:
         def error(scale: Tensor, zero: Tensor) -> Tensor:
             return scale.square() * (m.qq - 2 * zero * m.q1 + zero.square() * m.oo) - 2 * scale * (m.qg - zero * m.og)
 
-        best = error(self.scale(), self.zero())
-        top, step = self.spread(self.top), self.spread(self.step)
+        shape = (1 << self.scale_bits, *self.scale_code.shape)
+        number = torch.arange(shape[0], dtype=self.top.dtype, device=self.top.device).view(-1, 1, 1).expand(shape)
+        scale = decode_scale(number, self.spread(self.top), self.spread(self.step), self.scale_bits)
+        fitting = self._zero_codes(_divided(scale * m.q1 - m.og, scale * m.oo) / grain)
         offset, zero_step = self.spread(self.offset), self.spread(self.zero_step)
-        scale_code, zero_code = self.scale_code.clone(), self.zero_code.clone()
-        for number in range(1 << self.scale_bits):
-            code = torch.full_like(scale_code, number)
-            scale = decode_scale(code, top, step, self.scale_bits)
-            wanted = _divided(scale * m.q1 - m.og, scale * m.oo) / grain
-            fitting = self._zero_codes(wanted)
-            found = error(scale, decode_zero(fitting, offset, zero_step, self.zero_bits, self.bits, offset.dtype))
-            better = found < best
-            best = torch.where(better, found, best)
-            scale_code, zero_code = torch.where(better, code, scale_code), torch.where(better, fitting, zero_code)
-        self.scale_code.copy_(scale_code)
-        self.zero_code.copy_(zero_code)
+        zero = decode_zero(fitting, offset, zero_step, self.zero_bits, self.bits, offset.dtype)
+        found, place = error(scale, zero).min(0, keepdim=True)
+        better = found[0] < error(self.scale(), self.zero())
+        self.scale_code.copy_(torch.where(better, place[0].to(number.dtype), self.scale_code))
+        self.zero_code.copy_(torch.where(better, fitting.gather(0, place)[0], self.zero_code))
 
     def _zero_codes(self, fine: Tensor) -> Tensor:
         """The codes nearest to zeros (groups, out) in units of 2^(bits - 8)."""
