@@ -181,15 +181,17 @@ def sites_of(plan: Plan) -> list[Site]:
     return [a.site for a in plan.assignments if a.site.block is not None]
 
 
-def references(sites: Sequence[Site], candidates: Sequence[Candidate], bits: Sequence[list[int | None]]) -> list[int]:
-    """Choose candidates that fit every site, from the smallest up, some way apart."""
+def references(sites: Sequence[Site], candidates: Sequence[Candidate]) -> list[int]:
+    """Choose candidates that fit every site, from the smallest up, some way apart; without known sizes the first ones."""
     numel = sum(site.numel for site in sites)
-    whole = [c for c in range(len(candidates)) if all(row[c] is not None for row in bits)]
+    whole = [c for c, one in enumerate(candidates) if all(one.build.check(site.shape) is None for site in sites)]
+    sizes = {c: [candidates[c].build.stored_bits(site.shape) for site in sites] for c in whole}
+    known = sorted((sum(bits) / numel, c) for c, bits in sizes.items() if None not in bits)
     found: list[tuple[float, int]] = []
-    for size, c in sorted((sum(row[c] or 0 for row in bits) / numel, c) for c in whole):
+    for size, c in known:
         if len(found) < REFERENCES and (not found or size - found[-1][0] >= REFERENCE_STEP):
             found.append((size, c))
-    return [c for _, c in found]
+    return [c for _, c in found] or whole[:REFERENCES]
 
 
 class Measurement:
@@ -208,11 +210,7 @@ class Measurement:
                 fallback = None  # the Hessian is shrunk, as the recipe will do it
                 self.work.setdefault(a.site.block, []).append(Assignment(a.site, 0, asked, fallback, a.min_tokens))
         self.fits = {site.name: [c.build.check(site.shape) is None for c in candidates] for site in self.sites}
-        sizes: list[list[int | None]] = [
-            [c.build.stored_bits(s.shape) or 0 if ok else None for c, ok in zip(candidates, self.fits[s.name], strict=True)]
-            for s in self.sites
-        ]
-        self.references = references(self.sites, candidates, sizes)
+        self.references = references(self.sites, candidates)
         self.bits: dict[str, list[int | None]] = {}
         self.errors: dict[str, list[Tensor | None]] = {}  # (D H D^T)_oo, (out,)
         self.share: dict[str, float] = {}  # of the text's positions that reach a site

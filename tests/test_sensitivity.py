@@ -211,6 +211,29 @@ def test_factors_are_measured_at_references_and_between_them() -> None:
     assert found[3] == pytest.approx(1.1), "beyond the references as at the nearest"
 
 
+def test_references_fit_everything_and_lie_apart(tiny: Tiny, ids: Path) -> None:
+    plan, _ = planned(tiny("llama"), ids)
+    sites = planning.sites_of(plan)
+    settings = [(4, 16), (2, 16), (2, 32), (3, 64), (3, 32), (5, 16), (8, 16), (6, 16)]
+    candidates = [candidate("gptq", {"bits": bits, "group_size": size}) for bits, size in settings]
+    # 64 does not divide the 32 columns of most; 2 bits in groups of 16 are half a bit above those of 32.
+    assert sensitivity_module.references(sites, candidates) == [2, 4, 0, 5]
+    assert sensitivity_module.references(sites, [candidates[3]]) == []
+
+
+def test_sizes_that_depend_on_values_are_those_found(tiny: Tiny, ids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.quant.rtn import RTN
+
+    plan, tokens = planned(tiny("llama"), ids)
+    candidates = [candidate("rtn", {"bits": bits, "group_size": 16}) for bits in (3, 5)]
+    known = measure(plan, tokens, candidates, ROOM, silent)
+    monkeypatch.setattr(RTN, "stored_bits", lambda self, shape: None)
+    found = measure(plan, tokens, candidates, ROOM, silent)
+    assert (known.exact, found.exact) == (True, False)
+    assert found.sites == known.sites
+    assert [r.candidate for r in found.references] == [0, 1]
+
+
 def test_no_reference_means_no_factors() -> None:
     rows = [SiteCosts("a", [1, None], [0.5, None]), SiteCosts("b", [None, 2], [None, 0.1])]
     assert Sensitivity(rows, [], [], [], True, 0.0).factors() == [1.0, 1.0]
