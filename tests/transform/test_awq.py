@@ -431,6 +431,10 @@ def test_a_block_is_searched_as_sums_over_its_tokens_say() -> None:
     torch.testing.assert_close(changed.weights["a"], block.weights["a"] * outer_, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(changed.weights["b"], block.weights["b"] * outer_ / inner_.unsqueeze(1), rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(changed.weights["c"], block.weights["c"] * inner_.repeat_interleave(2), rtol=1e-5, atol=1e-8)
+    other = Few()
+    other.scalables.reverse()  # rows of b are divided before its columns are multiplied
+    again = AWQ(points=8, clip=False)(other)  # type: ignore[arg-type]
+    torch.testing.assert_close(again.weights["b"], changed.weights["b"])
 
 
 def test_clipping_follows_scaling_and_sees_the_scaled_inputs() -> None:
