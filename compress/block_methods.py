@@ -21,7 +21,7 @@ from compress.calibration.statistics import Statistics, Stats
 from compress.errors import CalibrationError
 from compress.method import Method, Scalable
 from compress.recipe import Assignment, StageAssignment
-from compress.weight import CompressedWeight
+from compress.weight import CompressedWeight, relative_error
 
 
 @dataclass
@@ -183,12 +183,19 @@ def tune(
         members = [a for a in stage.members if a.site.name in weights]
         view = View(around, members, stage.method.path)
         tuned = stage.method(view, {name: weights[name] for name in view.sites})
+        errors: dict[str, float] = {}
         for name, weight in tuned.weights.items():
             if weight.stored_bits != weights[name].stored_bits:
                 raise RuntimeError(f"{stage.method.path}: changed the size of {name}")
+            decoded = weight.dequantize()
+            if not bool(decoded.isfinite().all()):
+                raise CalibrationError(f"{name}: is not finite after {stage.method.path}; check the calibration data")
             weights[name] = weight
-            around.skeleton.put(view._sites[name], weight.dequantize())
+            around.skeleton.put(view._sites[name], decoded)
+            errors[name] = relative_error(view.weight(name), decoded)
         around.replace_others(tuned.others)
         for name in view.sites:
-            notes.setdefault(name, {})[stage.method.path] = tuned.notes
+            # The row's own error is the step's; this is the weight's as it is stored, over the weight's square.
+            after = {"weight_error": errors[name]} if name in errors else {}
+            notes.setdefault(name, {})[stage.method.path] = tuned.notes | after
     return notes

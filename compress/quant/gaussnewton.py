@@ -63,7 +63,7 @@ class Linear:
 
     def value(self) -> Tensor:
         """Return the weight (out, in)."""
-        return self.part().dequantize()
+        return self.part().dequantize().to(self.hessian.dtype)
 
     def solved(self, rows: Tensor) -> Tensor:
         """Return rows (out, in) times H^-1."""

@@ -184,14 +184,19 @@ def test_start_is_gptqs_solution() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "symmetric", "start", "rule"),
-    [(2, True, "gptq", "adam"), (2, False, "gptq", "adam"), (3, True, "mse", "sign"), (2, False, "mse", "sign")],
+    ("bits", "symmetric", "rule"), [(2, True, "adam"), (2, False, "adam"), (3, True, "sign"), (2, False, "sign")]
 )
-def test_training_lowers_the_loss_of_the_block(bits: int, symmetric: bool, start: Any, rule: Any) -> None:
+def test_training_lowers_the_loss_of_the_block(bits: int, symmetric: bool, rule: Any) -> None:
     block = mixing_block()
-    notes = signround(block, bits=bits, group_size=GROUP, symmetric=symmetric, steps=60, start=start, rule=rule)["up"].notes
-    assert notes["loss"] < (0.95 if start == "gptq" else 0.6) * notes["loss_before"]
+    notes = signround(block, bits=bits, group_size=GROUP, symmetric=symmetric, steps=60, start="mse", rule=rule)["up"].notes
+    assert notes["loss"] < 0.6 * notes["loss_before"]
     assert block.said[-1] == 1.0
+
+
+def test_at_two_bits_gptqs_solution_is_improved_on() -> None:
+    block = mixing_block(width=64, inner=192, batches=16, tokens=256)
+    notes = signround(block, bits=2, group_size=64, steps=100, evaluations=2)["up"].notes
+    assert notes["loss"] < 0.95 * notes["loss_before"]
 
 
 def test_without_tokens_it_stays_at_the_start() -> None:
