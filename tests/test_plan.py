@@ -164,6 +164,16 @@ def test_a_plan_that_measures_above_is_made_again(tiny: Tiny, ids: Path, tmp_pat
     assert made.point.kl < 0.07
 
 
+def test_uniform_predictions_are_the_measured_references(tiny: Tiny, ids: Path, run: Run, tmp_path: Path) -> None:
+    """A candidate's factor makes up for all that its sites add up to when they are compressed together."""
+    found = json.loads(run("plan", tiny("llama"), "--data", ids, *SMALL, "--json", "--bpw", 4, "-o", tmp_path / "r.yaml").out)
+    predicted = {row["candidate"]: row["kl"] for row in found["uniform"]}
+    assert len(found["references"]) == 3
+    for reference in found["references"]:
+        assert predicted[reference["candidate"]] == pytest.approx(reference["measured"], rel=1e-9)
+        assert reference["predicted"] != pytest.approx(reference["measured"], rel=1e-3), "else this shows nothing"
+
+
 def test_check_measures_a_plan(tiny: Tiny, ids: Path, run: Run, tmp_path: Path) -> None:
     common = ("plan", tiny("llama"), "--data", ids, *SMALL, "--json", "--bpw", 4)
     assert json.loads(run(*common, "-o", tmp_path / "a.yaml").out)["measured_kl"] is None
