@@ -465,6 +465,27 @@ def test_improving_a_grid_lowers_the_error_of_its_codes(
     assert torch.equal(part.zero().double().T, grid.zero())
 
 
+def test_rows_with_one_scale_code_do_not_say_which_step_is_best() -> None:
+    """Any step has a largest scale that gives the same: which one would be decided by rounding."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, rows in itertools.product((torch.float32, torch.float64), (1, 9, 16)):
+        for _ in range(20):
+            weight = torch.randn(8, rows, generator=generator).to(dtype)
+            grid = TwoLevelGrid.covering(
+                torch.full((1, rows), 0.7, dtype=dtype), torch.full((1, rows), 3.0, dtype=dtype), 3, 3, 3
+            )
+            grid.scale_code.fill_(5)
+            grid.step.fill_(30)
+            grid.zero_code.fill_(3)
+            grid.zero_step.fill_(40)
+            codes = (weight / grid.scale() + grid.zero()).round().clamp(0, 7)
+            moments = Moments.diagonal(codes, weight, torch.ones_like(weight))
+            grid._improve_scales(moments)
+            grid._improve_zeros(moments)
+            assert (grid.step == 30).all()
+            assert (grid.zero_step == 40).all()
+
+
 def paper_second_level(values: Tensor, bits: int) -> Tensor:
     """What sixteen scales or zeros become in the reference implementation: min-max, and -1..1 where all are equal."""
     low, high = values.min(), values.max()
@@ -602,7 +623,8 @@ def test_columns_that_no_token_touched_are_rounded_plainly_and_never_outliers() 
         scale, zero = base.scale().double()[:, index], base.zero().double()[:, index]
         plain = torch.clamp(torch.round(weight / scale + zero), 0, 7)
         assert torch.equal(base.codes[:, dead].double(), plain[:, dead])
-    weight[2, dead] = 0.0
+    # Nor are they left out of the fit of their group as likely ones.
+    weight[2:9, dead] = 0.4
     assert_equals_the_reference(weight, hessian, **COMMON, bits=3, order="grouped")
 
 
@@ -691,12 +713,12 @@ def test_the_group_aware_order_beats_the_natural_one() -> None:
 
 def test_it_beats_gptq_in_fewer_bits_where_a_few_weights_are_far_out() -> None:
     ratio = 0.0
-    for seed in range(4):
+    for seed in range(2):
         weight, hessian = problem(rows=64, columns=256, tokens=1000, seed=seed, far=80)
         plain = gptq(weight, hessian, bits=3, group_size=16, symmetric=False).weight
         made = spqr(weight, hessian, target_bits=4.18, refinements=2).weight
         assert made.stored_bits < plain.stored_bits
-        ratio += math.log(loss(weight, made.dequantize(), hessian) / loss(weight, plain.dequantize(), hessian)) / 4
+        ratio += math.log(loss(weight, made.dequantize(), hessian) / loss(weight, plain.dequantize(), hessian)) / 2
     assert ratio < math.log(0.9)
 
 
