@@ -45,7 +45,8 @@ class Master:
 
     def step(self, gradient: Tensor, rate: float) -> None:
         """Take one step of Adam, given the gradient by the value."""
-        self.p.sub_(self._adam.direction(gradient * self.unit), alpha=rate)
+        # The unit is a factor of the gradient by p, and directions do not change with it.
+        self.p.sub_(self._adam.direction(gradient), alpha=rate)
 
 
 class Weight:
