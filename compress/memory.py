@@ -20,8 +20,8 @@ def return_large() -> None:
     """Make the C library map every block of 8 MB or more on its own, so that freeing it returns it to the system at once.
 
     glibc raises that limit to 32 MB as it goes, and the holes that tensors of many sizes then leave in its heap grow with the
-    number of blocks of a model: peaks of `bench/memory.py` with 32 blocks were 14 to 17 % above those with 4. A limit of 1 MB gives
-    2 to 3 %, but mapping is slow: small models then took 40 % longer.
+    number of blocks of a model: peaks of `bench/memory.py` with 32 blocks were 14 to 17 % above those with 4. A limit of 1 MB
+    gives 2 to 3 %, but mapping is slow: small models then took 40 % longer.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
