@@ -334,14 +334,14 @@ def test_two_processes_choose_the_scales_of_one(tiny: Tiny, ids: Path, tmp_path:
 
 
 def test_a_method_on_the_command_line_may_have_transforms_before_it() -> None:
-    from compress.cli import _line
+    from compress.commands._shared import method_line
 
-    assert _line("awq") == (["transform/awq"], "quant/rtn")
-    assert _line("awq+gptq") == (["transform/awq"], "quant/gptq")
-    assert _line("transform/awq+quant/gptq") == (["transform/awq"], "quant/gptq")
-    assert _line("gptq") == ([], "quant/gptq")
+    assert method_line("awq") == (["transform/awq"], "quant/rtn")
+    assert method_line("awq+gptq") == (["transform/awq"], "quant/gptq")
+    assert method_line("transform/awq+quant/gptq") == (["transform/awq"], "quant/gptq")
+    assert method_line("gptq") == ([], "quant/gptq")
     with pytest.raises(RecipeError, match=r"quant/gptq cannot go before another method"):
-        _line("gptq+awq")
+        method_line("gptq+awq")
 
 
 def test_methods_lists_it(capsys: Any) -> None:

@@ -1,0 +1,46 @@
+"""`compress eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.commands._shared import data_values, progress
+from compress.errors import RecipeError
+from compress.options import Device, Json, Length, Model, Quiet, Samples, Seed
+
+
+def evaluate_command(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", help="Text to measure on: .txt .jsonl .parquet .npy, a preset or a Hub id.")],
+    original: Annotated[str | None, typer.Option(help="The model it was made from; if not given, the one it names.")] = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Load the model and measure tokens per second.")] = True,
+    save: Annotated[bool, typer.Option("--save", help="Put the result into the checkpoint's report and model card.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model on a text.
+
+    Perplexity, and against the original KL divergence and top-1 agreement; tokens per second of generation.
+    """
+    from compress import screen
+    from compress.evaluate import quality as evaluation
+    from compress.prepare import DTYPES
+    from compress.recipe import parse_data
+
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    values = data_values(data, samples, length, seed, None)
+    with progress(quiet or json_) as listen:
+        result = evaluation.evaluate(model, original, parse_data(values), device, dtype, speed, listen)
+    if save:
+        evaluation.save(Path(model), result)
+    print(json.dumps(result.plain(), indent=2)) if json_ else screen.show_quality(result)

@@ -1,0 +1,149 @@
+"""`compress quantize` and `compress run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.commands._shared import data_values, made_recipe, parse_room, progress, run_recipe
+from compress.errors import RecipeError
+from compress.options import (
+    Bpw,
+    ChatTemplate,
+    DataName,
+    Device,
+    DryRun,
+    Dtype,
+    Evaluate,
+    JobFolder,
+    Json,
+    KeepJob,
+    Length,
+    MaxKl,
+    Memory,
+    Model,
+    Offload,
+    Output,
+    Quiet,
+    Revision,
+    Samples,
+    Seed,
+    Settings,
+    Size,
+)
+
+if TYPE_CHECKING:
+    from compress.planning import Budget
+    from compress.recipe import Recipe
+
+
+def quantize(
+    model: Model,
+    output: Output,
+    method: Annotated[
+        str | None, typer.Option(help="As `compress methods` lists it, gptq for short; after transforms: awq+gptq.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits per code, 1 to 8.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1 for the whole row.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid without or with zero points.")] = None,
+    bpw: Bpw = None,
+    size: Size = None,
+    max_kl: MaxKl = None,
+    data: DataName = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    chat_template: ChatTemplate = None,
+    recipe: Annotated[str | None, typer.Option(help="A recipe to start from: a file, or a name from `compress recipes`.")] = None,
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    offload: Offload = False,
+    memory: Memory = "4GB",
+    job: JobFolder = None,
+    keep_job: KeepJob = False,
+    revision: Revision = None,
+    evaluate: Evaluate = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model.
+
+    compress quantize MODEL -o OUT --bits 4 --data text.jsonl
+
+    With a budget instead of --bits, `compress plan` and `compress run` in one go:
+    compress quantize MODEL -o OUT --bpw 2.75 --data text.jsonl
+    """
+    options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    given = {key: value for key, value in options.items() if value is not None}
+    values = data_values(data, samples, length, seed, chat_template)
+    if any(budget is not None for budget in (bpw, size, max_kl)):
+        from compress import planning
+
+        if given or recipe is not None:
+            flag = "--recipe" if recipe is not None else "--" + next(iter(given)).replace("_", "-")
+            raise RecipeError(f"{flag}: not with a budget, which chooses the recipe; leave one of them out")
+        budget = planning.Budget.of(bpw, size, max_kl)
+        made = _planned(model, values, budget, output.parent, method, settings, device, dtype, memory, revision, quiet or json_)
+    else:
+        made = made_recipe(recipe, method, given, values, dtype, settings)
+    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet)
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe: a file, or a name from `compress recipes`.")],
+    model: Model,
+    output: Output,
+    data: DataName = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    chat_template: ChatTemplate = None,
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    offload: Offload = False,
+    memory: Memory = "4GB",
+    job: JobFolder = None,
+    keep_job: KeepJob = False,
+    revision: Revision = None,
+    evaluate: Evaluate = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run any recipe.
+
+    compress run gptq-3bit MODEL -o OUT --data text.jsonl
+    """
+    made = made_recipe(recipe, None, {}, data_values(data, samples, length, seed, chat_template), dtype, settings)
+    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet)
+
+
+def _planned(
+    model: str,
+    data: dict[str, Any],
+    budget: Budget,
+    folder: Path,
+    method: str | None,
+    settings: list[str] | None,
+    device: str,
+    dtype: str | None,
+    memory: str,
+    revision: str | None,
+    silent: bool,
+) -> Recipe:
+    """Plan for `quantize`; settings change the recipe that was planned."""
+    from compress import planning, screen
+    from compress import recipe as recipe_module
+
+    with progress(silent) as listen:
+        methods = [method] if method else []
+        made = planning.command(model, data, budget, folder, listen, dtype, device, revision, parse_room(memory), methods=methods)
+    if not silent:
+        screen.show_planned(made.planned.plain())
+    values = made.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return recipe_module.parse(recipe_module.change(values, settings or []), "plan")
