@@ -1,26 +1,30 @@
 """The table of quality: recipes against models, with size, KL divergence, perplexity and seconds.
 
     python bench/quality.py --model MODEL [--model ...] --calibration IDS.npy --heldout IDS.npy
-        [--recipe NAME_OR_FILE ...] [--method NAME ...] [--bits 4 3 2] [--jobs 1] [--out results.json]
+        [--recipe NAME_OR_FILE ...] [--method NAME ...] [--bits 4 3 2] [--samples N --seeds 0 1 2] [--jobs 1] [--out results.json]
 
 Without --recipe: each --method (gptq and rtn if none is named; `all` for all) at each of --bits that it has, `plan` being what
-`compress quantize --bpw` makes of that budget. --jobs N runs several at a time, which the seconds then tell. Every run is a
-process of its own, so the seconds are what a user waits for. KL divergence is measured in float32 over all positions but the
+`compress quantize --bpw` makes of that budget. Each of --seeds draws --samples of the calibration's windows; what is shown is
+the mean over seeds, and `kl_seeds` has each. --jobs N runs several at a time, which the seconds then tell. Every run is a process
+of its own, so the seconds are what a user waits for. KL divergence is measured in float32 over all positions but the
 first of each window, natural logarithm; bits per weight count all stored bits of the compressed weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +87,9 @@ GRID = [{"method": "tune/grid"}]
 METHODS: dict[str, Callable[[float], Steps | None]] = {
     "rtn": _uniform("quant/rtn"),
     "gptq": _uniform("quant/gptq"),
-    "gptq+tuning": _with(_uniform("quant/gptq"), tuning=GRID),
+    "gptq+tuning": _with(_uniform("quant/gptq"), tuning=GRID, batch_tokens=4096),
+    "slim+tuning": lambda bits: {**step("quant/slim", bits, group_size=128), "tuning": GRID, "batch_tokens": 4096},
+    "gaussnewton+tuning": lambda bits: _gauss_newton(bits) if bits == int(bits) else None,
     "signround": _uniform("quant/signround"),
     "decoupleq": _with(_uniform("quant/decoupleq"), tuning=GRID),
     "awq+rtn": _with(_uniform("quant/rtn"), transforms=AWQ),
@@ -101,13 +107,37 @@ METHODS: dict[str, Callable[[float], Steps | None]] = {
 }
 
 
+def _gauss_newton(bits: float) -> Steps:
+    tuning = [{"method": "tune/grid", "options": {"epochs": 2, "rate": 0.04 / 2**bits}}]
+    return {**step("quant/gaussnewton", int(bits), group_size=128), "batch_tokens": 4096, "tuning": tuning}
+
+
 def _spqr(bits: float) -> dict[str, Any]:
     """Two or three bits per code, and outliers up to what is stored in all."""
     return {"bits": max(2, int(bits) - (bits < 4)), "target_bits": bits + 0.125}
 
 
-def measure(model: Path, recipe: str, calibration: Path, heldout: Path, device: str) -> dict[str, Any]:
-    """Compress in one process, evaluate in another; return the row."""
+@dataclass(frozen=True)
+class Setting:
+    """What all rows have in common."""
+
+    calibration: Path
+    heldout: Path
+    samples: int | None
+    seeds: list[int]
+    device: str
+
+
+def measure(model: Path, recipe: str, given: Setting) -> dict[str, Any]:
+    """Return the row of a recipe: the mean over seeds."""
+    rows = [_measure(model, recipe, given, seed) for seed in given.seeds]
+    mean = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
+    name = recipe.removesuffix(".yaml").rpartition("/")[2]
+    return {"model": model.name, "recipe": name, **mean, "kl_seeds": [row["kl"] for row in rows]}
+
+
+def _measure(model: Path, recipe: str, given: Setting, seed: int) -> dict[str, float]:
+    """Compress in one process, evaluate in another."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         what = (
@@ -115,16 +145,15 @@ def measure(model: Path, recipe: str, calibration: Path, heldout: Path, device: 
             if recipe.startswith(PLAN)
             else ["run", recipe, str(model)]
         )
-        run = [*what, "-o", str(out), "--data", str(calibration), "--json", "--device", device]
+        drawn = [] if given.samples is None else ["--samples", str(given.samples), "--seed", str(seed)]
+        run = [*what, "-o", str(out), "--data", str(given.calibration), *drawn, "--json", "--device", given.device]
         started = time.perf_counter()
         made = call(*run)
         seconds = time.perf_counter() - started
-        options = ["--original", str(model), "--data", str(heldout), "--no-speed", "--json", "--device", device]
+        options = ["--original", str(model), "--data", str(given.heldout), "--no-speed", "--json", "--device", given.device]
         found = call("eval", str(out), *options)
         shutil.rmtree(out)
     return {
-        "model": model.name,
-        "recipe": recipe.removesuffix(".yaml").rpartition("/")[2],
         "bits_per_weight": made["bits_per_compressed_weight"],
         "bytes": made["bytes_after"],
         "kl": found["kl"],
@@ -190,21 +219,25 @@ def main() -> None:
     parser.add_argument("--method", action="append", default=[], choices=[*METHODS, "plan", "all"])
     parser.add_argument("--bits", type=float, nargs="+", default=[4, 3, 2])
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    rows = []
+    if len(arguments.seeds) > 1 and arguments.samples is None:
+        parser.error("--seeds: give --samples, fewer than the calibration has: seeds draw windows")
+    given = Setting(arguments.calibration, arguments.heldout, arguments.samples, arguments.seeds, arguments.device)
+    shown = " ".join(Path(word).name if Path(word).exists() else word for word in sys.argv[1:])
+    result: dict[str, Any] = {"machine": machine(), "command": f"python bench/quality.py {shown}", "rows": []}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         methods = arguments.method or ([] if arguments.recipe else ["gptq", "rtn"])
         recipes = arguments.recipe + recipes_of(methods, arguments.bits, Path(folder))
         print(" ".join(name.rjust(width) for name, width in HEADS))
-        work = [(m, r, arguments.calibration, arguments.heldout, arguments.device) for m in arguments.model for r in recipes]
-        for row in pool.map(lambda given: measure(*given), work):
-            rows.append(row)
+        for row in pool.map(lambda work: measure(*work, given), itertools.product(arguments.model, recipes)):
+            result["rows"].append(row)
             show(row)
-    if arguments.out:
-        shown = " ".join(Path(word).name if Path(word).exists() else word for word in sys.argv[1:])
-        write_json(arguments.out, {"machine": machine(), "command": f"python bench/quality.py {shown}", "rows": rows})
+            if arguments.out:  # after every row: a table takes hours
+                write_json(arguments.out, result)
 
 
 if __name__ == "__main__":
