@@ -233,7 +233,7 @@ def main() -> None:
         methods = arguments.method or ([] if arguments.recipe else ["gptq", "rtn"])
         recipes = arguments.recipe + recipes_of(methods, arguments.bits, Path(folder))
         print(" ".join(name.rjust(width) for name, width in HEADS))
-        for row in pool.map(lambda work: measure(*work, given), itertools.product(arguments.model, recipes)):
+        for row in pool.map(lambda work: measure(work[0], work[1], given), itertools.product(arguments.model, recipes)):
             result["rows"].append(row)
             show(row)
             if arguments.out:  # after every row: a table takes hours
