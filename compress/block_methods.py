@@ -15,9 +15,9 @@ from compress import distributed, scalings
 from compress.block import Done, site_row
 from compress.calibration.families import settings
 from compress.calibration.hidden import Hidden
-from compress.calibration.observe import Tap, observe, passes
+from compress.calibration.observe import Tap, observe, observe_drift, passes
 from compress.calibration.skeleton import Skeleton
-from compress.calibration.statistics import Statistics, Stats
+from compress.calibration.statistics import Drift, Statistics, Stats
 from compress.errors import CalibrationError
 from compress.method import Method, Scalable
 from compress.recipe import Assignment, StageAssignment
@@ -31,6 +31,7 @@ class Surroundings:
     skeleton: Skeleton
     number: int
     inputs: Hidden  # behind compressed blocks
+    originals: Hidden | None  # behind original blocks, where a method compares
     targets: Hidden | None  # what the original block gives behind original blocks
     send: Callable[[], None]  # sends the calibration through the block, for hooks on it
     budget: int  # bytes of statistics at a time
@@ -97,19 +98,45 @@ class View:
 
     def observe_in_turn(self, kinds: Sequence[type[Statistics]]) -> Iterator[tuple[tuple[str, ...], Stats]]:
         """Yield the same tensor by tensor, with the sites that read it, observed in passes within the budget."""
-        skeleton = self._around.skeleton
-        by_tap: dict[str, list[Any]] = {}
-        for site in self._sites.values():
-            by_tap.setdefault(site.tap, []).append(site)
-        taps = [Tap(tap, (skeleton.linear(s[0]),), s[0].shape[1], tuple(kinds)) for tap, s in by_tap.items()]
-        for group in passes(taps, self._around.budget):
-            found = observe(group, self._around.send, skeleton.device)
+        by_tap = self._by_tap()
+        for group in passes(self._taps(by_tap, tuple(kinds)), self._around.budget):
+            found = observe(group, self._around.send, self._around.skeleton.device)
             for tap in [tap.name for tap in group]:
                 stats = found.pop(tap)
                 for statistic in stats.values():
-                    distributed.reduce_to(statistic.tensors(), None)
-                    statistic.tokens = sum(distributed.gather(statistic.tokens))
+                    _everyones(statistic)
                 yield tuple(site.name for site in by_tap[tap]), stats
+
+    def drift_in_turn(self) -> Iterator[tuple[tuple[str, ...], Drift]]:
+        """Yield, tensor by tensor, how it differs from the original model's, with the sites that read it, as the block is now."""
+        by_tap, skeleton = self._by_tap(), self._around.skeleton
+        for group in passes(self._taps(by_tap, (Drift,)), self._around.budget):
+            found = observe_drift(group, skeleton.expert_loops(self._around.number), self._both, skeleton.device)
+            for tap in [tap.name for tap in group]:
+                drift = found.pop(tap)
+                _everyones(drift)
+                yield tuple(site.name for site in by_tap[tap]), drift
+
+    def _both(self) -> Iterator[bool]:
+        """Send every batch through the block behind compressed blocks, then as the original model has it."""
+        around = self._around
+        if around.originals is None:
+            raise RuntimeError(f"{self._step} does not say that it compares")
+        for batch in range(self.batches):
+            self._around.listen("calibrating", batch / self.batches)
+            for original, hidden in ((False, around.inputs), (True, around.originals)):
+                yield original
+                around.skeleton.forward(around.number, hidden.read(batch).to(around.skeleton.device))
+
+    def _by_tap(self) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        for site in self._sites.values():
+            found.setdefault(site.tap, []).append(site)
+        return found
+
+    def _taps(self, by_tap: Mapping[str, list[Any]], kinds: tuple[type[Statistics], ...]) -> list[Tap]:
+        linear = self._around.skeleton.linear
+        return [Tap(tap, (linear(sites[0]),), sites[0].shape[1], kinds) for tap, sites in by_tap.items()]
 
     def inputs(self, batch: int) -> Tensor:
         """Return one batch of hidden states (samples, length, width) that enter the block behind compressed ones."""
@@ -140,6 +167,12 @@ class View:
     def say(self, share: float) -> None:
         """Tell how much of the work is done, from 0 to 1."""
         self._around.listen("tuning", share)
+
+
+def _everyones(statistic: Statistics) -> None:
+    """Make a rank's statistic that of all ranks."""
+    distributed.reduce_to(statistic.tensors(), None)
+    statistic.tokens = sum(distributed.gather(statistic.tokens))
 
 
 def transform(around: Surroundings, stages: Sequence[StageAssignment]) -> dict[str, dict[str, Any]]:

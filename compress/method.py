@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from compress.calibration.statistics import Statistics, Stats
+from compress.calibration.statistics import Drift, Statistics, Stats
 from compress.weight import CompressedWeight
 
 Bits = Annotated[int, Field(ge=1, le=8, description="bits per code")]
@@ -168,6 +168,10 @@ class Block(Protocol):
 
     def observe_in_turn(self, kinds: Sequence[type[Statistics]]) -> Iterator[tuple[tuple[str, ...], Stats]]:
         """Yield the same tensor by tensor, with the sites that read it; no more of them are in memory than a run may hold."""
+        ...
+
+    def drift_in_turn(self) -> Iterator[tuple[tuple[str, ...], Drift]]:
+        """Yield, tensor by tensor, how it differs from the original model's, with the sites that read it, as the block is now."""
         ...
 
     def inputs(self, batch: int) -> Tensor:

@@ -199,7 +199,7 @@ class Run:
             self._observe(block)
 
         budget, say = self.settings.memory, self._say(block)
-        return Surroundings(self.skeleton, block, self.hidden, self.targets, send, budget, self.todo.seed, say)
+        return Surroundings(self.skeleton, block, self.hidden, self.original, self.targets, send, budget, self.todo.seed, say)
 
     def _found(self, block: int, around: Surroundings) -> Iterator[tuple[str, Done]]:
         """Yield what becomes of this rank's sites of a block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.calibration.statistics import Statistics, Stats
+from compress.calibration.statistics import Drift, Statistics, Stats
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,47 @@ def _adder(stats: Stats) -> Callable[[nn.Module, Any], None]:
             statistic.add(rows)
 
     return add
+
+
+def observe_drift(
+    taps: Iterable[Tap], routed: Sequence[nn.Module], run: Callable[[], Iterator[bool]], device: torch.device
+) -> dict[str, Drift]:
+    """Return how the inputs of each tap differ between two passes of every batch.
+
+    `run` makes the forward passes and yields before each: False before the one behind compressed blocks, then True before that of
+    the same batch in the original model. `routed` modules (hidden, index, weights) send tokens to experts; in the second pass
+    they send them where the first did, so that the rows of an expert are of the same tokens.
+    """
+    collected = {tap.name: Drift(tap.columns, device) for tap in taps}
+    rows: dict[str, Tensor] = {}
+    routes: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    second = False
+
+    def pair(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen = args[0].flatten(0, -2)
+            if second:
+                collected[name].add_pair(rows.pop(name), seen)
+            else:
+                rows[name] = seen
+
+        return hook
+
+    def route(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden, index, weights = inspect.signature(module.forward).bind(*args, **named).args
+        if not second:
+            routes[module] = index, weights
+        return (hidden, *routes[module]), {}
+
+    handles = [module.register_forward_pre_hook(pair(tap.name)) for tap in taps for module in tap.modules]
+    handles += [module.register_forward_pre_hook(route, with_kwargs=True) for module in routed]
+    try:
+        for second in run():  # noqa: B007, what the hooks see
+            pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return collected
 
 
 def batches(count: int, length: int, tokens: int) -> Iterator[range]:

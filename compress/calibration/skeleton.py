@@ -139,6 +139,10 @@ class Skeleton:
         inner: nn.Module = self.blocks[site.block].get_submodule(self._within(site))
         return inner
 
+    def expert_loops(self, number: int) -> list[nn.Module]:
+        """The modules of a block that send tokens to experts."""
+        return [module for module in self.blocks[number].modules() if isinstance(module, ExpertLoop)]
+
     def _within(self, site: Site) -> str:
         """Path of a site's module within its block."""
         rest = site.name.removeprefix(f"{self.family.blocks}.{site.block}.")

@@ -120,4 +120,42 @@ class Magnitude:
         return (self.total / max(self.tokens, 1)).float()
 
 
+class Drift:
+    """How far a linear's inputs x behind compressed blocks are from y, those of the original: sums of x x^T and (y - x) x^T.
+
+    Both in float64, products in float32. Neither is kept up in halves: the second is not symmetric.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.second = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+
+    @classmethod
+    def nbytes(cls, columns: int) -> int:
+        """Bytes of the two float64 sums and of a float32 product that is added to one."""
+        return columns * columns * 20
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows (tokens, in) that have not drifted."""
+        self.add_pair(rows, rows)
+
+    def add_pair(self, rows: Tensor, original: Tensor) -> None:
+        """Take in rows (tokens, in) behind compressed blocks, and the same tokens' in the original model."""
+        rows, original = rows.float(), original.float()
+        self.second += rows.T @ rows
+        self.cross += (original - rows).T @ rows
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: Drift) -> None:
+        """Add another accumulator's sums and count."""
+        self.second += other.second
+        self.cross += other.cross
+        self.tokens += other.tokens
+
+    def tensors(self) -> list[Tensor]:
+        """The sums, to be reduced in place over ranks."""
+        return [self.second, self.cross]
+
+
 Stats = dict[type[Statistics], Statistics]
