@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -89,7 +90,8 @@ def fresh_process() -> Iterator[Ask]:
                 return found
             said.seek(0)
             lines = [line.strip() for line in said.read().splitlines() if line.strip()]
-            return {"error": (lines or [f"ended by signal {-child.returncode}"])[-1][:400]}
+            errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]  # what ends a traceback
+            return {"error": (errors or lines or [f"ended by signal {-child.returncode}"])[-1][:400]}
 
         try:
             yield ask
@@ -120,7 +122,7 @@ def check(
         return {"skipped": "it was switched off"}
     if (room := memory.available()) is not None and size + _LIBRARIES > room:
         return {"skipped": f"loading needs about {(size + _LIBRARIES) >> 20} MiB and {room >> 20} MiB of memory are free"}
-    answer = ask({"folder": str(folder), "ids": list(ids), "dtype": dtype, "device": device})
+    answer = ask({"folder": str(folder.absolute()), "ids": list(ids), "dtype": dtype, "device": device})
     if "error" in answer:
         raise VerificationError(
             f"{folder}: a fresh process cannot load what was written: {answer['error']}. It is not published; its parts are "
