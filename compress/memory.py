@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _LARGE = 1 << 23
@@ -12,6 +13,12 @@ _LARGE = 1 << 23
 
 def peak() -> int:
     """Peak resident bytes of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says is that of the parent where a process was started by one that was larger
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        high = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+        if high:
+            return high[0]
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -38,3 +45,24 @@ def give_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def available() -> int | None:
+    """Bytes that this process may still take: what is free, within the limit of its control group; None if unknown."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        most, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        if most != "max":
+            cache = [
+                line for line in (group / "memory.stat").read_text(encoding="ascii").splitlines() if line.startswith("file ")
+            ]
+            found.append(int(most) - int(used) + sum(int(line.split()[1]) for line in cache))
+    except OSError:  # no control groups, or not this version of them
+        return min(found, default=None)
+    return min(found, default=None)

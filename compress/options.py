@@ -27,6 +27,9 @@ Offload = Annotated[bool, typer.Option("--offload", help="Keep the calibration's
 Memory = Annotated[str, typer.Option(help="Room for statistics; a block that needs more is calibrated in several passes.")]
 JobFolder = Annotated[Path | None, typer.Option("--job", help="Where progress is kept; OUTPUT.job if not given.")]
 KeepJob = Annotated[bool, typer.Option("--keep-job", help="Do not remove the job folder in the end.")]
+NoReload = Annotated[
+    bool, typer.Option("--no-reload", help="Do not load the result with transformers in a fresh process in the end.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 Evaluate = Annotated[
     str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from compress.block_methods import Surroundings
 from compress.calibration.hidden import Hidden
 from compress.calibration.observe import batches
 from compress.calibration.skeleton import Skeleton
-from compress.container import read_tensor
+from compress.container import bytes_of, read_tensor
 from compress.files import sha256
 from compress.job import Job, Record
 from compress.recipe import Assignment, StageAssignment
@@ -34,6 +35,7 @@ class Settings:
     offload: bool = False  # hidden states on disk
     memory: int = 4 << 30  # bytes of statistics at a time
     snapshot_seconds: float = SNAPSHOT_SECONDS
+    reload: bool = True  # load the result in a fresh process in the end
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Run:
         for site, (weight, row) in self._found(block, around):
             mine, specs[site] = packed.pack(weight)
             tensors |= {f"{site}.{leaf}": tensor for leaf, tensor in mine.items()}
-            rows.append(row)
+            rows.append(replace(row, sha256=_digest(weight)))
         others = around.others if distributed.rank() == 0 else {}
         if not specs and not others:
             return None, rows
@@ -304,6 +306,11 @@ class Run:
             self._one(block)
         assert self.hidden is not None
         return self.hidden.read(0) if self.end is None and self.batches else self.end
+
+
+def _digest(weight: CompressedWeight) -> str:
+    """SHA-256 of a weight's values before they are packed, which whoever decodes the file can compare."""
+    return hashlib.sha256(bytes_of(weight.dequantize().cpu())).hexdigest()
 
 
 def rows_of(job: Job) -> list[SiteRow]:

@@ -28,6 +28,7 @@ class SiteRow:
     fallback: str | None = None  # what was done instead of the step's method, and why
     seconds: float = 0.0  # of the call that compressed it, shared with the sites of the same call
     notes: dict[str, Any] = field(default_factory=dict)
+    sha256: str | None = None  # of the values that the method gave: float32, little endian, row by row
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> SiteRow:

@@ -18,8 +18,9 @@ from compress._version import __version__
 from compress.calibration.skeleton import Skeleton
 from compress.errors import VerificationError
 from compress.estimate import Estimate, check_disk
+from compress.evaluate import reload, verify
 from compress.evaluate.streamed import last_hidden, token_losses
-from compress.files import sha256, write_json, write_text
+from compress.files import write_json, write_text
 from compress.job import Job, differ, flatten, remove_leftover
 from compress.pipeline import Run, Settings, Work, rows_of
 from compress.prepare import Plan, effective, identity
@@ -76,7 +77,9 @@ def run(
     summary = None
     if leader:
         assert end is not None, "rank 0 has the first batch"
-        summary = finish(plan, job, mine, text, ids[:1, :CHECK_TOKENS], end[:1, :CHECK_TOKENS].cpu(), out, started, listen)
+        with reload.fresh_process() if settings.reload else reload.not_at_all() as ask:
+            batch, last = ids[:1, :CHECK_TOKENS], end[:1, :CHECK_TOKENS].cpu()
+            summary = finish(plan, job, mine, text, batch, last, out, started, listen, ask)
         if not keep_job:
             job.remove()
     distributed.barrier()
@@ -88,24 +91,39 @@ def _job_of(out: Path) -> Path:
 
 
 def finish(
-    plan: Plan, job: Job, mine: dict[str, Any], text: str, ids: Tensor, last: Tensor, out: Path, started: float, listen: Listen
+    plan: Plan,
+    job: Job,
+    mine: dict[str, Any],
+    text: str,
+    ids: Tensor,
+    last: Tensor,
+    out: Path,
+    started: float,
+    listen: Listen,
+    ask: reload.Ask | None = None,
 ) -> Summary:
-    """Write the checkpoint inside the job folder, read it back, and give it its name."""
+    """Write the checkpoint inside the job folder, read it back by two ways, load it anew, and give it its name."""
     blocks = len(job.records)
     listen(blocks, blocks, "writing", 0.0)
     folder = job.checkpoint
     folder.mkdir()
     specs, entries = seal.collect(job.parts / name for record in job.records for name in sorted(record.parts))
     tensors, guard = seal.plan(plan.source, plan.claims, specs, entries)
-    files = seal.write_shards(folder, tensors, recipes.parse_size(plan.recipe.max_shard_size))
+    seal.write_shards(folder, tensors, recipes.parse_size(plan.recipe.max_shard_size))
     seal.carry(plan.source, folder)
     rows = rows_of(job)
     report.write_rows(folder / "report.jsonl", rows)
     write_text(folder / "recipe.yaml", text)
     seal.write_config(folder, plan.source.config, packed.write_table(specs, guard))
     listen(blocks, blocks, "checking", 0.0)
+    packed_names = {f"{site}.{leaf}" for site, spec in specs.items() for leaf in packed.layout(spec)}
+    copied = [entry for entry in tensors if entry.name not in packed_names and entry.name != guard]
+    second = verify.read_back(folder, {row.site: row.sha256 for row in rows}, copied, listen)
     check = _check(folder, plan, ids, last)
     after = sum(entry.nbytes for entry in tensors)
+    listen(blocks, blocks, "loading anew", 0.0)
+    limit = verify.TOLERANCE[check["dtype"]]
+    loaded = reload.check(ask, folder, check["ids"], check["losses"], check["dtype"], plan.device.type, after, limit)
     values = {
         "tool": "compress",
         "version": __version__,
@@ -124,7 +142,9 @@ def finish(
         "compute_seconds": sum(record.seconds for record in job.records),
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "check": check,
-        "files": {name: sha256(folder / name) for name in files},
+        "read_back": second,
+        "reload": loaded,
+        "files": verify.checksums(folder),
     }
     write_json(folder / seal.SUMMARY, values)
     card.write(folder)

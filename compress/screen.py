@@ -248,8 +248,21 @@ def show_summary(summary: Summary, quality: Quality | None) -> None:
     out.print(table)
     fallbacks = f", {v['fallbacks']} weights by a fallback (see the report)" if v["fallbacks"] else ""
     out.print(f"{v['seconds']:.1f} s, {human_bytes(memory.peak())} peak memory{fallbacks}")
+    out.print(f"checked    {_checked(v)}", soft_wrap=True)
     out.print(f"report     {summary.out / 'report.html'}", soft_wrap=True)
     out.print(f'load with  import compress; AutoModelForCausalLM.from_pretrained("{summary.out}")', soft_wrap=True)
+
+
+def _checked(values: dict[str, Any]) -> str:
+    """What was done to find out whether the files are good, in a line."""
+    if "read_back" not in values:
+        return "not: an older compress wrote this; compress verify checks what was recorded"
+    seen, again = values["read_back"], values["reload"]
+    unknown = f" ({len(seen['unknown_formats'])} formats unknown to it)" if seen["unknown_formats"] else ""
+    decoded = f"{seen['decoded']} weights by a second reader{unknown}, {seen['copied']} copied tensors"
+    if "skipped" in again:
+        return f"{decoded}; not loaded anew: {again['skipped']}"
+    return f"{decoded}; transformers {again['transformers']} loads it anew ({again['seconds']:.1f} s)"
 
 
 def _quality_rows(table: Table, q: Quality) -> None:
@@ -296,7 +309,9 @@ def show_verified(found: dict[str, Any]) -> None:
     """Print that a checkpoint is what was written."""
     out = _out()
     out.print(
-        f"{found['folder']}: {found['files']} weight files match their checksums, {found['sites']} sites decode,", soft_wrap=True
+        f"{found['folder']}: {found['files']} files match their checksums, {found['decoded']} of {found['sites']} weights "
+        "are what was compressed,",
+        soft_wrap=True,
     )
     difference = f"{found['mean_difference_nats']:.2g} nats (limit {found['limit_nats']})"
     out.print(f"{found['tokens']} tokens give the recorded losses to within {difference}")

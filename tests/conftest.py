@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -13,6 +15,19 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def reload_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs load their result in the process of the tests, unless a test is marked `fresh_process`: that takes seconds."""
+    from compress.evaluate import reload
+
+    @contextmanager
+    def here() -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+        yield reload.load_and_run
+
+    if "fresh_process" not in request.keywords:
+        monkeypatch.setattr(reload, "fresh_process", here)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -355,6 +356,13 @@ def check_keep_job(start: Start, tmp_path: Path) -> None:
     assert not out.with_name(out.name + ".job").exists()
 
 
+def check_no_reload(start: Start, tmp_path: Path) -> None:
+    assert summary(start("--no-reload")[1])["reload"] == {"skipped": "it was switched off"}
+    done, out = start()
+    assert summary(out)["reload"]["tokens"] > 1
+    assert "loads it anew" in done.out
+
+
 def check_revision(start: Start, tmp_path: Path) -> None:
     asked = []
     with pytest.MonkeyPatch.context() as patch:
@@ -589,7 +597,7 @@ def test_eval_against_a_model_of_another_vocabulary(run: Run, packed: Path, tiny
 def test_verify(run: Run, packed: Path) -> None:
     done = run("verify", packed)
     assert done.code == 0
-    assert "1 weight files match their checksums, 7 sites decode" in done.out
+    assert "5 files match their checksums, 7 of 7 weights are what was compressed" in done.out
     found = run("verify", packed, "--json")
     assert found.err == ""
     assert found.json["mean_difference_nats"] <= found.json["limit_nats"]
@@ -607,8 +615,8 @@ def test_verify_notices_one_byte(place: str, run: Run, packed: Path, tmp_path: P
     path.write_bytes(raw)
     done = run("verify", folder)
     assert done.code == 7
-    assert "SHA-256" in done.err
-    assert "fetch it again" in done.err
+    assert "model.safetensors was changed since it was written (SHA-256" in done.err
+    assert "fetch these files again" in done.err
 
 
 def test_verify_notices_what_checksums_do_not_cover(run: Run, packed: Path, tmp_path: Path) -> None:
@@ -618,6 +626,11 @@ def test_verify_notices_what_checksums_do_not_cover(run: Run, packed: Path, tmp_
     other = shutil.copytree(packed, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 3.0}))
+    done = run("verify", other)
+    assert (done.code, "config.json was changed" in done.err) == (7, True)
+    values = summary(other)
+    values["files"]["config.json"] = hashlib.sha256((other / "config.json").read_bytes()).hexdigest()
+    (other / "summary.json").write_text(json.dumps(values))
     done = run("verify", other)
     assert (done.code, "losses of the recorded batch differ" in done.err) == (7, True)
 

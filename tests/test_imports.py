@@ -114,9 +114,14 @@ TABLE: dict[str, Row] = {
     ),
     "plots": Row("planning errors", lazy_third="matplotlib"),
     "seal": Row("packed calibration.families checkpoint container files errors"),
+    # A second reader of the format shares nothing with what writes it.
+    "evaluate.independent": Row("errors", "numpy"),
     "evaluate.speed": Row("errors", "torch", lazy_third="transformers"),
     "evaluate.*": Row(
-        "evaluate.* prepare packed calibration.* checkpoint recipe_data files errors", "torch", "card", "lm_eval transformers"
+        "evaluate.* prepare packed calibration.* checkpoint container recipe_data memory files errors",
+        "torch",
+        "card",
+        "lm_eval transformers",
     ),
     "inspection": Row("evaluate.quality calibration.families packed checkpoint errors"),
     "run": Row(

@@ -95,6 +95,7 @@ def run_recipe(
     revision: str | None,
     evaluate: str | None,
     quiet: bool,
+    no_reload: bool = False,
 ) -> None:
     from compress import distributed, estimate, prepare, screen
     from compress import run as runs
@@ -115,7 +116,8 @@ def run_recipe(
         return
     leader = distributed.leads()
     with progress(quiet or json_ or not leader) as listen:
-        summary = runs.run(plan, ids, output, RunSettings(offload=offload, memory=room), listen, expected, job, keep_job)
+        settings = RunSettings(offload=offload, memory=room, reload=not no_reload)
+        summary = runs.run(plan, ids, output, settings, listen, expected, job, keep_job)
     result = None
     if measured is not None and leader:
         folder = str(plan.source.folder)

@@ -24,6 +24,7 @@ from compress.options import (
     MaxKl,
     Memory,
     Model,
+    NoReload,
     Offload,
     Output,
     Quiet,
@@ -66,6 +67,7 @@ def quantize(
     memory: Memory = "4GB",
     job: JobFolder = None,
     keep_job: KeepJob = False,
+    no_reload: NoReload = False,
     revision: Revision = None,
     evaluate: Evaluate = None,
     quiet: Quiet = False,
@@ -90,7 +92,7 @@ def quantize(
         made = _planned(model, values, budget, output.parent, method, settings, device, dtype, memory, revision, quiet or json_)
     else:
         made = made_recipe(recipe, method, given, values, dtype, settings)
-    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet)
+    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload)
 
 
 def run(
@@ -111,6 +113,7 @@ def run(
     memory: Memory = "4GB",
     job: JobFolder = None,
     keep_job: KeepJob = False,
+    no_reload: NoReload = False,
     revision: Revision = None,
     evaluate: Evaluate = None,
     quiet: Quiet = False,
@@ -120,7 +123,7 @@ def run(
     compress run gptq-3bit MODEL -o OUT --data text.jsonl
     """
     made = made_recipe(recipe, None, {}, data_values(data, samples, length, seed, chat_template), dtype, settings)
-    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet)
+    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload)
 
 
 def _planned(

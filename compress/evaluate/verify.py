@@ -1,9 +1,9 @@
-"""Whether a compressed checkpoint is what was written: checksums, every tensor decoded, one batch against the recorded result."""
+"""Whether a compressed checkpoint is what was written: checksums, every weight decoded by a second reader, one repeated batch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from compress.calibration.families import vocabulary
+from compress.container import Entry, stream_entry
 from compress.errors import CheckpointError, VerificationError
+from compress.evaluate import independent
 from compress.evaluate.streamed import last_hidden, token_losses
 from compress.files import sha256
 from compress.packed import PackedSource
@@ -19,6 +21,57 @@ from compress.prepare import DTYPES, pick_device
 
 # The recorded losses (nats) come from the same arithmetic; another CPU or a GPU adds up in another order.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+# Written after the checksums, or anew by an evaluation, or only for this machine.
+_UNCHECKED = ("summary.json", "evaluation.json", "README.md", "report.html", ".local.json")
+_SHOWN = 8  # problems in a message
+Listen = Callable[[int, int, str, float], None]
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a checkpoint that a run writes once and for all, by its path within the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return {name: sha256(folder / name) for name in names if name not in _UNCHECKED}
+
+
+def read_back(folder: Path, digests: Mapping[str, str | None], copied: Iterable[Entry], listen: Listen) -> dict[str, Any]:
+    """Decode every weight from disk with the second reader and compare it with the digest of what the method gave; compare
+    copied tensors byte by byte with where they come from. Return the counts. Raises VerificationError that names a tensor.
+    """
+    stored = independent.open_stored(folder)
+    unknown: dict[str, str] = {}
+    for number, (site, digest) in enumerate(digests.items()):
+        listen(1, 1, "reading back", number / len(digests))
+        try:
+            found = independent.digest(stored, site)
+        except independent.UnknownFormatError as error:
+            unknown[site] = str(error)
+            continue
+        if digest is not None and found != digest:
+            raise VerificationError(
+                f"{folder}: {site} decodes to other values than were compressed. The result is not published; please report this"
+            )
+    count = 0
+    for entry in copied:
+        place = stored.tensors.get(entry.name)
+        if place is None or (place.dtype, place.shape) != (entry.dtype, entry.shape) or not _equal(entry, place):
+            raise VerificationError(
+                f"{folder}: {entry.name} is not what {entry.file} has. The result is not published; please report this"
+            )
+        count += 1
+    return {"decoded": len(digests) - len(unknown), "copied": count, "unknown_formats": sorted(set(unknown.values()))[:_SHOWN]}
+
+
+def _equal(entry: Entry, place: independent.Place) -> bool:
+    pieces = independent.chunks(place)
+    held = b""
+    for chunk in stream_entry(entry):
+        while len(held) < len(chunk) and (piece := next(pieces, None)) is not None:
+            held += piece
+        if held[: len(chunk)] != chunk:
+            return False
+        held = held[len(chunk) :]
+    return not held and next(pieces, None) is None
 
 
 def _recorded(folder: Path) -> tuple[dict[str, str], Tensor, Tensor, str]:
@@ -41,24 +94,85 @@ def _recorded(folder: Path) -> tuple[dict[str, str], Tensor, Tensor, str]:
     return files, ids, losses, dtype
 
 
-def verify(folder: Path, device: str, listen: Callable[[int, int, str, float], None]) -> dict[str, Any]:
-    """Check a checkpoint and return what was compared. Raises CheckpointError, VerificationError."""
-    files, ids, recorded, dtype = _recorded(folder)
-    for number, (name, digest) in enumerate(files.items()):
-        listen(number, len(files) + 1, f"checksum of {name}", 0.0)
+def _changed(folder: Path, files: Mapping[str, str], listen: Listen) -> list[str]:
+    """Say which files are not what was recorded, and where one is that has another's content."""
+    found: dict[str, str | None] = {}
+    for number, name in enumerate(files):
+        listen(1, 1, "checksums", number / len(files))
         path = folder / name
-        got = sha256(path) if path.is_file() else "nothing"
-        if got != digest:
-            raise VerificationError(
-                f"{path}: SHA-256 is {got}; recorded is {digest}. The file changed since it was written: fetch it again"
-            )
+        found[name] = sha256(path) if path.is_file() else None
+    # What weights are read from must be recorded; a file of another kind that somebody laid beside them is no harm.
+    weights = [path.name for path in sorted(folder.glob("*.safetensors*")) if path.name not in files]
+    strange = {name: sha256(folder / name) for name in weights}
+    where = {digest: name for name, digest in ({n: d for n, d in found.items() if d is not None} | strange).items()}
+    problems = []
+    for name, digest in files.items():
+        got = found[name]
+        if got == digest:
+            continue
+        other = where.get(digest)
+        if got is None:
+            what = f"is missing, and {other} has its content: it was renamed" if other else "is missing"
+        elif other is not None:
+            what = f"has not its own content; {other} has it: files were swapped"
+        else:
+            size = (folder / name).stat().st_size
+            what = f"was changed since it was written (SHA-256 of its {size} bytes is {got}; recorded is {digest})"
+        problems.append(f"{name} {what}")
+    problems += [f"{name} is a file of weights that was not recorded" for name in strange if strange[name] not in files.values()]
+    return problems
+
+
+def _decoded(folder: Path, listen: Listen) -> tuple[int, list[str]]:
+    """Decode every site with the second reader; return how many, and which differ from what was compressed."""
+    recorded: dict[str, str] = {}
+    try:
+        for line in (folder / "report.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if isinstance(row.get("sha256"), str):
+                recorded[row["site"]] = row["sha256"]
+        stored = independent.open_stored(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return 0, [f"report.jsonl cannot be read ({error})"]
+    except CheckpointError as error:
+        return 0, [str(error)]
+    problems, count = [], 0
+    for number, site in enumerate(sorted(recorded.keys() | stored.sites.keys())):
+        listen(1, 1, "decoding", number / max(len(recorded), 1))
+        if site not in stored.sites:
+            problems.append(f"{site} was compressed, and config.json does not name it")
+            continue
+        try:
+            digest = independent.digest(stored, site)
+        except independent.UnknownFormatError:
+            continue
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        count += 1
+        if site in recorded and digest != recorded[site]:
+            problems.append(f"{site} decodes to other values than were compressed")
+    return count, problems
+
+
+def verify(folder: Path, device: str, listen: Listen) -> dict[str, Any]:
+    """Check a checkpoint, without its source, and return what was compared. Raises CheckpointError, VerificationError."""
+    files, ids, recorded, dtype = _recorded(folder)
+    where = pick_device(device)
+    problems = _changed(folder, files, listen)
+    decoded, wrong = _decoded(folder, listen)
+    problems += wrong
+    if problems:
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
+        raise VerificationError(f"{folder}: not what was written; fetch these files again:{listed}{more}")
     source = PackedSource.open_packed(folder)
-    listen(len(files), len(files) + 1, "one batch", 0.0)
+    listen(1, 1, "one batch", 0.0)
     if not bool(((ids >= 0) & (ids < vocabulary(source))).all()):
         raise CheckpointError(
             f"{folder}/summary.json: names tokens outside the vocabulary; expected a checkpoint that compress wrote"
         )
-    skeleton, hidden = last_hidden(source, ids, DTYPES[dtype], pick_device(device))
+    skeleton, hidden = last_hidden(source, ids, DTYPES[dtype], where)
     losses = token_losses(skeleton, ids, hidden)
     difference = float((losses - recorded).abs().mean())
     limit = TOLERANCE[dtype]
@@ -71,6 +185,7 @@ def verify(folder: Path, device: str, listen: Callable[[int, int, str, float], N
         "folder": str(folder),
         "files": len(files),
         "sites": len(source.table),
+        "decoded": decoded,
         "tokens": ids.numel(),
         "mean_difference_nats": difference,
         "limit_nats": limit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ def steps(method: str = "quant/gptq", match: str = "*.*", **options: Any) -> lis
 
 
 def compress(model: Path, out: Path, data: Path | None, steps: list[dict[str, Any]], **more: Any) -> Any:
-    """Run a recipe with these steps in this process and return its summary; `job`, `settings` and `listen` go to the run."""
+    """Run a recipe with these steps in this process and return its summary; `job`, `settings` and `listen` go to the run.
+
+    The result is loaded anew with `reload=True` only, as that takes longer than all else.
+    """
     from compress import estimate, prepare, recipe, run
     from compress.pipeline import Settings
 
-    settings = more.pop("settings", Settings())
+    settings = replace(more.pop("settings", Settings()), reload=more.pop("reload", False))
     listen = more.pop("listen", lambda *_: None)
     job, keep_job = more.pop("job", None), more.pop("keep_job", False)
     values = {"steps": steps, "dtype": "float32", "batch_tokens": 64, **more}

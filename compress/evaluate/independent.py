@@ -1,0 +1,361 @@
+"""A second reader of checkpoints, written from docs/format.md with numpy alone: it shares no code with what packs and unpacks.
+
+What `formats/` writes and reads wrongly in the same way, this reader does not. Weights come in slabs of rows, so that the
+memory is that of a slab. Arithmetic is that of the format's equations in float32, each operation rounded once, so values are
+equal bit for bit to those that any other right reader gets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from compress.errors import CheckpointError
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+_Kind = TypeVar("_Kind", bound=np.generic)
+
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "C64": 8}
+_SIZES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)}
+_SLAB = 1 << 22  # weights decoded at a time
+_ROWS = 32  # slabs begin at multiples of it, where every stream begins on a byte and every tile of rows begins
+_CHUNK = 16 << 20
+
+_POSITIVE = {"fp3": (0, 1, 2, 4), "fp4": (0, 0.5, 1, 1.5, 2, 3, 4, 6)}
+_POSITIVE |= {"bitmod-fp3": (0, 1, 2, 4), "bitmod-fp4": (0, 1, 2, 3, 4, 6, 8, 12)}
+_SPECIAL = {"fp3": (-0.0,), "fp4": (-0.0,), "bitmod-fp3": (3, -3, 6, -6), "bitmod-fp4": (10, -10, 16, -16)}
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: bytes start..stop of a file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint's tensors by name, and the description of each compressed site."""
+
+    folder: Path
+    tensors: dict[str, Place]
+    sites: dict[str, dict[str, Any]]
+
+
+class UnknownFormatError(CheckpointError):
+    """A part has a format that this reader does not know."""
+
+
+def header(path: Path) -> dict[str, Place]:
+    """Read where the tensors of a safetensors file lie. Raises CheckpointError."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError(f"its header claims {length} bytes")
+            values = json.loads(stream.read(length))
+        values.pop("__metadata__", None)
+        places = {}
+        for name, value in values.items():
+            begin, end = value["data_offsets"]
+            shape = tuple(int(n) for n in value["shape"])
+            if int(np.prod(shape, dtype=np.int64)) * _SIZES[value["dtype"]] != end - begin or begin < 0:
+                raise ValueError(f"{name} does not fill its {end - begin} bytes")
+            places[name] = Place(path, value["dtype"], shape, 8 + length + begin, 8 + length + end)
+        ends = sorted((place.start, place.stop) for place in places.values())
+        if [8 + length, *(stop for _, stop in ends)] != [*(start for start, _ in ends), size]:
+            raise ValueError("its tensors do not fill the file one after the other")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); expected a safetensors file. Fetch it again") from error
+    return places
+
+
+def _unfolded(pattern: str) -> Iterator[str]:
+    """`a.{0-1,4}.b` -> a.0.b, a.1.b, a.4.b"""
+    found = re.search(r"\{([^}]*)\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    for run in found[1].split(","):
+        first, _, last = run.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            yield from _unfolded(f"{pattern[: found.start()]}{number}{pattern[found.end() :]}")
+
+
+def open_stored(folder: Path) -> Stored:
+    """Read the headers and the table of a compressed checkpoint. Raises CheckpointError."""
+    try:
+        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        if table["quant_method"] != "compress" or table["format_version"] != 1:
+            raise ValueError("quantization_config is not that of format version 1")
+        sites = {site: table["specs"][number] for pattern, number in table["sites"].items() for site in _unfolded(pattern)}
+        index = folder / "model.safetensors.index.json"
+        files = ["model.safetensors"]
+        if not (folder / files[0]).exists():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error}); expected a checkpoint that compress wrote") from error
+    tensors: dict[str, Place] = {}
+    for file in files:
+        found = header(folder / file)
+        if twice := tensors.keys() & found.keys():
+            raise CheckpointError(f"{folder / file}: holds {min(twice)}, which another file holds too; fetch both again")
+        tensors |= found
+    return Stored(folder, tensors, sites)
+
+
+def read_bytes(place: Place, start: int = 0, stop: int | None = None) -> Bytes:
+    """Read bytes start..stop of a tensor, all of them if none are named. Raises CheckpointError."""
+    size = place.stop - place.start
+    stop = size if stop is None else min(stop, size)
+    with place.file.open("rb") as stream:
+        stream.seek(place.start + start)
+        found = np.frombuffer(stream.read(max(stop - start, 0)), dtype=np.uint8)
+    if len(found) != max(stop - start, 0):
+        raise CheckpointError(f"{place.file}: ends within a tensor; fetch it again")
+    return found
+
+
+def chunks(place: Place) -> Iterator[bytes]:
+    """Yield the bytes of a tensor in pieces."""
+    for start in range(0, place.stop - place.start, _CHUNK):
+        yield read_bytes(place, start, start + _CHUNK).tobytes()
+
+
+def fields(stream: Bytes, bits: int, count: int) -> Bytes:
+    """Return `count` fields of `bits` bits, least significant first, from bytes: eight fields fill `bits` bytes."""
+    rounds = -(-count // 8)
+    octets = np.zeros(rounds * bits + 1, dtype=np.uint16)
+    used = min(len(stream), rounds * bits)
+    octets[:used] = stream[:used]
+    result = np.empty((rounds, 8), dtype=np.uint8)
+    mask = (1 << bits) - 1
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        window: npt.NDArray[Any] = octets[byte : byte + rounds * bits : bits][:rounds]
+        if shift + bits > 8:
+            window = window | (octets[byte + 1 : byte + 1 + rounds * bits : bits][:rounds] << 8)
+        result[:, place] = (window >> shift) & mask
+    return result.reshape(-1)[:count]
+
+
+def bfloat16(raw: Bytes) -> Floats:
+    """Bytes of bfloat16 -> float32."""
+    return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def e4m3(raw: Bytes) -> Floats:
+    """Bytes of floats with 4 exponent and 3 mantissa bits -> float32."""
+    exponent, mantissa = (raw >> 3 & 15).astype(np.int32), (raw & 7).astype(np.float32)
+    magnitude = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, exponent - 10))
+    return (np.where(raw >> 7 == 1, -magnitude, magnitude)).astype(np.float32)
+
+
+class _Site:
+    """The tensors of one part of one site, cut by rows."""
+
+    def __init__(self, stored: Stored, site: str, prefix: str, described: dict[str, Any], shape: tuple[int, int]) -> None:
+        self.described, self.rows, self.columns = described, *shape
+        self._where = {name.removeprefix(f"{site}.{prefix}"): name for name in stored.tensors if name.startswith(f"{site}.")}
+        self._stored, self.name, self.prefix = stored, site, prefix
+
+    def place(self, leaf: str) -> Place:
+        name = f"{self.name}.{self.prefix}{leaf}"
+        if name not in self._stored.tensors:
+            raise CheckpointError(f"{self._stored.folder}: no tensor {name}; fetch the checkpoint again")
+        return self._stored.tensors[name]
+
+    def stream(self, leaf: str, bits: int, per_row: int, start: int, stop: int) -> Bytes:
+        """The fields of rows start..stop of a bit stream, (rows, per_row)."""
+        first, last = start * per_row * bits // 8, -(-stop * per_row * bits // 8)
+        raw = read_bytes(self.place(leaf), first, last)
+        return fields(raw, bits, (stop - start) * per_row).reshape(stop - start, per_row)
+
+    def matrix(self, leaf: str, start: int, stop: int) -> Bytes:
+        """The bytes of rows start..stop of a tensor."""
+        place = self.place(leaf)
+        size = (place.stop - place.start) // place.shape[0] if place.shape[0] else 0
+        return read_bytes(place, start * size, stop * size)
+
+    def spread(self, values: npt.NDArray[_Kind]) -> npt.NDArray[_Kind]:
+        """(rows, groups) -> (rows, in)"""
+        if self.scattered:
+            return values[:, self.group()]
+        return np.repeat(values, int(self.described["group_size"]), axis=1)
+
+    @property
+    def scattered(self) -> bool:
+        """Whether columns of a group are not neighbours."""
+        return bool(self.described.get("group") or self.described.get("scattered"))
+
+    def group(self, packed: int | None = None) -> npt.NDArray[np.int64]:
+        """The group of each column, (in,)."""
+        if not self.scattered:
+            return np.arange(self.columns) // int(self.described["group_size"])
+        place = self.place("group")
+        if packed is not None and packed <= 8:
+            return fields(read_bytes(place), packed, self.columns).astype(np.int64)
+        return read_bytes(place).view({"U8": "u1", "I16": "<i2", "I32": "<i4"}[place.dtype]).astype(np.int64)
+
+
+def _bitpack(site: _Site, start: int, stop: int) -> Floats:
+    bits, size = site.described["bits"], site.described["group_size"]
+    groups = site.columns // size
+    codes = site.stream("codes", bits, site.columns, start, stop).astype(np.float32)
+    scale = bfloat16(site.matrix("scale", start, stop)).reshape(-1, groups)
+    if site.described.get("zero"):
+        zero = site.spread(site.stream("zero", bits, groups, start, stop).astype(np.float32))
+    else:
+        half = site.described.get("bipolar") or bits == 1
+        zero = np.full((1, 1), (2**bits - 1) / 2 if half else 2 ** (bits - 1), dtype=np.float32)
+    values = (codes - zero) * site.spread(scale)
+    if site.described.get("offset"):
+        values = values + site.spread(bfloat16(site.matrix("offset", start, stop)).reshape(-1, groups))
+    return values
+
+
+def _mixed(site: _Site, start: int, stop: int) -> Floats:
+    size = site.described["group_size"]
+    groups = site.columns // size
+    widths = fields(read_bytes(site.place("widths")), 3, groups) + 1
+    needed = max(1, (groups - 1).bit_length())
+    index = site.group(needed if groups <= 256 else 16)
+    scale = bfloat16(site.matrix("scale", start, stop)).reshape(-1, groups)[:, index]
+    values = np.empty((stop - start, site.columns), dtype=np.float32)
+    for bits in sorted(set(widths.tolist())):
+        columns = np.flatnonzero(widths[index] == bits)
+        codes = site.stream(f"codes{bits}", bits, len(columns), start, stop).astype(np.float32)
+        zero = np.full((1, 1), 0.5 if bits == 1 else 2 ** (bits - 1), dtype=np.float32)
+        if site.described.get("zero") and bits > 1:
+            mine = np.flatnonzero(widths == bits)
+            place = np.zeros(groups, dtype=np.int64)
+            place[mine] = np.arange(len(mine))
+            zero = site.stream(f"zero{bits}", bits, len(mine), start, stop).astype(np.float32)[:, place[index[columns]]]
+        values[:, columns] = (codes - zero) * scale[:, columns]
+    return values
+
+
+def _table(site: _Site, start: int, stop: int) -> Floats:
+    datatype, size, kind = (site.described[key] for key in ("datatype", "group_size", "scale"))
+    groups = site.columns // size
+    if datatype == "nf4":
+        tables: list[tuple[float, ...]] = [_NF4]
+    else:
+        plus = _POSITIVE[datatype]
+        tables = [(*plus, special, *(-value for value in plus[1:])) for special in _SPECIAL[datatype]]
+    bits = len(tables[0]).bit_length() - 1
+    raw = site.matrix("scale", start, stop)
+    if kind == "bfloat16":
+        scale = bfloat16(raw)
+    elif kind == "e8m0":
+        scale = np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
+    else:
+        scale = raw.astype(np.float32) if kind == "uint8" else e4m3(raw)
+    scale = scale.reshape(-1, groups)
+    if kind in ("uint8", "e4m3"):
+        row = site.matrix("row_scale", start, stop)
+        scale = scale * (bfloat16(row) if kind == "uint8" else row.view("<f4")).reshape(-1, 1)
+    codes = site.stream("codes", bits, site.columns, start, stop)
+    if len(tables) > 1:
+        values = np.array(tables, dtype=np.float32)[site.spread(site.stream("select", 2, groups, start, stop)), codes]
+    else:
+        values = np.array(tables[0], dtype=np.float32)[codes]
+    return values * site.spread(scale)
+
+
+def _two_level(site: _Site, start: int, stop: int) -> Floats:
+    d = site.described
+    groups = site.columns // d["group_size"]
+    tile = np.arange(start, stop) // 16 - start // 16
+    first, last = start // 16, -(-stop // 16)
+
+    def tiled(leaf: str) -> Bytes:
+        return site.matrix(leaf, first, last)
+
+    top = bfloat16(tiled("scale_top")).reshape(-1, groups)[tile]
+    step, offset, zero_step = (
+        tiled(leaf).reshape(-1, groups)[tile].astype(np.float32) for leaf in ("scale_step", "zero_offset", "zero_step")
+    )
+    scale_code = site.stream("scale_code", d["scale_bits"], groups, start, stop).astype(np.float32)
+    zero_code = site.stream("zero_code", d["zero_bits"], groups, start, stop).astype(np.float32)
+    # All powers of two and small integers: exact in float32.
+    scale = top * (1 - scale_code * step / np.float32(2 ** (7 + d["scale_bits"])))
+    zero = (offset + zero_code * zero_step / np.float32(2 ** d["zero_bits"])) * np.float32(2.0 ** (d["bits"] - 8))
+    codes = site.stream("codes", d["bits"], site.columns, start, stop).astype(np.float32)
+    values: Floats = (codes - site.spread(zero)) * site.spread(scale)
+    return values
+
+
+def _sparse(site: _Site, start: int, stop: int) -> Floats:
+    pointers = read_bytes(site.place("pointers")).view("<i4")[start : stop + 1].astype(np.int64)
+    first, last = int(pointers[0]), int(pointers[-1])
+    place = site.place("columns")
+    kind = {"U8": "u1", "I16": "<i2", "I32": "<i4"}[place.dtype]
+    width = np.dtype(kind).itemsize
+    columns = read_bytes(place, first * width, last * width).view(kind).astype(np.int64)
+    values = np.zeros((stop - start, site.columns), dtype=np.float32)
+    rows = np.repeat(np.arange(stop - start), np.diff(pointers))
+    values[rows, columns] = bfloat16(read_bytes(site.place("values"), first * 2, last * 2))
+    return values
+
+
+DECODERS: dict[str, Callable[[_Site, int, int], Floats]] = {
+    "bitpack": _bitpack,
+    "mixed": _mixed,
+    "table": _table,
+    "two_level": _two_level,
+    "sparse": _sparse,
+}
+
+
+def decode(stored: Stored, site: str) -> Iterator[Floats]:
+    """Yield the weight of a site in float32, some rows at a time, (rows, in). Raises CheckpointError."""
+    spec = stored.sites[site]
+    rows, columns = spec["shape"]
+    parts = []
+    for role, described in spec.items():
+        if role == "shape":
+            continue
+        form = described.get("format")
+        if form not in DECODERS:
+            raise UnknownFormatError(f"{site}: {role} has the format {form!r}; this reader knows {', '.join(DECODERS)}")
+        prefix = "" if role == "base" else f"{role}_"
+        parts.append((DECODERS[form], _Site(stored, site, prefix, described, (rows, columns))))
+    step = max(_ROWS, _SLAB // columns // _ROWS * _ROWS)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        try:
+            with np.errstate(all="ignore"):  # what a damaged file decodes to may be anything
+                values = [read(part, start, stop) for read, part in parts]
+        except (ValueError, IndexError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{stored.folder}: {site} does not fit its description ({error}); fetch it again") from error
+        yield values[0] if len(values) == 1 else values[0] + values[1]
+
+
+def digest(stored: Stored, site: str) -> str:
+    """Return the SHA-256 of a site's weight: its float32 values, little endian, row by row. Raises CheckpointError."""
+    result = hashlib.sha256()
+    for values in decode(stored, site):
+        result.update(np.ascontiguousarray(values, dtype="<f4").data)
+    return result.hexdigest()
