@@ -47,6 +47,12 @@ class ForeignSource(PackedSource):
             entries[f"{site}.weight"] = Entry(f"{site}.weight", "F32", (rows, columns), 0, rows * columns * 4, plain.folder)
             group = _grid.group_dtype(scheme.groups) if scheme.scattered else None
             table[site] = _grid.description(scheme, group)
+        for name in entries:
+            site, _, leaf = name.rpartition(".")
+            if leaf in form.suffixes:
+                raise FormatError(
+                    f"{plain.folder}: {name} is left over, as {site} is not whole; the checkpoint is incomplete, fetch it again"
+                )
         dense = {key: value for key, value in plain.config.items() if key != "quantization_config"}
         return cls(plain.folder, plain.name, dense, entries, plain.revision, table, packed, form, quantization, schemes)
 

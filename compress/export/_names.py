@@ -65,6 +65,16 @@ def scale_of(dtype: str, site: str) -> str:
     return dtype
 
 
+def whole_groups(site: str, columns: int, size: int, lacking: list[str]) -> None:
+    """Check that a site has all its tensors, and groups that divide its columns. Raises FormatError."""
+    if lacking:
+        raise FormatError(f"{site}.{lacking[0]}: missing; the checkpoint is incomplete, fetch it again")
+    if size < 1 or columns % size:
+        raise FormatError(
+            f"{site}: in={columns} with group_size={size}; expected whole groups. The config does not belong to these weights"
+        )
+
+
 def check(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Mapping[str, Tensor]) -> None:
     """Compare the tensors that were read with what they should be. Raises FormatError."""
     for leaf, tensor in tensors.items():

@@ -37,6 +37,7 @@ class Awq:
 
     name = "awq"
     holds = "codes of up to 4 bits, in groups of one size, without act-order"
+    suffixes = ("qweight", "qzeros", "scales", "g_idx")
     scales: tuple[str, ...] = ("F16",)
 
     def scheme(self, spec: Mapping[str, Any], scale: str) -> Scheme:
@@ -101,10 +102,8 @@ class Awq:
                 continue
             site = tensor.removesuffix(".qweight")
             columns, rows = shape[0], shape[1] * 8
-            lacking = [leaf for leaf in ("qzeros", "scales") if f"{site}.{leaf}" not in entries]
             group = columns if size == -1 else size
-            if lacking or group < 1 or columns % group:
-                raise FormatError(f"{site}: in={columns}, group_size={size}, no {lacking}; expected whole groups, qzeros, scales")
+            _names.whole_groups(site, columns, group, [x for x in ("qzeros", "scales") if f"{site}.{x}" not in entries])
             scale = _names.scale_of(entries[f"{site}.scales"][0], site)
             zero = bool(config.get("zero_point", True))
             found[site] = Scheme((rows, columns), 4, group, zero, scale=scale)

@@ -34,6 +34,7 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     holds = "codes of 2 to 8 bits, with or without zero points, without act-order"
+    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
     scales: tuple[str, ...] = ()  # those that a site has
     widths = (2, 3, 4, 5, 6, 7, 8)
 

@@ -34,6 +34,7 @@ class Gptq:
 
     name = "gptq"
     holds = "codes of 2, 3, 4 or 8 bits, with or without zero points and act-order"
+    suffixes = ("qweight", "qzeros", "scales", "g_idx")
     scales: tuple[str, ...] = ("F16", "BF16")
     widths = (2, 3, 4, 8)
 
@@ -119,9 +120,7 @@ class Gptq:
                 raise FormatError(f"{site}: {bits} bits and qweight {list(shape)}; expected one of {self.widths}, and a matrix")
             rows, columns = shape[1], shape[0] * 32 // bits
             size = columns if size == -1 else size
-            lacking = [leaf for leaf in ("qzeros", "scales") if f"{site}.{leaf}" not in entries]
-            if lacking or size < 1 or columns % size:
-                raise FormatError(f"{site}: in={columns}, group_size={size}, no {lacking}; expected whole groups, qzeros, scales")
+            _names.whole_groups(site, columns, size, [x for x in ("qzeros", "scales") if f"{site}.{x}" not in entries])
             scattered = False
             if mine.get("desc_act") and f"{site}.g_idx" in entries:
                 scattered = not torch.equal(read(f"{site}.g_idx").long(), torch.arange(columns) // size)

@@ -218,8 +218,8 @@ def test_gptq_zeros_are_read_field_by_field() -> None:
     tensors = GPTQ.tensors(scheme, CompressedWeight(Uniform(codes, torch.ones(8, 1).half(), 4, 8, zero)))
     assert f"{int(unsigned(tensors['qzeros'])[0, 0]):08X}" == "8888F710"
     first = tensors | {"qzeros": torch.tensor([[0x7777E60F]], dtype=torch.int32)}
-    for config, given in (({"checkpoint_format": "gptq_v2"}, tensors), ({"checkpoint_format": "gptq"}, first), ({}, first)):
-        part = GPTQ.read(scheme, given, config).base
+    for config, stored in (({"checkpoint_format": "gptq_v2"}, tensors), ({"checkpoint_format": "gptq"}, first), ({}, first)):
+        part = GPTQ.read(scheme, stored, config).base
         assert torch.equal(part.zero, zero)
 
 
