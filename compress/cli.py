@@ -11,6 +11,7 @@ import typer
 
 from compress._version import __version__
 from compress.commands.evaluate import evaluate_command
+from compress.commands.export import convert, export
 from compress.commands.look import inspect, methods, recipes, verify
 from compress.commands.plan import plan_command
 from compress.commands.quantize import quantize, run
@@ -64,6 +65,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "run": run,
     "plan": plan_command,
+    "export": export,
+    "convert": convert,
     "inspect": inspect,
     "eval": evaluate_command,
     "verify": verify,

@@ -252,6 +252,32 @@ def copy_entries(
                 stream.write(chunk)
 
 
+def write_stream(path: Path, planned: Iterable[Entry], values: Iterable[tuple[str, Tensor | Entry]]) -> None:
+    """Write a file of planned tensors whose values come one by one in any order, from memory or from another file.
+
+    Raises ValueError when what comes is not what was planned.
+    """
+    ordered = file_order(planned)
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        _write_header(stream, ordered, {})
+        places: dict[str, tuple[int, Entry]] = {}
+        position = stream.tell()
+        for entry in ordered:
+            places[entry.name] = position, entry
+            position += entry.nbytes
+        for name, value in values:
+            start, entry = places.pop(name)
+            got = (value.dtype, value.shape) if isinstance(value, Entry) else (DTYPE_NAMES[value.dtype], tuple(value.shape))
+            if got != (entry.dtype, entry.shape):
+                raise ValueError(f"{path}: {name} comes as {got}; planned is {(entry.dtype, entry.shape)}")
+            stream.seek(start)
+            for chunk in stream_entry(value) if isinstance(value, Entry) else (bytes_of(value.detach().cpu().flatten()),):
+                stream.write(chunk)
+        if places:
+            raise ValueError(f"{path}: {len(places)} planned tensors did not come, such as {next(iter(places))}")
+        stream.truncate(position)
+
+
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors from memory into one file, durably and all at once."""
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -7,7 +7,8 @@ from typing import Any
 
 from compress import packed
 from compress.calibration.families import claim, find
-from compress.evaluate.quality import open_any, stored_bytes
+from compress.evaluate.quality import stored_bytes
+from compress.foreign import open_any
 from compress.packed import PackedSource
 
 
@@ -57,7 +58,7 @@ def _how(source: Any, name: str, tensor: str) -> str:
 
 def _bytes(source: Any, name: str, tensor: str, numel: int) -> int:
     if isinstance(source, PackedSource) and name in source.table:
-        return sum(source.packed[f"{name}.{leaf}"].nbytes for leaf in packed.layout(source.table[name]))
+        return sum(entry.nbytes for entry in source.entries_of(name))
     entry = source.entries[tensor]
     return int(entry.nbytes * numel // max(entry.numel, 1))
 

@@ -41,3 +41,11 @@ Size = Annotated[str | None, typer.Option("--size", help="Budget: tensor bytes o
 MaxKl = Annotated[
     float | None, typer.Option("--max-kl", help="Budget: KL divergence to the original in nats; the smallest model within it.")
 ]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option("--format", help="Export to compressed-tensors, gptq, awq or gguf. May be repeated: a folder each."),
+]
+Target = Annotated[
+    str | None, typer.Option("--target", help="Check that vllm, sglang, transformers or llama.cpp will load it, before any work.")
+]
+TensorParallel = Annotated[int, typer.Option("--tensor-parallel", min=1, help="GPUs that share each weight on the target.")]

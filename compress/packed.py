@@ -342,6 +342,10 @@ class PackedSource(Source):
                 check_finite(tensor, f"{self.packed[f'{site}.{leaf}'].file}: {site}.{leaf}")
         return unpack(spec, tensors)
 
+    def entries_of(self, site: str) -> list[Entry]:
+        """The packed tensors of a site."""
+        return [self.packed[f"{site}.{leaf}"] for leaf in layout(self.table[site])]
+
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         """Read a tensor; a compressed site's weight comes decoded, (out, in) in float32."""
         site = name.removesuffix(".weight")

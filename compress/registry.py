@@ -11,9 +11,9 @@ from typing import Any
 
 from compress.errors import RecipeError
 
-KINDS = ("quant", "transform", "tune", "formats", "plan")
-_EXPORTS = {"formats": "FORMAT", "plan": "PLANNER"}  # kinds that are no methods
-_WORDS = {"formats": "format", "plan": "planner"}
+KINDS = ("quant", "transform", "tune", "formats", "plan", "export")
+_EXPORTS = {"formats": "FORMAT", "plan": "PLANNER", "export": "EXPORT"}  # kinds that are no methods
+_WORDS = {"formats": "format", "plan": "planner", "export": "export"}
 
 
 def names(kind: str) -> list[str]:
@@ -28,7 +28,7 @@ def methods(kinds: Sequence[str] = KINDS) -> list[str]:
 
 
 def lookup(kind: str, name: str) -> Any:
-    """Import `compress.<kind>.<name>` and return its METHOD, FORMAT or PLANNER. Raises RecipeError that lists the known names."""
+    """Import `compress.<kind>.<name>` and return its METHOD, FORMAT, PLANNER or EXPORT. Raises RecipeError with known names."""
     if kind not in KINDS or name not in names(kind):
         known = names(kind) if kind in KINDS else []
         close = difflib.get_close_matches(name, known, n=1)

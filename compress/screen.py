@@ -317,6 +317,23 @@ def show_verified(found: dict[str, Any]) -> None:
     out.print(f"{found['tokens']} tokens give the recorded losses to within {difference}")
 
 
+def show_exports(made: list[dict[str, Any]]) -> None:
+    """Print what was exported."""
+    out = _out()
+    for found in made:
+        state = " (was there already)" if found.get("resumed") else ""
+        table = _table(f"{found['output']}: {found['format']}{state}", "", "before", "after")
+        table.add_row("size", human_bytes(found["bytes_before"]), human_bytes(found["bytes"]))
+        weights = found["bytes"] * 8 / found["bits_per_weight"]
+        table.add_row("bits per weight", f"{found['bytes_before'] * 8 / weights:.3f}", f"{found['bits_per_weight']:.3f}")
+        out.print(table)
+        for how, count in found["stored"].items():
+            out.print(f"{count} weights: {how}")
+        for how, count in found["widened"].items():
+            out.print(f"{count} weights with wider codes: {how}")
+        out.print(f"scales in {', '.join(found['scale_dtypes'])}; all values read back as they were")
+
+
 def describe_methods() -> dict[str, Any]:
     """All methods with their options, as JSON values."""
     from compress import registry

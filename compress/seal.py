@@ -113,9 +113,11 @@ def write_config(folder: Path, config: Mapping[str, Any], table: Mapping[str, An
     write_json(folder / "config.json", {**config, "quantization_config": dict(table)})
 
 
-def carry(source: Source, folder: Path) -> None:
-    """Copy the side files of the source byte for byte."""
+def carry(source: Source, folder: Path, leave: Iterable[str] = ()) -> None:
+    """Copy the side files of the source byte for byte, but for some by name."""
     for path in source.carried():
+        if path.name in leave:
+            continue
         target = folder / path.relative_to(source.folder)
         target.parent.mkdir(exist_ok=True)
         copy(path, target)

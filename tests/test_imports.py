@@ -46,6 +46,10 @@ TABLE: dict[str, Row] = {
     "formats.*": Row("parts.* errors formats._*", "torch"),
     "packed": Row("registry checkpoint container weight errors", "torch"),
     "kernels.*": Row("packed formats.* parts.* weight errors", "torch", lazy_third="cupy"),
+    # Layouts of other tools: pure functions on the parts of a weight, of which they see one at a time.
+    "export._names": Row("packed errors", "torch"),
+    "export.*": Row("packed formats._bits parts.* weight errors export._*", "torch"),
+    "foreign": Row("registry packed checkpoint container weight errors export._grid", "torch"),
     # Methods see tensors, statistics and their own options: no files, names, ranks or formats, and no other method.
     "calibration.statistics": Row("errors", "torch"),
     "method": Row("weight calibration.statistics errors", "torch pydantic"),
@@ -118,12 +122,14 @@ TABLE: dict[str, Row] = {
     "evaluate.independent": Row("errors", "numpy"),
     "evaluate.speed": Row("errors", "torch", lazy_third="transformers"),
     "evaluate.*": Row(
-        "evaluate.* prepare packed calibration.* checkpoint container recipe_data memory files errors",
+        "evaluate.* prepare packed foreign calibration.* checkpoint container recipe_data memory files errors",
         "torch",
         "card",
         "lm_eval transformers",
     ),
-    "inspection": Row("evaluate.quality calibration.families packed checkpoint errors"),
+    "inspection": Row("evaluate.quality calibration.families packed foreign checkpoint errors"),
+    # A checkpoint that is there, in another layout.
+    "exporting": Row("registry foreign packed seal calibration.families checkpoint container files _version errors", "torch"),
     "run": Row(
         "pipeline seal job prepare estimate card report recipe packed calibration.skeleton evaluate.* distributed memory files "
         "_version errors",

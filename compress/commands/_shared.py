@@ -142,6 +142,22 @@ def _check_text(data: Data, plan: Plan) -> None:
         raise CalibrationError(f"--evaluate: {error}; {later}") from error
 
 
+def export_to(
+    model: str, formats: list[str], output: Path, target: str | None, tensor_parallel: int, listen: Any
+) -> list[dict[str, Any]]:
+    """Write a compressed checkpoint in some layouts; several get a folder each. All are checked before the first is written."""
+    from compress import exporting
+
+    source = exporting.open_packed(model)
+    wanted = list(dict.fromkeys(formats))
+    works = [exporting.prepare(source, name) for name in wanted]
+    places = [output / name for name in wanted] if len(wanted) > 1 else [output]
+    made = []
+    for work, place in zip(works, places, strict=True):
+        made.append({"output": str(place), **exporting.export(work, place, listen)})
+    return made
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[Any]:
     from compress import screen

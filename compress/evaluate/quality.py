@@ -25,7 +25,8 @@ from compress.errors import CheckpointError, OutputError
 from compress.evaluate.speed import tokens_per_second
 from compress.evaluate.streamed import open_skeleton
 from compress.files import write_json
-from compress.packed import METHOD, PackedSource
+from compress.foreign import open_any
+from compress.packed import PackedSource
 from compress.prepare import DTYPES, pick_device
 from compress.recipe_data import Data
 
@@ -59,15 +60,6 @@ class Quality:
     def plain(self) -> dict[str, Any]:
         """The result as JSON values."""
         return asdict(self)
-
-
-def open_any(model: str) -> Source:
-    """Open a checkpoint, dense or compressed by this package."""
-    source = Source.open(model)
-    config = source.config.get("quantization_config")
-    if isinstance(config, dict) and config.get("quant_method") == METHOD:
-        return PackedSource.open_packed(source.folder)
-    return source
 
 
 def stored_bytes(source: Source) -> int:

@@ -1,7 +1,7 @@
 """`bitpack`: a `Uniform` part as bytes. Codes and zero codes are dense bit streams of width 1 to 8, without padding between rows.
 
     codes   I32 (words,)            the codes row by row: (out * in * bits) bits, rounded up to one word
-    scale   BF16 (out, groups)
+    scale   BF16 (out, groups)      F16 or F32 where the description says so: what other tools have made stays as it is
     zero    I32 (words,)            zero codes row by row, only on asymmetric grids
     offset  BF16 (out, groups)      added to the values of a group, only where there are such
     group   U8, I16 or I32 (in,)    group of each column, only where columns of a group are not neighbours
@@ -23,7 +23,9 @@ from compress.parts.uniform import Uniform
 
 _GROUP_DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 _GROUP_NAMES = {dtype: name for name, dtype in _GROUP_DTYPES.items()}
-_KEYS = ("format", "bits", "group_size", "zero", "group", "offset", "bipolar")
+_SCALE_DTYPES = {"F16": torch.float16, "F32": torch.float32}  # beside bfloat16, which needs no word
+_SCALE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
+_KEYS = ("format", "bits", "group_size", "zero", "group", "offset", "bipolar", "scale")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -53,6 +55,8 @@ class BitPack:
             described["offset"] = True
         if part.bipolar:
             described["bipolar"] = True
+        if part.scale.dtype != torch.bfloat16:
+            described["scale"] = _SCALE_NAMES[part.scale.dtype]
         return described
 
     def short(self, described: dict[str, Any]) -> str:
@@ -79,10 +83,12 @@ class BitPack:
                 raise FormatError(f"bitpack: {key} is {described[key]!r:.80}; expected true, or no {key}")
         if "bipolar" in described and zero:
             raise FormatError("bitpack: bipolar and zero are both there; expected one of them. The config is damaged")
+        if "scale" in described and not (isinstance(described["scale"], str) and described["scale"] in _SCALE_DTYPES):
+            raise FormatError(f"bitpack: scale is {described['scale']!r:.80}; expected F16 or F32, or no scale for BF16")
         groups = columns // group_size
         layout: Layout = {
             "codes": (torch.int32, (_bits.words(rows * columns, bits),)),
-            "scale": (torch.bfloat16, (rows, groups)),
+            "scale": (_SCALE_DTYPES.get(described.get("scale", ""), torch.bfloat16), (rows, groups)),
         }
         if zero:
             layout["zero"] = (torch.int32, (_bits.words(rows * groups, bits),))

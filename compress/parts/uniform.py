@@ -15,12 +15,18 @@ def middle(bits: int, bipolar: bool = False) -> float:
 
 
 def uniform_bits(
-    shape: tuple[int, int], bits: int, group_size: int, zero: bool, group_bits: int = 0, offset: bool = False
+    shape: tuple[int, int],
+    bits: int,
+    group_size: int,
+    zero: bool,
+    group_bits: int = 0,
+    offset: bool = False,
+    scale_bits: int = 16,
 ) -> int:
     """Stored bits of codes on an affine grid, (out, in): codes, scales, zero codes or offsets, `group_bits` per column."""
     rows, columns = shape
     groups = rows * (columns // group_size)
-    beside = groups * 16 * (2 if offset else 1) + (stream_bits(groups, bits) if zero else 0)
+    beside = groups * (scale_bits + (16 if offset else 0)) + (stream_bits(groups, bits) if zero else 0)
     return stream_bits(rows * columns, bits) + beside + columns * group_bits
 
 
@@ -29,7 +35,7 @@ class Uniform:
     """Codes on an affine grid per group of columns: `value = (code - zero) * scale + offset`."""
 
     codes: Tensor  # (out, in) uint8, each below 2^bits
-    scale: Tensor  # (out, groups) bfloat16; may be negative
+    scale: Tensor  # (out, groups) bfloat16; float16 or float32 in what other tools have made; may be negative
     bits: int
     group_size: int  # columns per group; `in` for one group per row
     zero: Tensor | None = None  # (out, groups) uint8 zero codes; None: the middle of a symmetric grid
@@ -48,10 +54,12 @@ class Uniform:
     def stored_bits(self) -> int:
         """Every bit that this part occupies on disk."""
         group_bits = 0 if self.group is None else self.group.element_size() * 8
-        return uniform_bits(self.shape, self.bits, self.group_size, self.zero is not None, group_bits, self.offset is not None)
+        scale_bits = self.scale.element_size() * 8
+        offset = self.offset is not None
+        return uniform_bits(self.shape, self.bits, self.group_size, self.zero is not None, group_bits, offset, scale_bits)
 
     def dequantize(self) -> Tensor:
-        """Return the weight (out, in) in float32; exact without offsets, as codes and bfloat16 scales are exact in float32."""
+        """Return the weight (out, in) in float32; exact without offsets, as codes and 16-bit scales are exact in float32."""
 
         def spread(values: Tensor) -> Tensor:
             """(out, groups) -> what fits the codes."""

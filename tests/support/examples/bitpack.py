@@ -22,6 +22,7 @@ def uniform(
     code: int | None = None,
     offset: bool = False,
     bipolar: bool = False,
+    scale: torch.dtype = torch.bfloat16,
 ) -> Uniform:
     """A random part; `group` is the type of the groups' numbers where columns of a group are not neighbours."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +38,7 @@ def uniform(
     order = torch.randperm(columns, generator=generator)
     return Uniform(
         codes=draw(rows, columns),
-        scale=torch.randn(rows, groups, generator=generator).to(torch.bfloat16),
+        scale=torch.randn(rows, groups, generator=generator).to(scale),
         bits=bits,
         group_size=size,
         zero=draw(rows, groups) if zero else None,
@@ -63,6 +64,7 @@ def drawn(draw: st.DrawFn) -> Uniform:
         code,
         draw(st.booleans()),
         draw(st.booleans()),
+        draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32])),
     )
 
 
@@ -73,6 +75,8 @@ def fixed() -> Iterator[Uniform]:
                 for rows, groups, size in ((1, 1, 1), (3, 1, 5), (32, 2, 16), (33, 7, 1), (7, 3, 11), (64, 3, 16), (97, 1, 33)):
                     yield uniform(rows, groups, size, bits, zero, group)
                 yield uniform(33, 3, 5, bits, zero, group, offset=True, bipolar=not zero)
+    for scale in (torch.float16, torch.float32):  # of checkpoints that other tools have made
+        yield uniform(33, 3, 5, 4, True, torch.uint8, scale=scale)
     yield uniform(2, 300, 1, 3, True, torch.int16)  # more groups than fit into a byte
 
 
@@ -150,5 +154,13 @@ GOLDEN: list[tuple[Uniform, dict[str, str]]] = [
     (
         replace(golden_uniform(3, zero=False, group=False), bipolar=True),
         {"codes": "4375c64375c64375c6437502", "scale": "803f00bf803e00be803d00bd"},
+    ),
+    (
+        replace(golden_uniform(4, zero=False, group=False), scale=golden_uniform(4, zero=False, group=False).scale.half()),
+        {"codes": "832dc7610ba54fe9832dc7610ba54f00", "scale": "003c00b8003400b0002c00a8"},
+    ),
+    (
+        replace(golden_uniform(4, zero=False, group=False), scale=golden_uniform(4, zero=False, group=False).scale.float()),
+        {"codes": "832dc7610ba54fe9832dc7610ba54f00", "scale": "0000803f000000bf0000803e000000be0000803d000000bd"},
     ),
 ]
