@@ -11,7 +11,7 @@ from typing import Any
 
 from compress.errors import RecipeError
 
-KINDS = ("quant", "transform", "tune", "formats", "plan")
+KINDS = ("quant", "prune", "transform", "tune", "formats", "plan")
 _EXPORTS = {"formats": "FORMAT", "plan": "PLANNER"}  # kinds that are no methods
 _WORDS = {"formats": "format", "plan": "planner"}
 
