@@ -192,6 +192,8 @@ def site_row(
 ) -> SiteRow:
     """Describe what became of a weight (out, in). Raises CalibrationError where it is not finite."""
     decoded = _finite(compressed, site.name)
+    if (sparsity := compressed.sparsity) is not None:
+        notes = {**notes, "sparsity": sparsity}
     return SiteRow(
         site.name,
         site.block,

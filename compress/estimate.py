@@ -42,9 +42,9 @@ def estimate(plan: Plan, samples: int, length: int, memory: int, offload: bool) 
     assigned = {a.site.name: a for a in plan.assignments}
     for site in plan.claims.sites:
         if site.name in assigned:
-            bits = assigned[site.name].method.stored_bits(site.shape)
-            exact = exact and bits is not None
-            after += site.numel * 2 if bits is None else bits // 8
+            method = assigned[site.name].method
+            exact = exact and method.stored_bits(site.shape) is not None
+            after += method.likely_bits(site.shape) // 8
         else:
             after += site.numel * _itemsize(plan, site.tensor)
     after += sum(source.entries[name].nbytes for name in plan.claims.copied)

@@ -64,6 +64,11 @@ class Method(BaseModel):
         """Bits that a weight of this shape (out, in) will occupy; None where it depends on the values."""
         return None
 
+    def likely_bits(self, shape: tuple[int, int]) -> int:
+        """Bits that a weight of this shape (out, in) will occupy or about that; where nothing is known, 16 per weight."""
+        known = self.stored_bits(shape)
+        return 16 * shape[0] * shape[1] if known is None else known
+
 
 @dataclass(frozen=True)
 class Result:

@@ -32,7 +32,7 @@ Spec = dict[str, Any]
 _MAX_SITES = 500_000  # what a table may unfold to, so that a hostile one cannot fill the memory
 _MAX_AXIS = 2**31 - 1
 _DIGITS = 7  # of the longest number that is folded
-_ROLES = ("base", "outliers")  # of the parts of a weight, in the order they are stored
+_ROLES = ("base", "keep", "outliers", "low_rank")  # of the parts of a weight, in the order they are stored
 _RUN = re.compile(rf"([0-9]{{1,{_DIGITS}}})(?:-([0-9]{{1,{_DIGITS}}}))?")
 
 
@@ -54,8 +54,9 @@ def pack(weight: CompressedWeight) -> tuple[dict[str, Tensor], Spec]:
     spec: Spec = {"shape": list(weight.shape)}
     for role, part in weight.parts.items():
         form = _format_of(part)
-        spec[role] = form.describe(part)
-        tensors |= {_prefix(role) + name: tensor for name, tensor in form.pack(part).items()}
+        under = (weight.keep.mask(),) if role == "base" and weight.keep is not None else ()
+        spec[role] = form.describe(part, *under)
+        tensors |= {_prefix(role) + name: tensor for name, tensor in form.pack(part, *under).items()}
     return tensors, spec
 
 
@@ -76,6 +77,12 @@ def _parts(spec: Spec) -> dict[str, Spec]:
         raise FormatError(
             f"quantization_config: a site has the parts {sorted(spec.keys() - {'shape'})!s:.80}; expected base, and of others "
             f"only {', '.join(_ROLES[1:])}. Written by a newer compress?"
+        )
+    if "keep" in parts and not getattr(_format("base", parts["base"]), "masked", False):
+        name = parts["base"].get("format")
+        raise FormatError(
+            f"quantization_config: a base of the format {name!r:.80} is there with a mask, and it is stored whole. Written by "
+            "a newer compress?"
         )
     return parts
 
@@ -110,11 +117,18 @@ def layout(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedWeight:
     """Return the compressed weight that was packed, equal bit for bit. Raises FormatError."""
-    parts = {}
-    for role, described in _parts(spec).items():
-        form = _format(role, described)
-        parts[role] = form.unpack(described, _shape(spec), _tensors_of(role, tensors))
+    parts: dict[str, Any] = {}
+    for role, form, described, under in _in_turn(spec, parts):
+        parts[role] = form.unpack(described, _shape(spec), _tensors_of(role, tensors), *under)
     return CompressedWeight(**parts)
+
+
+def _in_turn(spec: Spec, parts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Spec, tuple[Tensor, ...]]]:
+    """Yield role, format and description of each part, the mask first: the base is read with the one in `parts` by then."""
+    described = _parts(spec)
+    for role in sorted(described, key=lambda role: role != "keep"):
+        under = (parts["keep"].mask(),) if role == "base" and "keep" in described else ()
+        yield role, _format(role, described[role]), described[role], under
 
 
 def _tensors_of(role: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,10 +144,9 @@ def unpack_rows(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], start: i
     if (start, stop) == (0, rows):
         return unpack(dict(spec), tensors)
     parts: dict[str, Any] = {}
-    for role, described in _parts(dict(spec)).items():
-        form = _format(role, described)
-        fewer, cut = form.cut_rows(described, (rows, columns), _tensors_of(role, tensors), start, stop)
-        parts[role] = form.unpack(fewer, (stop - start, columns), cut)
+    for role, form, described, under in _in_turn(dict(spec), parts):
+        fewer, cut = form.cut_rows(described, (rows, columns), _tensors_of(role, tensors), start, stop, *under)
+        parts[role] = form.unpack(fewer, (stop - start, columns), cut, *under)
     return CompressedWeight(**parts)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor
+
+from compress.errors import FormatError
 
 
 class Part(Protocol):
@@ -30,17 +33,45 @@ class Part(Protocol):
         ...
 
 
+class Maskable(Part, Protocol):
+    """A base of which only the kept weights are stored, where a mask goes with it."""
+
+    def kept_bits(self, keep: Tensor) -> int:
+        """Every bit that it occupies on disk with the mask (out, in) bool."""
+        ...
+
+    def under(self, keep: Tensor) -> Self:
+        """Return it with the values that are restored from disk at places (out, in) that are not kept."""
+        ...
+
+
+class Keep(Part, Protocol):
+    """A mask as a part."""
+
+    def mask(self) -> Tensor:
+        """Return which weights are kept, (out, in) bool."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class CompressedWeight:
-    """What replaces one weight: the sum of its parts."""
+    """What replaces one weight: `keep * base + outliers + low_rank`, of which a base alone is the least."""
 
     base: Part
     outliers: Part | None = None  # what the base misses at a few places
+    keep: Keep | None = None  # the base is 0 elsewhere, and not stored there; the base is then a Maskable
+    low_rank: Part | None = None
+
+    @classmethod
+    def pruned(cls, base: Maskable, keep: Keep) -> CompressedWeight:
+        """Make one of a base of which only what is kept counts."""
+        return cls(base.under(keep.mask()), keep=keep)
 
     @property
     def parts(self) -> dict[str, Part]:
         """The parts by role, in the order they are stored."""
-        return {"base": self.base} | ({} if self.outliers is None else {"outliers": self.outliers})
+        roles = {"base": self.base, "keep": self.keep, "outliers": self.outliers, "low_rank": self.low_rank}
+        return {role: part for role, part in roles.items() if part is not None}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,7 +81,13 @@ class CompressedWeight:
     @property
     def stored_bits(self) -> int:
         """Every bit that the weight occupies on disk."""
-        return sum(part.stored_bits for part in self.parts.values())
+        bits = sum(part.stored_bits for role, part in self.parts.items() if role != "base")
+        if self.keep is None:
+            return bits + self.base.stored_bits
+        kept_bits: Callable[[Tensor], int] | None = getattr(self.base, "kept_bits", None)
+        if kept_bits is None:
+            raise FormatError(f"{type(self.base).__name__}: cannot be stored under a mask; use a dense or uniform base")
+        return bits + kept_bits(self.keep.mask())
 
     @property
     def bits_per_weight(self) -> float:
@@ -58,15 +95,25 @@ class CompressedWeight:
         rows, columns = self.shape
         return self.stored_bits / (rows * columns)
 
+    @property
+    def sparsity(self) -> float | None:
+        """Share of weights that the base does not keep; None without a mask."""
+        return None if self.keep is None else 1 - float(self.keep.mask().double().mean())
+
     def dequantize(self) -> Tensor:
         """Return the weight (out, in) in float32."""
         values = self.base.dequantize()
-        return values if self.outliers is None else values.add_(self.outliers.dequantize())
+        if self.keep is not None:
+            values.masked_fill_(~self.keep.mask(), 0.0)
+        for part in (self.outliers, self.low_rank):
+            if part is not None:
+                values.add_(part.dequantize())
+        return values
 
     def rows(self, start: int, stop: int) -> CompressedWeight:
         """Return the rows start..stop as a weight of their own, sharing memory where it can."""
-        outliers = None if self.outliers is None else self.outliers.rows(start, stop)
-        return CompressedWeight(self.base.rows(start, stop), outliers)
+        cut: dict[str, Any] = {role: part.rows(start, stop) for role, part in self.parts.items()}
+        return CompressedWeight(**cut)
 
 
 def relative_error(weight: Tensor, decoded: Tensor, hessian: Tensor | None = None) -> float:

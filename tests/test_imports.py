@@ -38,7 +38,8 @@ TABLE: dict[str, Row] = {
     "registry": Row("errors"),
     "files": Row("errors"),
     "parts.stream": Row(),
-    "parts.*": Row("parts.stream parts.uniform errors", "torch"),
+    "parts.kept": Row("", "torch"),
+    "parts.*": Row("parts.stream parts.kept parts.uniform errors", "torch"),
     "weight": Row("errors", "torch"),
     "distributed": Row("errors", "torch"),
     "container": Row("files errors", "torch"),
@@ -54,6 +55,7 @@ TABLE: dict[str, Row] = {
     "calibration.statistics": Row("errors", "torch"),
     "method": Row("weight calibration.statistics errors", "torch pydantic"),
     "quant.*": Row("method parts.* weight calibration.statistics errors quant._*", "torch scipy pydantic"),
+    "prune.*": Row("method parts.* weight calibration.statistics errors prune._* quant._*", "torch scipy pydantic"),
     # Planners see numbers alone: what candidates take and cost.
     "plan.*": Row("plan._* errors", "numpy scipy"),
     "transform.*": Row("method parts.* weight calibration.statistics errors transform._* quant._*", "torch scipy pydantic"),

@@ -21,7 +21,8 @@ from compress.recipe import Recipe
 
 Tiny = Callable[..., Path]
 RTN: dict[str, Any] = {"match": "*", "method": "quant/rtn"}
-QUANT = ", ".join(sorted(f"quant/{path.stem}" for path in (Path(compress.__file__).parent / "quant").glob("[!_]*.py")))
+FOLDER = Path(compress.__file__).parent
+METHODS = ", ".join(f"{kind}/{p.stem}" for kind in ("quant", "prune") for p in sorted((FOLDER / kind).glob("[!_]*.py")))
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def test_misspelt_keys_name_the_nearest(values: Any, message: str) -> None:
         ({"steps": [RTN], "max_shard_size": "big"}, "max_shard_size: 'big' is not a size; write it as 5GB, 500MB or 4GiB"),
         ({"steps": [RTN], "max_shard_size": "1e400"}, "max_shard_size: '1e400' is not a size"),
         ({1: 2, "steps": [RTN]}, "1: Keys should be strings"),
-        (one(method="quant/gtpq"), f"no method 'quant/gtpq'; known are {QUANT}; did you mean quant/gptq?"),
+        (one(method="quant/gtpq"), f"no method 'quant/gtpq'; known are {METHODS}; did you mean quant/gptq?"),
         (one(method="formats/bitpack"), "no method 'formats/bitpack'"),
         (one(fallback="quant/rtnn"), "steps.0.fallback: no method 'quant/rtnn'"),
         (one(method="quant/gptq", fallback="quant/rtn", options={"bits": 0}), "steps.0.options.bits: "),

@@ -158,4 +158,35 @@ class Drift:
         return [self.second, self.cross]
 
 
+class MeanSquare:
+    """The mean square of each channel of a linear's inputs, the diagonal of the Hessian: the sum of x^2, in float64."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.total = torch.zeros(columns, dtype=torch.float64, device=device)
+
+    @classmethod
+    def nbytes(cls, columns: int) -> int:
+        """Bytes of the sum."""
+        return columns * 8
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows (tokens, in)."""
+        self.total += rows.float().square().sum(0, dtype=torch.float64)
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: MeanSquare) -> None:
+        """Add another accumulator's sum and count."""
+        self.total += other.total
+        self.tokens += other.tokens
+
+    def tensors(self) -> list[Tensor]:
+        """The sum, to be reduced in place over ranks."""
+        return [self.total]
+
+    def mean(self) -> Tensor:
+        """Return the mean of x^2, (in,) float32; zeros when no token was seen."""
+        return (self.total / max(self.tokens, 1)).float()
+
+
 Stats = dict[type[Statistics], Statistics]

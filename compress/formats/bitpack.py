@@ -6,6 +6,9 @@
     offset  BF16 (out, groups)      added to the values of a group, only where there are such
     group   U8, I16 or I32 (in,)    group of each column, only where columns of a group are not neighbours
 
+Under a mask only the codes of kept weights are there, in the same order, see `_masked`; and where each row keeps something in the
+same number of groups, only their scales, zero codes and offsets.
+
 Where `in * bits` is a multiple of 32 every row begins on a word, which is the layout that kernels read.
 """
 
@@ -18,14 +21,16 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import _bits
+from compress.formats import _bits, _masked
+from compress.parts.kept import Stream, kept_groups, stored_groups
+from compress.parts.stream import WORD
 from compress.parts.uniform import Uniform
 
 _GROUP_DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 _GROUP_NAMES = {dtype: name for name, dtype in _GROUP_DTYPES.items()}
 _SCALE_DTYPES = {"F16": torch.float16, "F32": torch.float32}  # beside bfloat16, which needs no word
 _SCALE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
-_KEYS = ("format", "bits", "group_size", "zero", "group", "offset", "bipolar", "scale")
+_KEYS = ("format", "bits", "group_size", "zero", "group", "offset", "bipolar", "scale", *_masked.KEYS, "scales")
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -40,8 +45,9 @@ class BitPack:
     name = "bitpack"
     part = Uniform
     roles = ("base",)
+    masked = True
 
-    def describe(self, part: Uniform) -> dict[str, Any]:
+    def describe(self, part: Uniform, keep: Tensor | None = None) -> dict[str, Any]:
         """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
         described: dict[str, Any] = {
             "format": self.name,
@@ -57,6 +63,10 @@ class BitPack:
             described["bipolar"] = True
         if part.scale.dtype != torch.bfloat16:
             described["scale"] = _SCALE_NAMES[part.scale.dtype]
+        if keep is not None:
+            described |= _masked.describe(Stream.of(keep, WORD))
+            if (scales := stored_groups(keep, part.group_size, part.group)) is not None:
+                described["scales"] = scales
         return described
 
     def short(self, described: dict[str, Any]) -> str:
@@ -86,10 +96,15 @@ class BitPack:
         if "scale" in described and not (isinstance(described["scale"], str) and described["scale"] in _SCALE_DTYPES):
             raise FormatError(f"bitpack: scale is {described['scale']!r:.80}; expected F16 or F32, or no scale for BF16")
         groups = columns // group_size
-        layout: Layout = {
-            "codes": (torch.int32, (_bits.words(rows * columns, bits),)),
-            "scale": (_SCALE_DTYPES.get(described.get("scale", ""), torch.bfloat16), (rows, groups)),
-        }
+        layout = _masked.layout(described, shape, WORD)
+        if "scales" in described:
+            under = any(key in described for key in _masked.KEYS)
+            if not (under and _whole(described["scales"]) and 0 <= described["scales"] < groups):
+                raise FormatError(f"bitpack: scales is {described['scales']!r:.80}; expected fewer than {groups}, under a mask")
+            groups = described["scales"]
+        fields = _masked.fields(described, shape)
+        scale = _SCALE_DTYPES.get(described.get("scale", ""), torch.bfloat16)
+        layout |= {"codes": (torch.int32, (_bits.words(fields, bits),)), "scale": (scale, (rows, groups))}
         if zero:
             layout["zero"] = (torch.int32, (_bits.words(rows * groups, bits),))
         if "offset" in described:
@@ -100,18 +115,30 @@ class BitPack:
             layout["group"] = (_GROUP_DTYPES[described["group"]], (columns,))
         return layout
 
-    def pack(self, part: Uniform) -> dict[str, Tensor]:
-        """Return the tensors of a part."""
-        tensors = {"codes": _bits.pack(part.codes, part.bits), "scale": part.scale.contiguous()}
+    def pack(self, part: Uniform, keep: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the tensors of a part, of which only what is under the mask `keep` (out, in) is stored."""
+        stream = None if keep is None else Stream.of(keep, WORD)
+        live = None
+        if keep is not None and stored_groups(keep, part.group_size, part.group) is not None:
+            live = kept_groups(keep, part.group_size, part.group)
+
+        def beside(values: Tensor) -> Tensor:
+            return values.contiguous() if live is None else values[live].view(len(values), -1)
+
+        tensors = _masked.pointers(stream)
+        tensors["codes"] = _bits.pack(part.codes if stream is None else stream.compact(part.codes), part.bits)
+        tensors["scale"] = beside(part.scale)
         if part.zero is not None:
-            tensors["zero"] = _bits.pack(part.zero, part.bits)
+            tensors["zero"] = _bits.pack(beside(part.zero), part.bits)
         if part.offset is not None:
-            tensors["offset"] = part.offset.contiguous()
+            tensors["offset"] = beside(part.offset)
         if part.group is not None:
             tensors["group"] = part.group.contiguous()
         return tensors
 
-    def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Uniform:
+    def unpack(
+        self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], keep: Tensor | None = None
+    ) -> Uniform:
         """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
         layout = self.layout(described, shape)
         for name, (dtype, expected) in layout.items():
@@ -121,27 +148,59 @@ class BitPack:
                 raise FormatError(f"bitpack: {name} is {found}; expected {dtype} {expected}")
         bits, group_size = described["bits"], described["group_size"]
         groups = shape[1] // group_size
-        codes = _bits.unpack(tensors["codes"], bits, math.prod(shape)).view(shape)
-        zero = _bits.unpack(tensors["zero"], bits, shape[0] * groups).view(shape[0], groups) if described.get("zero") else None
         group = tensors.get("group")
         if group is not None and not bool(((group >= 0) & (group < groups)).all()):
             raise FormatError(f"bitpack: group names a group outside 0..{groups - 1}; the file is damaged")
-        offset, bipolar = tensors.get("offset"), "bipolar" in described
-        return Uniform(codes, tensors["scale"], bits, group_size, zero, group, offset, bipolar)
+        stream = _masked.stream(self.name, described, tensors, keep, WORD)
+        codes = _bits.unpack(tensors["codes"], bits, math.prod(shape) if stream is None else stream.count)
+        live = None
+        if "scales" in described and keep is not None:
+            live = kept_groups(keep, group_size, group)
+            if not bool((live.sum(1) == described["scales"]).all()):
+                raise FormatError(f"bitpack: the mask keeps weights of other groups than scales={described['scales']} per row")
+
+        def beside(values: Tensor, other: int) -> Tensor:
+            if live is None:
+                return values
+            spread = values.new_full((shape[0], groups), other)
+            spread[live] = values.flatten()
+            return spread
+
+        zero, offset = None, tensors.get("offset")
+        if described.get("zero"):
+            stored = math.prod(layout["scale"][1])
+            zero = beside(_bits.unpack(tensors["zero"], bits, stored).view(layout["scale"][1]), 0)
+        return Uniform(
+            codes.view(shape) if stream is None else stream.spread(codes),
+            beside(tensors["scale"], 1),
+            bits,
+            group_size,
+            zero,
+            group,
+            None if offset is None else beside(offset, 0),
+            "bipolar" in described,
+        )
 
     def cut_rows(
-        self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
+        self,
+        described: dict[str, Any],
+        shape: tuple[int, int],
+        tensors: dict[str, Tensor],
+        start: int,
+        stop: int,
+        keep: Tensor | None = None,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return description and tensors of rows start..stop; `start` is a multiple of 32, where each stream begins a word."""
+        """Return description and tensors of rows start..stop with their mask; `start` is a multiple of 32, on a word."""
         columns, bits = shape[1], described["bits"]
-        groups = columns // described["group_size"]
-        first, last = start * columns * bits // 32, _bits.words(stop * columns, bits)
-        cut = {**tensors, "codes": tensors["codes"][first:last], "scale": tensors["scale"][start:stop]}
+        groups = described.get("scales", columns // described["group_size"])
+        fewer, (first, last), pointers = _masked.cut(described, columns, tensors, start, stop, WORD, keep)
+        codes = tensors["codes"][first * bits // WORD : _bits.words(last, bits)]
+        cut = {**tensors, **pointers, "codes": codes, "scale": tensors["scale"][start:stop]}
         if described.get("zero"):
             cut["zero"] = tensors["zero"][start * groups * bits // 32 : _bits.words(stop * groups, bits)]
         if "offset" in described:
             cut["offset"] = tensors["offset"][start:stop]
-        return described, cut
+        return fewer, cut
 
 
 FORMAT = BitPack()

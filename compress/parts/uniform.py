@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from compress.parts.stream import stream_bits
+from compress.parts.kept import Stream, kept_groups, stored_groups
+from compress.parts.stream import WORD, stream_bits
 
 
 def middle(bits: int, bipolar: bool = False) -> float:
@@ -57,6 +59,26 @@ class Uniform:
         scale_bits = self.scale.element_size() * 8
         offset = self.offset is not None
         return uniform_bits(self.shape, self.bits, self.group_size, self.zero is not None, group_bits, offset, scale_bits)
+
+    def kept_bits(self, keep: Tensor) -> int:
+        """Every bit that it occupies where only the weights of a mask (out, in) are stored, and the grids of groups with some."""
+        stream, live = Stream.of(keep, WORD), stored_groups(keep, self.group_size, self.group)
+        groups = self.shape[0] * (self.scale.shape[1] if live is None else live)
+        beside = groups * 16 * (1 if self.offset is None else 2) + (0 if self.zero is None else stream_bits(groups, self.bits))
+        index = 0 if self.group is None else self.shape[1] * self.group.element_size() * 8
+        return stream_bits(stream.count, self.bits) + stream.pointer_bits + beside + index
+
+    def under(self, keep: Tensor) -> Uniform:
+        """Return it as it is stored under a mask (out, in): code 0 where nothing is kept, scale 1 in groups that keep nothing."""
+        live = kept_groups(keep, self.group_size, self.group)
+
+        def kept(values: Tensor | None, where: Tensor, other: int) -> Tensor | None:
+            return None if values is None else torch.where(where, values, values.new_full((), other))
+
+        codes, scale = kept(self.codes, keep, 0), kept(self.scale, live, 1)
+        assert codes is not None
+        assert scale is not None
+        return replace(self, codes=codes, scale=scale, zero=kept(self.zero, live, 0), offset=kept(self.offset, live, 0))
 
     def dequantize(self) -> Tensor:
         """Return the weight (out, in) in float32; exact without offsets, as codes and 16-bit scales are exact in float32."""

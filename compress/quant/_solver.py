@@ -15,7 +15,7 @@ Working layout: (in, out), so that a column of the weight is one contiguous row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -222,11 +222,12 @@ class Sweep:
         levels: Grids,
         groups: Tensor,  # (in,) int64 group of each step
         block: int,
-        fit: Callable[[Tensor, slice], Grid] | None = None,  # fits (out, group size) at these steps when its group is reached
-        group_size: int = 0,  # of the groups to be fitted
+        # What is called before each run of so many steps is begun, longer ones first, of which each is a multiple of the next.
+        reached: Mapping[int, Callable[[slice], None]] | None = None,
+        keep: Tensor | None = None,  # (in, out) 1 or 0 in the type of the weight: where 0, the value is 0 and not rounded
     ) -> None:
         self.target, self.delta, self.codes, self.feedback, self.levels = target, delta, codes, feedback, levels
-        self.groups, self.block, self.fit, self.group_size = groups, block, fit, group_size
+        self.groups, self.block, self.reached, self.keep = groups, block, dict(reached or {}), keep
         # Everything the inner loop touches is made once: it runs five small operations per column.
         self._group = groups.tolist()
         self._targets, self._deltas = target.unbind(0), delta.unbind(0)
@@ -234,35 +235,38 @@ class Sweep:
         self._step = self._steps.unbind(0)
         self._scale, self._inverse, self._round = levels.scale.unbind(0), levels.inverse.unbind(0), levels.rounder()
 
-    def run(self, start: int, stop: int) -> None:
-        """Round the steps start..stop, whose targets hold the errors of all steps before `start`."""
+    def run(self, start: int, stop: int, within: int | None = None) -> None:
+        """Round the steps start..stop, whose targets hold the errors of all steps before `start`.
+
+        `within` is the shortest run that these steps are part of and that was announced.
+        """
         count = stop - start
-        if self.fit is not None and count == self.group_size:
-            self._fit_group(slice(start, stop))
-        grouped = self.fit is not None and count > self.group_size
-        if not grouped and count <= self.block:
+        unit = max((length for length in self.reached if within is None or length < within), default=0)
+        if unit and count <= unit:
+            self.reached[unit](slice(start, stop))
+            self.run(start, stop, unit)
+            return
+        if not unit and count <= self.block:
             self._columns(start, stop)
             return
-        unit = self.group_size if grouped else self.block  # a group is fitted when all of it is up to date: never split across
+        unit = unit or self.block  # a run is announced when all of it is up to date: never split across
         half = start + max(1, -(-count // unit) // 2) * unit
-        self.run(start, half)
+        self.run(start, half, within)
         self.target[half:stop].addmm_(self.feedback[half:stop, start:half], self.delta[start:half])
-        self.run(half, stop)
+        self.run(half, stop, within)
 
-    def _fit_group(self, steps: slice) -> None:
-        """Fit the grid of the group at these steps to its weights as the errors before it want them to be.
+    def current(self, steps: slice) -> Tensor:
+        """Return the weights (n, out) at steps that are reached, as the errors before them want them to be.
 
-        A target is complete only once the columns before it in the group are rounded. Without rounding these would take
-        their own targets: with S the shift of the group's columns and T - W what came from before it, S + A S = T - W.
+        A target is complete only once the columns before it in the run are rounded. Without rounding these would take their own
+        targets: with S the shift of the run's columns and T - W what came from before it, S + A S = T - W.
         """
-        assert self.fit is not None
-        assert isinstance(self.levels, Levels)
         weight = self.delta[steps]  # untouched so far
         shift = torch.linalg.solve_triangular(
             self.feedback[steps, steps], self.target[steps] - weight, upper=False, unitriangular=True
         )
-        grid = self.fit((weight + shift).T.contiguous(), steps)
-        self.levels.group(self._group[steps.start]).assign(Levels.of(grid, weight.dtype))
+        wanted: Tensor = weight + shift
+        return wanted
 
     def _columns(self, start: int, stop: int) -> None:
         """Round the steps start..stop one by one; a target gathers the errors since `start` when its turn comes."""
@@ -272,15 +276,27 @@ class Sweep:
                 self._targets[k].addmv_(self.delta[start:k].T, self.feedback[k, start:k])
             torch.mul(self._targets[k], self._inverse[group], out=step)
             self._round(step, group)
+            if self.keep is not None:
+                step.mul_(self.keep[k])
             self._deltas[k].addcmul_(step, self._scale[group], value=-1)
         self.codes[start:stop] = self.levels.encode(self._steps[: stop - start], self.groups[start:stop])
 
 
-def refine(weight: Tensor, hessian: Tensor, levels: Grids, delta: Tensor, codes: Tensor, passes: int, block: int) -> None:
+def refine(
+    weight: Tensor,
+    hessian: Tensor,
+    levels: Grids,
+    delta: Tensor,
+    codes: Tensor,
+    passes: int,
+    block: int,
+    keep: Tensor | None = None,
+) -> None:
     """Lower tr(D H D^T) by passes of coordinate descent over contiguous groups, in place: the scale, then the codes one by one.
 
-    weight, delta = weight - rounded and codes are (in, out), hessian (in, in). No step raises the cost by more than rounding:
-    a scale becomes the storable one nearest to the best, which is no farther from it than the scale it replaces.
+    weight, delta = weight - rounded, codes and keep are (in, out), hessian (in, in); where keep is 0, the value stays 0. No step
+    raises the cost by more than rounding: a scale becomes the storable one nearest to the best, which is no farther from it than
+    the scale it replaces.
     """
     size = len(weight) // len(levels.scale)
     for _ in range(passes):
@@ -288,7 +304,8 @@ def refine(weight: Tensor, hessian: Tensor, levels: Grids, delta: Tensor, codes:
             span, level = slice(index * size, (index + 1) * size), levels.group(index)
             inner = hessian[span, span]
             gradient = hessian[span] @ delta  # (group size, out)
-            _rescale(level, inner, gradient, delta[span], codes[span])
+            kept = None if keep is None else keep[span]
+            _rescale(level, inner, gradient, delta[span], codes[span], kept)
 
             # A column is rounded to where its row of H D vanishes. What columns of this group contribute changes on the way:
             # those before it are fed back by the sweep.
@@ -296,15 +313,17 @@ def refine(weight: Tensor, hessian: Tensor, levels: Grids, delta: Tensor, codes:
             target = gradient.addmm_(inner.tril(), delta[span], alpha=-1).div_(pivots).add_(weight[span])
             delta[span] = weight[span]
             one = torch.zeros(size, dtype=torch.int64, device=weight.device)
-            Sweep(target, delta[span], codes[span], inner.tril(-1).div_(pivots), level, one, block).run(0, size)
+            Sweep(target, delta[span], codes[span], inner.tril(-1).div_(pivots), level, one, block, keep=kept).run(0, size)
 
 
-def _rescale(level: Grids, inner: Tensor, gradient: Tensor, delta: Tensor, codes: Tensor) -> None:
+def _rescale(level: Grids, inner: Tensor, gradient: Tensor, delta: Tensor, codes: Tensor, keep: Tensor | None) -> None:
     """Give one group the scale s + <t, G> / <t, H t>, t the steps, which is the best one for its codes.
 
     inner is the group's part of H, gradient G = H D and delta D are (group size, out); the last two are kept up to date.
     """
     step = level.decode(codes, delta.dtype)
+    if keep is not None:
+        step.mul_(keep)
     bent = inner @ step
     curvature = (step * bent).sum(0)
     old = level.scale[0].clone()

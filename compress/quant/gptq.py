@@ -81,10 +81,12 @@ def gptq(
         else:
             levels, groups = Levels.empty(columns // size, target, bits, symmetric), natural // size
 
-            def reached(part: Tensor, steps: slice) -> Grid:
-                return fitted(part, importance[steps])
+            def reached(steps: slice) -> None:
+                grid = fitted(sweep.current(steps).T.contiguous(), importance[steps])
+                levels.group(steps.start // size).assign(Levels.of(grid, dtype))
 
-            Sweep(target, delta, codes, factor.feedback, levels, groups, block, reached, size).run(0, columns)
+            sweep = Sweep(target, delta, codes, factor.feedback, levels, groups, block, {size: reached})
+            sweep.run(0, columns)
 
         # Refinement goes from group to group: in natural order, unless groups were cut in processing order.
         damped, place, index = factor.hessian, natural, None

@@ -124,11 +124,14 @@ def slim(
         target = weight.T.contiguous()[factor.order]  # a copy: the sweep works on it
         delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
 
-        def reached(part: Tensor, steps: slice) -> Grid:
-            return fitted(part, widths[steps.start // size], importance[steps])
+        def reached(steps: slice) -> None:
+            group = steps.start // size
+            grid = fitted(sweep.current(steps).T.contiguous(), widths[group], importance[steps])
+            levels.group(group).assign(Levels.of(grid, dtype))
 
-        again = (None, 0) if order == "static" else (reached, size)
-        Sweep(target, delta, codes, factor.feedback, levels, factor.order // size, block, *again).run(0, columns)
+        again = None if order == "static" else {size: reached}
+        sweep = Sweep(target, delta, codes, factor.feedback, levels, factor.order // size, block, again)
+        sweep.run(0, columns)
         back = torch.empty_like(natural).scatter_(0, factor.order, natural)
         delta, codes = delta[back], codes[back]
         if refinements and not factor.plain:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compress.calibration import statistics
 from compress.calibration.observe import Tap, batches, observe, passes
-from compress.calibration.statistics import Hessian, Magnitude
+from compress.calibration.statistics import Hessian, Magnitude, MeanSquare
 
 CPU = torch.device("cpu")
 
@@ -123,3 +123,17 @@ def test_magnitudes_of_half_precision_do_not_overflow() -> None:
     found = Magnitude(2, CPU)
     found.add(torch.full((1000, 2), -60000.0, dtype=torch.float16))
     assert found.mean().tolist() == [60000.0, 60000.0]
+
+
+def test_mean_squares_are_the_diagonal_of_the_hessian() -> None:
+    rows = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    found, other = MeanSquare(7, CPU), MeanSquare(7, CPU)
+    found.add(rows[:20].bfloat16().float())
+    other.add(rows[20:].bfloat16())
+    found.merge(other)
+    whole = Hessian(7, CPU)
+    whole.add(rows.bfloat16())
+    assert found.tokens == 50
+    assert found.tensors()[0] is found.total
+    torch.testing.assert_close(found.mean(), whole.matrix().diagonal())
+    assert torch.equal(MeanSquare(7, CPU).mean(), torch.zeros(7))

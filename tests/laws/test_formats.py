@@ -318,11 +318,13 @@ def test_golden_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_weight_of_one_part_is_stored_as_that_part(name: str) -> None:
-    """In every role that it may have, outliers beside a base of the same shape."""
+    """In every role that it may have, others beside a base of the same shape."""
     cases = [(role, part) for part in list(examples(name).fixed())[::7] for role in form(name).roles]
     for role, part in cases:
         beside = uniform(part.shape[0], 1, part.shape[1], 2, False, None)
         weight = CompressedWeight(part) if role == "base" else CompressedWeight(beside, **{role: part})
+        if role == "keep":
+            weight = CompressedWeight.pruned(beside, part)
         tensors, spec = packed.pack(weight)
         spec = json.loads(json.dumps(spec))
         rows, columns = part.shape

@@ -1,0 +1,155 @@
+"""Options that all methods of pruning share, and what they make of a mask."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compress.calibration.statistics import Hessian, MeanSquare, Statistics, Stats
+from compress.method import GroupSize, Method, Result
+from compress.parts.dense import DENSE_DTYPES, Dense, smallest_dtype
+from compress.parts.mask import bitmask_bits, pattern_bits
+from compress.parts.stream import stream_bits
+from compress.parts.uniform import uniform_bits
+from compress.prune._quantize import quantized
+from compress.prune._select import LARGEST_PATTERN, Target, Within, as_part
+from compress.quant._grid import indivisible
+from compress.weight import CompressedWeight
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
+
+
+class Needed(tuple[type[Statistics], ...]):
+    """The statistics that a method of pruning may need; of a method with options, what it says in `needed`."""
+
+    def __new__(cls, *kinds: type[Statistics]) -> Self:
+        """Make one of statistics."""
+        return super().__new__(cls, kinds)
+
+    def __get__(self, instance: Any, owner: type) -> tuple[type[Statistics], ...]:
+        """Return the statistics of a method, or of a method with these options."""
+        return self if instance is None else cast(tuple[type[Statistics], ...], instance.needed())
+
+
+class Pruning(Method):
+    """Options of every method of pruning."""
+
+    rows_independent: ClassVar[bool] = False  # a matrix has a quota of its own
+
+    sparsity: Annotated[float | None, Field(ge=0, lt=1, description="share of weights to remove; 0.5 if nothing is said")] = None
+    pattern: Annotated[str | None, Field(description="N:M, as 2:4: N kept of every M neighbouring columns")] = None
+    group: Annotated[int, Field(ge=1, description="neighbouring columns that go or stay together")] = 1
+    within: Annotated[Within, Field(description="what competes: the weights of a row, or of the whole matrix")] = "row"
+    dtype: Annotated[
+        Dtype, Field(description="of kept values; auto: the type of 16 bits that held the weight, or else float32")
+    ] = "auto"
+    bits: Annotated[int | None, Field(ge=2, le=8, description="also quantize what is kept, in the same pass")] = None
+    group_size: Annotated[GroupSize, Field(description="columns that share a scale, with bits; -1: the whole row")] = 128
+    symmetric: Annotated[bool, Field(description="no zero points, with bits")] = True
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.pattern is None:
+            return self
+        found = _PATTERN.fullmatch(self.pattern)
+        if found is None or not int(found[1]) < int(found[2]) <= 64:
+            raise ValueError(f"pattern: {self.pattern!r} is not N:M with N kept of M, N below M and M at most 64, as 2:4")
+        if self.sparsity is not None:
+            raise ValueError("sparsity: not with a pattern, which has its own; leave one of them out")
+        if self.group > 1:
+            raise ValueError("group: not with a pattern; leave one of them out")
+        return self
+
+    @property
+    def target(self) -> Target:
+        """What the mask is to be."""
+        if self.pattern is None:
+            return Target(0.5 if self.sparsity is None else self.sparsity, None, self.group, self.within)
+        kept, of = map(int, self.pattern.split(":"))
+        return Target(1 - kept / of, (kept, of))
+
+    def needed(self) -> tuple[type[Statistics], ...]:
+        """The statistics that these options need."""
+        return (Hessian,)
+
+    def check(self, shape: tuple[int, int]) -> str | None:
+        """Say what does not divide the columns of a weight (out, in)."""
+        target = self.target
+        if target.pattern is not None and shape[1] % target.pattern[1]:
+            return f"in={shape[1]} is not a multiple of {target.pattern[1]}, which the pattern {self.pattern} needs; use sparsity"
+        if shape[1] % target.group and (wrong := indivisible(shape[1], target.group)):
+            return wrong.replace("group_size", "group").replace(", or -1 for the whole row", "")
+        return None if self.bits is None else indivisible(shape[1], self.group_size)
+
+    def stored_bits(self, shape: tuple[int, int]) -> int | None:
+        """Bits that a weight of this shape (out, in) will occupy; None where it depends on the values."""
+        target, size = self.target, self._size(shape)
+        if target.pattern is None and target.within == "matrix":
+            return None
+        if self.bits is None:
+            return None if self.dtype == "auto" else self.likely_bits(shape)
+        # Whether a group may lose all its weights, and with them its scale.
+        by_group = target.pattern is None and target.group % size == 0
+        by_pattern = target.pattern is not None and size % target.pattern[1] == 0
+        return self.likely_bits(shape) if by_group or by_pattern or self._kept(shape) > shape[1] - size else None
+
+    def likely_bits(self, shape: tuple[int, int]) -> int:
+        """Bits that a weight of this shape (out, in) will occupy or about that, whatever its values."""
+        (rows, columns), target, kept, size = shape, self.target, self._kept(shape), self._size(shape)
+        patterned = target.pattern is not None and target.pattern[1] <= LARGEST_PATTERN
+        mask = pattern_bits(shape, *target.pattern) if patterned and target.pattern else bitmask_bits(shape, target.group)
+        if self.bits is None:
+            return mask + rows * kept * (32 if self.dtype == "float32" else 16)
+        scaled = kept if target.pattern is None and target.group % size == 0 else columns  # columns whose scales are stored
+        beside = uniform_bits((rows, scaled), self.bits, size, not self.symmetric) - stream_bits(rows * scaled, self.bits)
+        return mask + stream_bits(rows * kept, self.bits) + beside
+
+    def _size(self, shape: tuple[int, int]) -> int:
+        return shape[1] if self.group_size == -1 else self.group_size
+
+    def _kept(self, shape: tuple[int, int]) -> int:
+        """Weights that a row of a weight (out, in) keeps, in the mean."""
+        target = self.target
+        if target.pattern is not None:
+            return shape[1] * target.pattern[0] // target.pattern[1]
+        return shape[1] - target.pruned(shape[1] // target.group) * target.group
+
+    def result(
+        self, weight: Tensor, keep: Tensor, values: Tensor | None, stats: Stats, notes: dict[str, Any] | None = None
+    ) -> Result:
+        """Store a mask (out, in) and values (out, in), those of the weight if None; rounded where there are bits."""
+        target, notes = self.target, dict(notes or {})
+        part = as_part(keep, target)
+        if self.bits is None:
+            dtype = smallest_dtype(weight) if self.dtype == "auto" else DENSE_DTYPES[_NAMES[self.dtype]]
+            base = Dense((weight if values is None else values).masked_fill(~keep, 0.0).to(dtype))
+            return Result(CompressedWeight.pruned(base, part), notes)
+        hessian = stats.get(Hessian)
+        matrix = hessian.matrix() if isinstance(hessian, Hessian) else None
+        codes, more = quantized(weight, keep, values, matrix, self.bits, self.group_size, self.symmetric)
+        return Result(CompressedWeight.pruned(codes, part), notes | more)
+
+
+def mean_square(stats: Stats) -> Tensor:
+    """Return the mean square of each channel of the inputs (in,), in float32."""
+    statistic = stats.get(Hessian) or stats.get(MeanSquare)
+    if isinstance(statistic, Hessian):
+        return statistic.matrix().diagonal()
+    assert isinstance(statistic, MeanSquare)
+    return statistic.mean()
+
+
+def needed_for(update: bool, bits: int | None, score: tuple[type[Statistics], ...]) -> tuple[type[Statistics], ...]:
+    """Return what pruning by a score needs: the Hessian where values are updated or rounded, else what the score does."""
+    return (Hessian,) if update or bits is not None else score
+
+
+def exact(weight: Tensor) -> Tensor:
+    """Return a weight in the type that scores are computed in: float64 as it is, all others as float32."""
+    return weight if weight.dtype == torch.float64 else weight.float()
