@@ -84,6 +84,7 @@ def _table(method: str, names: dict[float, str]) -> Callable[[float], Steps | No
 
 AWQ = [{"method": "transform/awq"}]
 GRID = [{"method": "tune/grid"}]
+DRIFT = [{"method": "transform/drift"}]
 METHODS: dict[str, Callable[[float], Steps | None]] = {
     "rtn": _uniform("quant/rtn"),
     "gptq": _uniform("quant/gptq"),
@@ -95,6 +96,8 @@ METHODS: dict[str, Callable[[float], Steps | None]] = {
     "awq+rtn": _with(_uniform("quant/rtn"), transforms=AWQ),
     "awq+gptq": _with(_uniform("quant/gptq"), transforms=AWQ),
     "slim": lambda bits: step("quant/slim", bits, group_size=128),
+    "drift+gptq": _with(_uniform("quant/gptq"), transforms=DRIFT),
+    "drift+slim": lambda bits: {**step("quant/slim", bits, group_size=128), "transforms": DRIFT},
     "spqr": lambda bits: {"steps": [{"match": "*.*", "method": "quant/spqr", "options": _spqr(bits)}]},
     "hqq": lambda bits: step("quant/hqq", int(bits), group_size=64) if bits == int(bits) else None,
     "finequant": lambda bits: step("quant/finequant", int(bits)) if bits == int(bits) else None,

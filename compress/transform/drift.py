@@ -46,7 +46,7 @@ class DriftCorrection(Method):
     scope: ClassVar[Literal["site", "block"]] = "block"
     compares: ClassVar[bool] = True
 
-    share: Annotated[float, Field(gt=0, le=1, description="of the drift that weights make up for")] = 0.5
+    share: Annotated[float, Field(gt=0, le=1, description="of the drift that weights make up for")] = 0.75
     damp: Annotated[float, Field(gt=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
 
     def __call__(self, block: Block) -> Changed:
