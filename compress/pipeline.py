@@ -310,7 +310,10 @@ class Run:
 
 def _digest(weight: CompressedWeight) -> str:
     """SHA-256 of a weight's values before they are packed, which whoever decodes the file can compare."""
-    return hashlib.sha256(bytes_of(weight.dequantize().cpu())).hexdigest()
+    result = hashlib.sha256(bytes_of(weight.exact().cpu()))
+    for factor in weight.low_rank.factors() if weight.low_rank is not None else ():
+        result.update(bytes_of(factor.cpu().contiguous()))
+    return result.hexdigest()
 
 
 def rows_of(job: Job) -> list[SiteRow]:

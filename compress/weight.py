@@ -53,6 +53,14 @@ class Keep(Part, Protocol):
         ...
 
 
+class Product(Part, Protocol):
+    """A part that is a product of two matrices."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return both, (out, rank) and (rank, in) in float32."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class CompressedWeight:
     """What replaces one weight: `keep * base + outliers + low_rank`, of which a base alone is the least."""
@@ -60,7 +68,7 @@ class CompressedWeight:
     base: Part
     outliers: Part | None = None  # what the base misses at a few places
     keep: Keep | None = None  # the base is 0 elsewhere, and not stored there; the base is then a Maskable
-    low_rank: Part | None = None
+    low_rank: Product | None = None
 
     @classmethod
     def pruned(cls, base: Maskable, keep: Keep) -> CompressedWeight:
@@ -102,13 +110,15 @@ class CompressedWeight:
 
     def dequantize(self) -> Tensor:
         """Return the weight (out, in) in float32."""
+        values = self.exact()
+        return values if self.low_rank is None else values.add_(self.low_rank.dequantize())
+
+    def exact(self) -> Tensor:
+        """Return the weight without its product, (out, in) float32: there is no sum in it whose order could change a bit."""
         values = self.base.dequantize()
         if self.keep is not None:
             values.masked_fill_(~self.keep.mask(), 0.0)
-        for part in (self.outliers, self.low_rank):
-            if part is not None:
-                values.add_(part.dequantize())
-        return values
+        return values if self.outliers is None else values.add_(self.outliers.dequantize())
 
     def rows(self, start: int, stop: int) -> CompressedWeight:
         """Return the rows start..stop as a weight of their own, sharing memory where it can."""

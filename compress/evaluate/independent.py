@@ -8,6 +8,7 @@ equal bit for bit to those that any other right reader gets.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import struct
@@ -23,6 +24,7 @@ from compress.errors import CheckpointError
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
 _Kind = TypeVar("_Kind", bound=np.generic)
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "C64": 8}
@@ -219,20 +221,82 @@ class _Site:
         return read_bytes(place).view({"U8": "u1", "I16": "<i2", "I32": "<i4"}[place.dtype]).astype(np.int64)
 
 
-def _bitpack(site: _Site, start: int, stop: int) -> Floats:
+def floats(raw: Bytes, dtype: str) -> Floats:
+    """Bytes of bfloat16, float16 or float32 -> float32."""
+    return bfloat16(raw) if dtype == "BF16" else raw.view({"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
+
+
+def _kept(site: _Site, mask: Mask, leaf: str, bits: int, align: int, start: int, stop: int) -> Any:
+    """The fields of a stream of what is kept, spread over rows start..stop; `bits` 0: floats of the tensor's type."""
+    place = site.place(leaf)
+    if "kept" in site.described:
+        first, last = start * site.described["kept"], stop * site.described["kept"]
+        inside = np.arange(last - first)
+    else:
+        pointers = read_bytes(site.place("pointers")).view("<i4").astype(np.int64)[start // _ROWS : -(-stop // _ROWS) + 1] * align
+        first, last = int(pointers[0]), int(pointers[-1])
+        counts = np.add.reduceat(mask.sum(1), np.arange(0, len(mask), _ROWS))
+        inside = np.concatenate([begin - first + np.arange(n) for begin, n in zip(pointers[:-1], counts, strict=True)])
+    if bits:
+        stream: Any = fields(read_bytes(place, first * bits // 8, -(-last * bits // 8)), bits, last - first)
+    else:
+        stream = floats(read_bytes(place, first * _SIZES[place.dtype], last * _SIZES[place.dtype]), place.dtype)
+    values = np.zeros(mask.shape, dtype=stream.dtype)
+    values[mask] = stream[inside]
+    return values
+
+
+def _bitpack(site: _Site, start: int, stop: int, mask: Mask | None = None) -> Floats:
     bits, size = site.described["bits"], site.described["group_size"]
-    groups = site.columns // size
-    codes = site.stream("codes", bits, site.columns, start, stop).astype(np.float32)
-    scale = bfloat16(site.matrix("scale", start, stop)).reshape(-1, groups)
+    groups, stored, live = site.columns // size, site.columns // size, None
+    if mask is not None and "scales" in site.described:
+        stored, index = site.described["scales"], site.group()
+        live = np.stack([mask[:, index == group].any(1) for group in range(groups)], axis=1)
+
+    def spread(values: npt.NDArray[_Kind]) -> npt.NDArray[_Kind]:
+        if live is not None:
+            whole = np.zeros((stop - start, groups), dtype=values.dtype)
+            whole[live] = values.reshape(-1)
+            values = whole
+        return site.spread(values)
+
+    codes = (
+        site.stream("codes", bits, site.columns, start, stop)
+        if mask is None
+        else _kept(site, mask, "codes", bits, 32, start, stop)
+    ).astype(np.float32)
+    scale = floats(site.matrix("scale", start, stop), site.place("scale").dtype).reshape(stop - start, stored)
     if site.described.get("zero"):
-        zero = site.spread(site.stream("zero", bits, groups, start, stop).astype(np.float32))
+        zero = spread(site.stream("zero", bits, stored, start, stop).astype(np.float32))
     else:
         half = site.described.get("bipolar") or bits == 1
         zero = np.full((1, 1), (2**bits - 1) / 2 if half else 2 ** (bits - 1), dtype=np.float32)
-    values = (codes - zero) * site.spread(scale)
+    values = (codes - zero) * spread(scale)
     if site.described.get("offset"):
-        values = values + site.spread(bfloat16(site.matrix("offset", start, stop)).reshape(-1, groups))
+        values = values + spread(bfloat16(site.matrix("offset", start, stop)).reshape(stop - start, stored))
     return values
+
+
+def _dense(site: _Site, start: int, stop: int, mask: Mask | None = None) -> Floats:
+    if mask is not None:
+        values: Floats = _kept(site, mask, "values", 0, 1, start, stop)
+        return values
+    return floats(site.matrix("values", start, stop), site.place("values").dtype).reshape(-1, site.columns)
+
+
+def _bitmask(site: _Site, start: int, stop: int) -> Mask:
+    size = site.described.get("size", 1)
+    return np.repeat(site.stream("bits", 1, site.columns // size, start, stop).astype(bool), size, axis=1)
+
+
+def _pattern(site: _Site, start: int, stop: int) -> Mask:
+    kept, of = site.described["kept"], site.described["of"]
+    choices = list(itertools.combinations(range(of), kept))
+    table = np.zeros((len(choices), of), dtype=bool)
+    for number, places in enumerate(choices):
+        table[number, list(places)] = True
+    choice = site.stream("choice", (len(choices) - 1).bit_length(), site.columns // of, start, stop)
+    return table[choice].reshape(stop - start, site.columns)
 
 
 def _mixed(site: _Site, start: int, stop: int) -> Floats:
@@ -320,42 +384,90 @@ def _sparse(site: _Site, start: int, stop: int) -> Floats:
     return values
 
 
-DECODERS: dict[str, Callable[[_Site, int, int], Floats]] = {
+def _low_rank(site: _Site, start: int, stop: int) -> Floats:
+    left, right = _factors(site)
+    return left[start:stop] @ right
+
+
+def _factors(site: _Site) -> tuple[Floats, Floats]:
+    rank, dtype = site.described["rank"], site.described["dtype"]
+    left, right = (floats(read_bytes(site.place(leaf)), dtype) for leaf in ("left", "right"))
+    return left.reshape(site.rows, rank), right.reshape(rank, site.columns)
+
+
+DECODERS: dict[str, Callable[..., Any]] = {
     "bitpack": _bitpack,
+    "dense": _dense,
     "mixed": _mixed,
     "table": _table,
     "two_level": _two_level,
     "sparse": _sparse,
+    "bitmask": _bitmask,
+    "pattern": _pattern,
+    "low_rank": _low_rank,
 }
+_ROLES = ("base", "keep", "outliers", "low_rank")
 
 
-def decode(stored: Stored, site: str) -> Iterator[Floats]:
-    """Yield the weight of a site in float32, some rows at a time, (rows, in). Raises CheckpointError."""
+def _parts(stored: Stored, site: str) -> dict[str, _Site]:
+    """The parts of a site by role."""
     spec = stored.sites[site]
-    rows, columns = spec["shape"]
-    parts = []
-    for role, described in spec.items():
-        if role == "shape":
+    found = {}
+    for role in _ROLES:
+        if role not in spec:
             continue
-        form = described.get("format")
+        form = spec[role].get("format")
         if form not in DECODERS:
             raise UnknownFormatError(f"{site}: {role} has the format {form!r}; this reader knows {', '.join(DECODERS)}")
-        prefix = "" if role == "base" else f"{role}_"
-        parts.append((DECODERS[form], _Site(stored, site, prefix, described, (rows, columns))))
+        found[role] = _Site(stored, site, "" if role == "base" else f"{role}_", spec[role], tuple(spec["shape"]))
+    if unknown := spec.keys() - {"shape", *_ROLES}:
+        raise UnknownFormatError(f"{site}: has the part {min(unknown)!r}; this reader knows {', '.join(_ROLES)}")
+    return found
+
+
+def _rows(parts: dict[str, _Site], start: int, stop: int, whole: bool) -> Floats:
+    """Rows start..stop of keep * base + outliers, and `whole`: + low_rank."""
+
+    def read(role: str, *more: Any) -> Any:
+        return DECODERS[parts[role].described["format"]](parts[role], start, stop, *more)
+
+    if "keep" in parts:
+        mask = read("keep")
+        values: Floats = np.where(mask, read("base", mask), np.float32(0))
+    else:
+        values = read("base")
+    for role in ("outliers", "low_rank") if whole else ("outliers",):
+        if role in parts:
+            values = values + read(role)
+    return values
+
+
+def decode(stored: Stored, site: str, whole: bool = True) -> Iterator[Floats]:
+    """Yield the weight of a site in float32, some rows at a time, (rows, in). Raises CheckpointError."""
+    rows, columns = stored.sites[site]["shape"]
+    parts = _parts(stored, site)
     step = max(_ROWS, _SLAB // columns // _ROWS * _ROWS)
     for start in range(0, rows, step):
-        stop = min(start + step, rows)
         try:
             with np.errstate(all="ignore"):  # what a damaged file decodes to may be anything
-                values = [read(part, start, stop) for read, part in parts]
+                values = _rows(parts, start, min(start + step, rows), whole)
         except (ValueError, IndexError, KeyError, TypeError) as error:
             raise CheckpointError(f"{stored.folder}: {site} does not fit its description ({error}); fetch it again") from error
-        yield values[0] if len(values) == 1 else values[0] + values[1]
+        yield values
 
 
 def digest(stored: Stored, site: str) -> str:
-    """Return the SHA-256 of a site's weight: its float32 values, little endian, row by row. Raises CheckpointError."""
+    """Return the SHA-256 of a site's weight: its float32 values, little endian, row by row. Raises CheckpointError.
+
+    A product of factors depends on the order of its sums: it is left out, and the factors follow as they are.
+    """
     result = hashlib.sha256()
-    for values in decode(stored, site):
+    for values in decode(stored, site, whole=False):
         result.update(np.ascontiguousarray(values, dtype="<f4").data)
+    if (factors := _parts(stored, site).get("low_rank")) is not None:
+        try:
+            for factor in _factors(factors):
+                result.update(np.ascontiguousarray(factor, dtype="<f4").data)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{stored.folder}: {site} does not fit its description ({error}); fetch it again") from error
     return result.hexdigest()

@@ -34,9 +34,14 @@ class LowRank:
         """Every bit that this part occupies on disk."""
         return low_rank_bits(self.shape, self.rank, self.left.element_size() * 8)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return both factors in float32."""
+        return self.left.float(), self.right.float()
+
     def dequantize(self) -> Tensor:
         """Return the product (out, in) in float32."""
-        return self.left.float() @ self.right.float()
+        left, right = self.factors()
+        return left @ right
 
     def rows(self, start: int, stop: int) -> LowRank:
         """Return the rows start..stop as a part of their own, sharing memory."""

@@ -13,14 +13,19 @@ import torch
 from examples.sparse import drawn as drawn_sparse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from masks import BASES as MASKED
+from masks import MASKS, pruned
 from weights import random_weight
 
 from compress import packed, registry
 from compress.container import save
 from compress.errors import CheckpointError
 from compress.evaluate import independent
+from compress.parts.low_rank import LowRank
 from compress.parts.sparse import Sparse
+from compress.pipeline import _digest
 from compress.weight import CompressedWeight
+from examples import low_rank
 
 FORMATS = registry.names("formats")
 BASES = [name for name in FORMATS if "base" in registry.lookup("formats", name).roles]
@@ -79,6 +84,24 @@ def test_drawn_examples(name: str, tmp_path: Path) -> None:
 def test_outliers_are_added(part: Sparse, seed: int, tmp_path: Path) -> None:
     weight = CompressedWeight(random_weight(*part.shape, bits=3, group_size=-1, seed=seed).base, part)
     assert same(weight, decoded(tmp_path, weight))
+
+
+@pytest.mark.parametrize("base_kind", MASKED)
+@pytest.mark.parametrize("mask_kind", MASKS)
+def test_pruned_weights(base_kind: str, mask_kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(independent, "_SLAB", 1)  # rows of which the stream of what is kept does not begin at 0
+    for rows in (1, 33, 97):
+        weight = pruned(base_kind, mask_kind, rows)
+        assert same(weight, decoded(tmp_path, weight))
+
+
+def test_factors_are_multiplied_and_their_own_values_are_in_the_digest(tmp_path: Path) -> None:
+    for part in low_rank.fixed():
+        weight = CompressedWeight(random_weight(*part.shape, bits=3, group_size=-1).base, low_rank=part)
+        np.testing.assert_allclose(decoded(tmp_path, weight), weight.dequantize().numpy(), rtol=1e-5, atol=1e-5)
+        assert independent.digest(stored(tmp_path, weight), "a.b") == _digest(weight)
+        other = CompressedWeight(weight.base, low_rank=LowRank(part.left, -part.right))
+        assert _digest(other) != _digest(weight)
 
 
 @pytest.mark.parametrize("bits", [1, 3, 5, 8])
