@@ -88,7 +88,7 @@ def test_equals_the_reference_mask_for_mask(target: Target, rho: float) -> None:
         torch.testing.assert_close(values, wanted, rtol=1e-3, atol=1e-5)  # 20 steps of conjugate gradients
 
 
-@pytest.mark.parametrize("rho", [5.0, 10.0, 20.0])
+@pytest.mark.parametrize("rho", [2.0, 20.0])
 def test_a_search_that_hardly_moves_begins_anew(rho: float) -> None:
     """Of 1152 places that are kept one or two change hands at first: too few for the penalty to be right."""
     weight, hessian = weights(24, 96).double(), hessian_of(inputs(600, 96))
