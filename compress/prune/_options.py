@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -16,8 +17,11 @@ from compress.parts.mask import bitmask_bits, pattern_bits
 from compress.parts.stream import stream_bits
 from compress.parts.uniform import uniform_bits
 from compress.prune._quantize import quantized
-from compress.prune._select import LARGEST_PATTERN, Target, Within, as_part
+from compress.prune._select import LARGEST_PATTERN, Target, Within, as_part, select
+from compress.prune._solver import updated
+from compress.prune._swaps import swapped
 from compress.quant._grid import indivisible
+from compress.quant._solver import full_precision
 from compress.weight import CompressedWeight
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -133,7 +137,41 @@ class Pruning(Method):
         hessian = stats.get(Hessian)
         matrix = hessian.matrix() if isinstance(hessian, Hessian) else None
         codes, more = quantized(weight, keep, values, matrix, self.bits, self.group_size, self.symmetric)
-        return Result(CompressedWeight.pruned(codes, part), notes | more)
+        fallbacks = dict.fromkeys(n["fallback"] for n in (notes, more) if "fallback" in n)
+        joined = {"fallback": "; ".join(fallbacks)} if fallbacks else {}
+        return Result(CompressedWeight.pruned(codes, part), notes | more | joined)
+
+
+class Scored(Pruning):
+    """Options of methods that keep what scores high by the sizes of weights and inputs."""
+
+    swaps: Annotated[int, Field(ge=0, le=1000, description="exchanges of a kept for a removed weight, per row; 20 is plenty")] = 0
+    update: Annotated[bool, Field(description="then move what is kept to the least error of the outputs")] = False
+
+    def needed(self) -> tuple[type[Statistics], ...]:
+        """The Hessian where values are moved or rounded or pairs of weights are looked at, else its diagonal."""
+        return (Hessian,) if self.update or self.swaps or self.bits is not None else (MeanSquare,)
+
+    def check(self, shape: tuple[int, int]) -> str | None:
+        """Say what does not divide the columns of a weight (out, in), or does not go together."""
+        if self.swaps and self.group > 1:
+            return f"swaps exchange single weights; with group={self.group} leave them out"
+        return super().check(shape)
+
+    def by_score(self, weight: Tensor, score: Callable[[Tensor, Tensor], Tensor], stats: Stats) -> Result:
+        """Prune weight (out, in) by a score of it and of the mean square of its inputs (in,)."""
+        weight, square, target = exact(weight), mean_square(stats), self.target
+        keep, values = select(score(weight, square), target), None
+        notes: dict[str, Any] = {} if bool(square.any()) else {"fallback": "magnitude: no token was seen"}
+        if self.swaps and not notes:
+            statistic = stats[Hessian]
+            assert isinstance(statistic, Hessian)
+            with full_precision():
+                of = None if target.pattern is None else target.pattern[1]
+                keep = swapped(weight, keep, statistic.matrix().to(weight.dtype), self.swaps, of)
+        if self.update and not notes:
+            values, notes = updated(weight, keep, stats)
+        return self.result(weight, keep, values, stats, notes)
 
 
 def mean_square(stats: Stats) -> Tensor:
@@ -143,11 +181,6 @@ def mean_square(stats: Stats) -> Tensor:
         return statistic.matrix().diagonal()
     assert isinstance(statistic, MeanSquare)
     return statistic.mean()
-
-
-def needed_for(update: bool, bits: int | None, score: tuple[type[Statistics], ...]) -> tuple[type[Statistics], ...]:
-    """Return what pruning by a score needs: the Hessian where values are updated or rounded, else what the score does."""
-    return (Hessian,) if update or bits is not None else score
 
 
 def exact(weight: Tensor) -> Tensor:

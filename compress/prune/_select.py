@@ -55,8 +55,13 @@ def select(score: Tensor, target: Target) -> Tensor:
 
 def highest(score: Tensor, count: int) -> Tensor:
     """Return the mask of the `count` highest of each row of scores, of equal ones the first."""
-    order = torch.argsort(score, dim=1, descending=True, stable=True)
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order[:, :count], True)
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    # Selecting takes a fraction of the time of sorting, which on a whole matrix would be most of what a solver does.
+    least = score.kthvalue(score.shape[1] - count + 1, dim=1, keepdim=True).values
+    above, equal = score > least, score == least
+    left = count - above.sum(1, keepdim=True)
+    return above | (equal & (equal.cumsum(1) <= left))
 
 
 def as_part(keep: Tensor, target: Target) -> Keep:

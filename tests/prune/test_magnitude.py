@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from layers import hessian_of, inputs, observed, relative, weights
-from torch import Tensor
+from layers import hessian_of, inputs, observed, relative, slowly_selected, weights
 
 from compress.prune._select import Target, Within, select
 from compress.prune.magnitude import METHOD, magnitude
 from compress.quant._grid import Grid, encode, fit
-
-
-def reference(score: Tensor, sparsity: float, group: int, within: Within) -> Tensor:
-    """One competition after another, sorted in Python: lowest score first, of equal ones the last."""
-    rows, columns = score.shape
-    keep = torch.ones(rows, columns, dtype=torch.bool)
-    units = [
-        (math.sqrt(sum(float(score[r, c + i]) ** 2 for i in range(group))) if group > 1 else float(score[r, c]), r, c)
-        for r in range(rows)
-        for c in range(0, columns, group)
-    ]
-    for some in [units] if within == "matrix" else [[u for u in units if u[1] == r] for r in range(rows)]:
-        for _, r, c in sorted(some, key=lambda unit: (unit[0], -unit[1], -unit[2]))[: round(sparsity * len(some))]:
-            keep[r, c : c + group] = False
-    return keep
 
 
 @pytest.mark.parametrize("within", ["row", "matrix"])
@@ -37,7 +20,7 @@ def test_equals_the_reference_mask_for_mask(sparsity: float, group: int, within:
     for seed in range(3):
         weight = weights(13, 48, seed).double()
         found = magnitude(weight, Target(sparsity, None, group, within))
-        assert torch.equal(found, reference(weight.abs(), sparsity, group, within))
+        assert torch.equal(found, slowly_selected(weight.abs(), sparsity, group, within))
 
 
 @pytest.mark.parametrize("within", ["row", "matrix"])
@@ -45,7 +28,7 @@ def test_ties_are_broken_by_index(within: Within) -> None:
     """In bfloat16 thousands of weights are equal; as many go as were asked for, the last ones first."""
     weight = (weights(13, 48) * 100).round().bfloat16()
     assert len(weight.unique()) < 40
-    assert torch.equal(magnitude(weight, Target(0.5, within=within)), reference(weight.abs().double(), 0.5, 1, within))
+    assert torch.equal(magnitude(weight, Target(0.5, within=within)), slowly_selected(weight.abs().double(), 0.5, 1, within))
     same = torch.full((3, 8), -0.25)
     assert magnitude(same, Target(0.5)).tolist() == [[True] * 4 + [False] * 4] * 3
     assert magnitude(same, Target(0.5, within="matrix")).flatten().tolist() == [True] * 12 + [False] * 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.calibration.statistics import Statistics
+from compress.prune._select import Within
 
 
 def inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:
@@ -43,3 +45,18 @@ def relative(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
     """E(V) / E(0)."""
     delta, whole = (weight - values).double(), weight.double()
     return float(((delta @ hessian.double()) * delta).sum() / ((whole @ hessian.double()) * whole).sum())
+
+
+def slowly_selected(score: Tensor, sparsity: float, group: int, within: Within) -> Tensor:
+    """One competition after another, sorted in Python: lowest score first, of equal ones the last."""
+    rows, columns = score.shape
+    keep = torch.ones(rows, columns, dtype=torch.bool)
+    units = [
+        (math.sqrt(sum(float(score[r, c + i]) ** 2 for i in range(group))) if group > 1 else float(score[r, c]), r, c)
+        for r in range(rows)
+        for c in range(0, columns, group)
+    ]
+    for some in [units] if within == "matrix" else [[u for u in units if u[1] == r] for r in range(rows)]:
+        for _, r, c in sorted(some, key=lambda unit: (unit[0], -unit[1], -unit[2]))[: round(sparsity * len(some))]:
+            keep[r, c : c + group] = False
+    return keep

@@ -1,0 +1,47 @@
+"""RIA: weights go that are small for their row and their column, and meet quiet inputs (Zhang et al., ICLR 2024).
+
+Problem   choose what to keep of a weight W (out, in), given what its inputs x look like, without emptying weak rows and columns.
+Score     S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) (mean x_j^2)^(power / 2)
+Quotas    exact, of the whole matrix by default, see `_select`: the first factor makes rows comparable.
+Update    `update: true` moves what is kept to where the error of the outputs is least, see `_solver`.
+Defaults  power 0.5 and whole matrices, those of the authors' program. Without any token the second factor is 1.
+Failures  as of Wanda, nothing makes up for what is removed unless values are updated. Permutations of channels before N:M, which
+          the paper adds, are not done: only some inputs could be permuted without a cost at run time.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.calibration.statistics import MeanSquare, Statistics, Stats
+from compress.method import Result
+from compress.prune._options import Needed, Scored, exact
+from compress.prune._select import Within
+
+
+def score(weight: Tensor, square: Tensor, power: float = 0.5) -> Tensor:
+    """Return the relative importance of each weight (out, in), given the mean square of each input (in,)."""
+    size = exact(weight).abs()
+    tiny = torch.finfo(size.dtype).tiny
+    relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
+    return relative * (square.to(size.dtype).pow(power / 2) if bool(square.any()) else 1.0)
+
+
+class RIA(Scored):
+    """Options of relative importance and activations."""
+
+    needs: ClassVar[tuple[type[Statistics], ...]] = Needed(MeanSquare)
+
+    within: Annotated[Within, Field(description="what competes: the weights of the whole matrix, or of a row")] = "matrix"
+    power: Annotated[float, Field(ge=0, le=2, description="of the inputs' root mean square")] = 0.5
+
+    def __call__(self, weight: Tensor, stats: Stats) -> Result:
+        """Prune weight (out, in) by relative importance."""
+        return self.by_score(weight, lambda w, square: score(w, square, self.power), stats)
+
+
+METHOD = RIA
