@@ -45,7 +45,7 @@ TABLE: dict[str, Row] = {
     "checkpoint": Row("container files errors", "torch", lazy_third="huggingface_hub"),
     "formats.*": Row("parts.* errors formats._*", "torch"),
     "packed": Row("registry checkpoint container weight errors", "torch"),
-    "kernels.*": Row("packed formats.* parts.* weight errors", "torch", lazy_third="cupy"),
+    "kernels.*": Row("kernels.* packed formats.* parts.* weight errors", "torch numpy", lazy_third="cupy"),
     # Methods see tensors, statistics and their own options: no files, names, ranks or formats, and no other method.
     "calibration.statistics": Row("errors", "torch"),
     "method": Row("weight calibration.statistics errors", "torch pydantic"),
