@@ -115,6 +115,9 @@ TABLE: dict[str, Row] = {
     "plots": Row("planning errors", lazy_third="matplotlib"),
     "seal": Row("packed calibration.families checkpoint container files errors"),
     "evaluate.speed": Row("errors", "torch", lazy_third="transformers"),
+    "evaluate.bench": Row(
+        "evaluate.quality evaluate.speed runtime.linear kernels.weight_only parts.uniform packed weight errors", "torch"
+    ),
     "evaluate.*": Row(
         "evaluate.* prepare packed calibration.* checkpoint recipe_data files errors", "torch", "card", "lm_eval transformers"
     ),
@@ -126,7 +129,9 @@ TABLE: dict[str, Row] = {
     ),
     # What people see. The command line starts without anything heavy.
     "screen": Row(
-        "files memory errors", "rich", lazy_own="registry recipe prepare estimate run inspection evaluate.quality facts"
+        "files memory errors",
+        "rich",
+        lazy_own="registry recipe prepare estimate run inspection evaluate.quality evaluate.bench facts",
     ),
     "options": Row("", "typer"),
     "commands.*": Row("commands._shared options errors", "typer", lazy_own="*"),

@@ -102,25 +102,25 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if int4_cpu.pays(x) and int4_cpu.supports(self.spec):
+        path = self.path(x)
+        if path == "int4_cpu":
             if self._int4 is None:
                 self._int4 = int4_cpu.prepare(self.spec, self.tensors)
             y = int4_cpu.matmul(x, self.spec, self._int4)
-        elif self._by_kernel(x):
+        elif path == "weight_only":
+            if self._tiles is None:
+                self.lay_out()
             return self._product(x)
         else:
             y = torch_reference.matmul(x, self.spec, self.tensors)
         return y if self.bias is None else y + self.bias
 
-    def _by_kernel(self, x: Tensor) -> bool:
-        """Whether kernels multiply x; at the first product they may, codes are laid out for them."""
-        if not x.is_cuda or x.dtype not in weight_only.TYPES or (x.requires_grad and torch.is_grad_enabled()):
-            return False
-        if self._tiles is None:
-            if self.obstacle(x.device) is not None:
-                return False
-            self.lay_out()
-        return True
+    def path(self, x: Tensor) -> str:
+        """Name what multiplies by x (..., in): a file in `compress/kernels`."""
+        if int4_cpu.pays(x) and int4_cpu.supports(self.spec):
+            return "int4_cpu"
+        fits = x.is_cuda and x.dtype in weight_only.TYPES and not (x.requires_grad and torch.is_grad_enabled())
+        return "weight_only" if fits and (self._tiles is not None or self.obstacle(x.device) is None) else "torch_reference"
 
     def _product(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) by kernels: single weights first, as what the base's sums are added to."""
