@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from compress._version import __version__
+from compress.commands.bench import bench_command
 from compress.commands.evaluate import evaluate_command
 from compress.commands.export import convert, export
 from compress.commands.look import inspect, methods, recipes, verify
@@ -69,6 +70,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "inspect": inspect,
     "eval": evaluate_command,
+    "bench": bench_command,
     "verify": verify,
     "methods": methods,
     "recipes": recipes,

@@ -20,6 +20,7 @@ from compress.files import human_bytes
 
 if TYPE_CHECKING:
     from compress.estimate import Estimate
+    from compress.evaluate.bench import Bench
     from compress.evaluate.quality import Quality
     from compress.inspection import Contents
     from compress.prepare import Plan
@@ -285,6 +286,42 @@ def show_quality(q: Quality) -> None:
     out.print(table)
     if q.original is None:
         out.print("no original: give --original MODEL for KL divergence and agreement")
+
+
+def show_bench(b: Bench) -> None:
+    """Print how fast products are."""
+    out = _out()
+    machine = f"copies {b.bytes_per_second / 1e9:,.4g} GB/s, products {b.operations_per_second / 1e12:.3g} TFLOP/s"
+    table = _table(
+        f"{b.device}, {b.dtype}: {machine}",
+        "out x in",
+        "stored",
+        "tokens",
+        "by",
+        "us",
+        "floor",
+        "share",
+        "dense",
+        "gain",
+        "error",
+    )
+    for r in b.rows:
+        times = (
+            f"{r.microseconds:.4g}",
+            f"{r.floor:.3g}",
+            f"{r.share:.0%}",
+            f"{r.dense:.4g}",
+            f"{r.gain:.2f}",
+            f"{r.difference:.1e}",
+        )
+        table.add_row(f"{r.out} x {r.columns}", r.stored, str(r.tokens), f"{r.path} ({r.how})", *times)
+    out.print(table)
+    out.print("us: median of one product; floor: what bytes and arithmetic take at these rates; gain: dense over us")
+    if b.tokens_per_second is not None:
+        before = "" if b.tokens_per_second_before is None else f", its original {b.tokens_per_second_before:.4g}"
+        out.print(f"generation: {b.tokens_per_second:.4g} tokens per second{before}")
+    if b.device.startswith("CPU"):
+        out.print("measured on a CPU: kernels for a GPU did not run")
 
 
 def show_contents(c: Contents) -> None:

@@ -30,6 +30,19 @@ def reload_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.M
         monkeypatch.setattr(reload, "fresh_process", here)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU, or minutes, and say why."""
+    import torch
+
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU that torch sees")
+    slow = pytest.mark.skip(reason="takes minutes; set COMPRESS_SLOW=1")
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("slow") and not os.environ.get("COMPRESS_SLOW"):
+            item.add_marker(slow)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that gives the folder of a tiny checkpoint of a family; the same settings give the same folder."""

@@ -46,7 +46,7 @@ TABLE: dict[str, Row] = {
     "checkpoint": Row("container files errors", "torch", lazy_third="huggingface_hub"),
     "formats.*": Row("parts.* errors formats._*", "torch"),
     "packed": Row("registry checkpoint container weight errors", "torch"),
-    "kernels.*": Row("packed formats.* parts.* weight errors", "torch", lazy_third="cupy"),
+    "kernels.*": Row("kernels.* packed formats.* parts.* weight errors", "torch numpy", lazy_third="cupy"),
     # Layouts of other tools: pure functions on the parts of a weight, of which they see one at a time.
     "export._names": Row("packed errors", "torch"),
     "export.*": Row("packed formats._bits parts.* weight errors export._*", "torch"),
@@ -123,6 +123,9 @@ TABLE: dict[str, Row] = {
     # A second reader of the format shares nothing with what writes it.
     "evaluate.independent": Row("errors", "numpy"),
     "evaluate.speed": Row("errors", "torch", lazy_third="transformers"),
+    "evaluate.bench": Row(
+        "evaluate.quality evaluate.speed runtime.linear kernels.weight_only parts.uniform packed weight errors", "torch"
+    ),
     "evaluate.*": Row(
         "evaluate.* prepare packed foreign calibration.* checkpoint container recipe_data memory files errors",
         "torch",
@@ -139,7 +142,9 @@ TABLE: dict[str, Row] = {
     ),
     # What people see. The command line starts without anything heavy.
     "screen": Row(
-        "files memory errors", "rich", lazy_own="registry recipe prepare estimate run inspection evaluate.quality facts"
+        "files memory errors",
+        "rich",
+        lazy_own="registry recipe prepare estimate run inspection evaluate.quality evaluate.bench facts",
     ),
     "options": Row("", "typer"),
     "commands.*": Row("commands._shared options errors", "typer", lazy_own="*"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import packed
-from compress.kernels import int4_cpu, torch_reference
+from compress.kernels import _cuda, _weights, int4_cpu, sparse_rows, torch_reference, weight_only
 from compress.weight import CompressedWeight
 
 
@@ -17,6 +17,9 @@ class CompressedLinear(nn.Module):
     """`y = x @ W.T + b` with W as packed tensors, which are the buffers of this module, named as on disk.
 
     Not an nn.Linear: initialisation and adapters look for those, and there is no dense weight for them to touch.
+
+    On a GPU, the first product lays the codes out for the kernels and lets go of the stored ones, so that they are there once;
+    whoever asks for the packed tensors gets them made again.
     """
 
     def __init__(self, spec: packed.Spec, bias: nn.Parameter | None = None, device: str = "meta") -> None:
@@ -30,6 +33,7 @@ class CompressedLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0, device=device), persistent=False)
         self.bias = bias
         self._int4: tuple[Tensor, Tensor] | None = None
+        self._tiles: _weights.Tiles | None = None
 
     @classmethod
     def of(cls, weight: CompressedWeight, bias: nn.Parameter | None = None) -> CompressedLinear:
@@ -43,14 +47,40 @@ class CompressedLinear(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
-        return {leaf: self.get_buffer(leaf) for leaf in self.leaves}
+        found = {leaf: self.get_buffer(leaf) for leaf in self.leaves}
+        return found if self._tiles is None else {**found, "codes": _weights.stored_codes(self._tiles)}
 
     def compressed(self) -> CompressedWeight:
         """The weight as numbers."""
         return packed.unpack(self.spec, self.tensors)
 
+    def obstacle(self, where: torch.device) -> str | None:
+        """Say why no kernel of ours multiplies by this weight on a device, or None if one does."""
+        others = [role for role in self.spec if role not in ("shape", "base", "outliers")]
+        if others:
+            return f"a part {others[0]} has no kernel"
+        return _cuda.obstacle(where) or _weights.reason(self.spec)
+
+    def lay_out(self) -> None:
+        """Lay the codes out for the kernels, on the device where they are, and let go of the stored ones."""
+        if self._tiles is None:
+            base = packed.unpack({"shape": self.spec["shape"], "base": self.spec["base"]}, self._base()).base
+            self._tiles = _weights.prepare(base)
+            self.register_buffer("codes", torch.empty(0, dtype=torch.int32, device=self._tiles.codes.device))
+
+    def restore(self) -> None:
+        """Take the packed tensors back, as they were stored."""
+        if self._tiles is not None:
+            codes = self.tensors["codes"]
+            self._tiles = None
+            self.register_buffer("codes", codes)
+
+    def _base(self) -> dict[str, Tensor]:
+        return {leaf: self.get_buffer(leaf) for leaf in packed.layout({"shape": self.spec["shape"], "base": self.spec["base"]})}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         """Move with the model, but keep the dtypes of packed tensors: they are part of the format."""
+        self.restore()
         before = self.tensors
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for leaf, tensor in before.items():
@@ -60,19 +90,48 @@ class CompressedLinear(nn.Module):
         self._int4 = None
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._tiles is not None:
+            destination[prefix + "codes"] = self.tensors["codes"]
+
     def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.restore()
         super()._load_from_state_dict(*arguments)
         self._int4 = None  # made from what was there before
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if int4_cpu.pays(x) and int4_cpu.supports(self.spec):
+        path = self.path(x)
+        if path == "int4_cpu":
             if self._int4 is None:
                 self._int4 = int4_cpu.prepare(self.spec, self.tensors)
             y = int4_cpu.matmul(x, self.spec, self._int4)
+        elif path == "weight_only":
+            if self._tiles is None:
+                self.lay_out()
+            return self._product(x)
         else:
             y = torch_reference.matmul(x, self.spec, self.tensors)
         return y if self.bias is None else y + self.bias
+
+    def path(self, x: Tensor) -> str:
+        """Name what multiplies by x (..., in): a file in `compress/kernels`."""
+        if int4_cpu.pays(x) and int4_cpu.supports(self.spec):
+            return "int4_cpu"
+        fits = x.is_cuda and x.dtype in weight_only.TYPES and not (x.requires_grad and torch.is_grad_enabled())
+        return "weight_only" if fits and (self._tiles is not None or self.obstacle(x.device) is None) else "torch_reference"
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) by kernels: single weights first, as what the base's sums are added to."""
+        assert self._tiles is not None
+        addend = None
+        if "outliers" in self.spec:
+            pieces = (self.get_buffer(f"outliers_{name}") for name in ("pointers", "columns", "values"))
+            addend = sparse_rows.product(x, *pieces)
+        bias = self.bias if self.bias is not None and self.bias.dtype == x.dtype else None
+        y = weight_only.product(x, self._tiles, addend, bias)
+        return y if self.bias is None or bias is not None else y + self.bias
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

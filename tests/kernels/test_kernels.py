@@ -6,6 +6,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import host_cuda
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from weights import random_weight
 
 import compress.kernels
 from compress import packed
-from compress.kernels import int4_cpu, torch_reference
+from compress.kernels import int4_cpu, torch_reference, weight_only
 from compress.weight import CompressedWeight
 
 Packed = tuple[dict[str, Tensor], dict[str, Any]]
@@ -27,7 +28,27 @@ def int4(x: Tensor, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> T
 KERNELS: dict[str, tuple[Callable[..., Tensor], tuple[torch.dtype, ...], Callable[[Mapping[str, Any]], bool]]] = {
     "torch_reference": (torch_reference.matmul, (torch.float64, torch.float32, torch.bfloat16, torch.float16), lambda spec: True),
     "int4_cpu": (int4, (torch.bfloat16,), int4_cpu.supports),
+    # On the CPU, see host.h.
+    "weight_only": (weight_only.matmul, (torch.bfloat16,), lambda spec: weight_only.reason(spec) is None),
 }
+ON_HOST = ("weight_only",)
+# These multiply by single weights or calibrate; tests of their own cover them.
+OTHERS = {"sparse_rows"}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> host_cuda.Host:
+    kinds = [(bits, kind) for bits in range(1, 9) for kind in ("SYMMETRIC" if bits > 1 else "HALF", "ZERO")]
+    return host_cuda.Host(*(weight_only.instance("wqmm", torch.bfloat16, bits, kind, False, 8) for bits, kind in kinds))
+
+
+@pytest.fixture(autouse=True)
+def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for a GPU run on the CPU."""
+    if request.node.callspec.params.get("kernel") in ON_HOST if hasattr(request.node, "callspec") else False:
+        request.getfixturevalue("compiled").install(monkeypatch)
+
+
 WEIGHTS = {
     f"{rows}x{columns} {bits} bits, group {group_size}{', zeros' * zero}{', scattered' * scattered}": (
         rows,
@@ -63,7 +84,9 @@ def close(y: Tensor, x: Tensor, weight: CompressedWeight) -> None:
 
 def test_every_kernel_of_the_folder_is_under_the_law() -> None:
     assert {kernel for kernel, _ in CASES} == set(KERNELS)
-    assert set(KERNELS) == {m.name for m in pkgutil.iter_modules(compress.kernels.__path__) if not m.name.startswith("_")}
+    assert set(KERNELS) | OTHERS == {
+        m.name for m in pkgutil.iter_modules(compress.kernels.__path__) if not m.name.startswith("_")
+    }
 
 
 CASES = [

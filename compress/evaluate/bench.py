@@ -1,0 +1,235 @@
+"""How fast products with compressed weights are: time, share of what the machine can do, and against dense weights.
+
+Weights are rotated over copies that no cache holds, as in a model other layers lie between two uses of one. On a GPU a CUDA graph
+of one product per copy is replayed, so that what Python takes does not count; a path that cannot be captured is timed by events
+around its calls, and the row says `eager`. Times are medians; the machine's rates are its best.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import packed
+from compress.errors import RecipeError
+from compress.evaluate.quality import base_of, open_any
+from compress.evaluate.speed import tokens_per_second
+from compress.kernels import weight_only
+from compress.parts.uniform import Uniform
+from compress.runtime.linear import CompressedLinear
+from compress.weight import CompressedWeight
+
+TOKENS = (1, 4, 16, 64, 256)
+_REPEATS, _LEAST = 21, 0.05  # calls or replays of a measurement, and seconds
+_COPIES = 16  # of a weight, at most
+Calls = Sequence[Callable[[], Tensor]]
+Median = Callable[[Sequence[float]], float]
+Listen = Callable[[int, int, str, float], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One product."""
+
+    out: int
+    columns: int
+    stored: str  # how the weight is stored
+    tokens: int
+    path: str  # what multiplied
+    how: str  # graph, eager or cpu
+    microseconds: float
+    floor: float  # microseconds that the bytes or the arithmetic take at least, at the rates measured on this machine
+    dense: float  # microseconds of torch's product with a dense weight in the type of x
+    difference: float  # |y - product with the decoded weight| over its norm
+
+    @property
+    def share(self) -> float:
+        """What part of the time is the floor."""
+        return self.floor / self.microseconds
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as the dense product."""
+        return self.dense / self.microseconds
+
+    def plain(self) -> dict[str, Any]:
+        """The row as JSON values."""
+        return {**asdict(self), "share": self.share, "gain": self.gain}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A measurement of one machine."""
+
+    device: str
+    dtype: str
+    torch: str
+    bytes_per_second: float  # of a copy, read and written
+    operations_per_second: float  # of a large dense product
+    rows: list[Row]
+    tokens_per_second: float | None = None  # of the model, if one was given
+    tokens_per_second_before: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The measurement as JSON values."""
+        values = asdict(self)
+        return {**values, "rows": [row.plain() for row in self.rows], "measured": time.strftime("%Y-%m-%d")}
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """Read 4096x4096,14336x4096 as (out, in). Raises RecipeError."""
+    shapes = []
+    for piece in text.split(","):
+        rows, _, columns = piece.strip().partition("x")
+        if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+            raise RecipeError(f"--shapes {text}: {piece!r} is no shape; expected OUTxIN, as in 4096x4096,14336x4096")
+        shapes.append((int(rows), int(columns)))
+    return shapes
+
+
+def _median(calls: Calls, device: torch.device, capture: bool, of: Median = statistics.median) -> tuple[float, str]:
+    """Seconds of one call, and how they were measured; calls run one after another over and over."""
+    for call in calls:
+        call()
+    if device.type != "cuda":
+        return of(_times_cpu(calls)), "cpu"
+    torch.cuda.synchronize(device)
+    if not capture:
+        return of(_times_events(lambda: [call() for call in calls], device)) / len(calls), "eager"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]
+    seconds = of(_times_events(graph.replay, device)) / len(calls)
+    del kept
+    return seconds, "graph"
+
+
+def _times_cpu(calls: Calls) -> list[float]:
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < _REPEATS or time.perf_counter() - begin < _LEAST:
+        call = calls[len(times) % len(calls)]
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+        if len(times) >= 5 and time.perf_counter() - begin > 2:
+            break
+    return times
+
+
+def _times_events(run: Callable[[], Any], device: torch.device) -> list[float]:
+    times: list[float] = []
+    for _ in range(_REPEATS + 3):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize(device)
+        times.append(start.elapsed_time(stop) / 1e3)
+    return times[3:]
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Measure bytes per second of a copy, and operations per second of a dense product."""
+    count, side = (1 << 28, 8192) if device.type == "cuda" else (1 << 25, 1024)
+    one, other = torch.ones(count, device=device), torch.empty(count, device=device)
+    seconds, _ = _median([lambda: other.copy_(one)], device, False, min)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product, _ = _median([lambda: torch.nn.functional.linear(a, b)], device, False, min)
+    return 2 * 4 * count / seconds, 2 * side**3 / product
+
+
+def _copies(nbytes: int, device: torch.device) -> int:
+    """How many of a weight no cache holds."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
+    return max(1, min(_COPIES, -(-4 * cache // nbytes)))
+
+
+def _cloned(linear: CompressedLinear, device: torch.device) -> CompressedLinear:
+    copy = CompressedLinear(linear.spec, None, str(device))
+    copy.load_state_dict({leaf: tensor.to(device) for leaf, tensor in linear.tensors.items()})
+    return copy
+
+
+def measure(
+    weight: CompressedWeight, tokens: Sequence[int], device: torch.device, dtype: torch.dtype, machine: tuple[float, float]
+) -> Iterator[Row]:
+    """Time products of rows of x with one weight, through `CompressedLinear` as a model does."""
+    linear = CompressedLinear.of(weight)
+    (rows, columns), nbytes = weight.shape, weight.stored_bits // 8
+    decoded = weight.dequantize()
+    copies = [_cloned(linear, device) for _ in range(_copies(nbytes, device))]
+    dense = [decoded.to(device, dtype, copy=True) for _ in range(_copies(rows * columns * dtype.itemsize, device))]
+    generator = torch.Generator().manual_seed(0)
+    for count in tokens:
+        x = torch.randn(count, columns, generator=generator).to(device, dtype)
+        with torch.no_grad():
+            y = copies[0](x)
+            expected = x.cpu().double() @ decoded.double().T
+            difference = float((y.cpu().double() - expected).norm() / expected.norm())
+            calls = [partial(layer, x) for layer in copies]
+            seconds, how = _median(calls, device, copies[0].path(x) == "weight_only")
+            before, _ = _median([partial(torch.nn.functional.linear, x, w) for w in dense], device, True)
+        moved = nbytes + count * (rows + columns) * dtype.itemsize
+        floor = max(moved / machine[0], 2 * count * rows * columns / machine[1])
+        path = copies[0].path(x)
+        if path == "weight_only" and count >= weight_only.CROSSOVER:
+            path = "weight_only, decoded"
+        stored = packed.short(linear.spec)
+        yield Row(rows, columns, stored, count, path, how, 1e6 * seconds, 1e6 * floor, 1e6 * before, difference)
+
+
+def random_uniform(shape: tuple[int, int], bits: int, group_size: int, zero: bool) -> CompressedWeight:
+    """A weight of random codes and scales. Raises RecipeError for a group size that does not divide its columns."""
+    rows, columns = shape
+    size = columns if group_size == -1 else group_size
+    if columns % size:
+        raise RecipeError(f"--shapes {rows}x{columns}: in={columns} is not a multiple of --group-size {group_size}")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
+    scale = (torch.rand(rows, columns // size, generator=generator) * columns**-0.5 / (1 << bits)).to(torch.bfloat16)
+    zeros = torch.randint(0, 1 << bits, tuple(scale.shape), generator=generator, dtype=torch.uint8) if zero else None
+    return CompressedWeight(Uniform(codes, scale, bits, size, zeros))
+
+
+def of_model(folder: str) -> list[CompressedWeight]:
+    """One weight of each shape and kind in a compressed checkpoint. Raises CheckpointError."""
+    source = open_any(folder)
+    if not isinstance(source, packed.PackedSource):
+        raise RecipeError(f"{folder}: not compressed; give a checkpoint that compress wrote, or --shapes OUTxIN")
+    first: dict[str, str] = {}
+    for site, spec in source.table.items():
+        first.setdefault(f"{spec['shape']} {spec['base']} {'outliers' in spec}", site)
+    return [source.compressed(site) for site in first.values()]
+
+
+def bench(
+    weights: Sequence[CompressedWeight],
+    tokens: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    model: str | None,
+    original: str | None,
+    listen: Listen,
+) -> Bench:
+    """Time products with some weights and, where a model is given, its generation against the original's."""
+    machine = rates(device, dtype)
+    rows: list[Row] = []
+    for number, weight in enumerate(weights):
+        listen(number, len(weights), f"{weight.shape[0]} x {weight.shape[1]}", 0.0)
+        rows += measure(weight, tokens, device, dtype, machine)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    speed: list[float | None] = [None, None]
+    if model is not None:
+        listen(len(weights), len(weights), "generation", 0.0)
+        before = original or base_of(model)
+        folders = [str(open_any(of).folder) if of is not None else None for of in (model, before)]
+        speed = [None if folder is None else tokens_per_second(folder, device) for folder in folders]
+    return Bench(name, str(dtype).removeprefix("torch."), torch.__version__, *machine, rows, *speed)

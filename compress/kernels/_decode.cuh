@@ -1,0 +1,110 @@
+// From the words of a tile to numbers, see _tiles.py for where a field lies.
+
+template <class A, class B> struct Same { static constexpr bool value = false; };
+template <class A> struct Same<A, A> { static constexpr bool value = true; };
+
+// The codes of a pair (two 16-bit halves) of a tile; `words` are those of one lane, plane after plane.
+template <int BITS> DEVICE u32 code_pair(const u32 (&words)[BITS], int pair) {
+  u32 code = 0;
+  int start = 0, above = BITS;
+#pragma unroll
+  for (int p = 8; p > 0; p >>= 1) {
+    if (BITS & p) {
+      above -= p;
+      const u32 word = words[start + pair / (16 / p)];
+      const int shift = p * (pair % (16 / p)) - above;
+      const u32 mask = (((1u << p) - 1) << above) * 0x00010001u;
+      code |= (shift >= 0 ? word >> (shift & 31) : word << (-shift & 31)) & mask;
+      start += p;
+    }
+  }
+  return code;
+}
+
+// Codes as integers, less the middle of their range: exact in both types. The code is written into the mantissa of 2^7 (bfloat16)
+// or 2^10 (float16), where it counts units, and one sum takes power and middle away.
+template <int WIDTH> struct Integer {
+  static constexpr int BITS = WIDTH, ENTRIES = 0;
+  template <class T> DEVICE_MEMBER u32 decode(const u32 (&words)[WIDTH], int pair, const u32*, u32) {
+    const u32 code = code_pair<WIDTH>(words, pair);
+    if constexpr (Same<T, Float16>::value) {
+      constexpr u32 less = 0xe400u + (1u << (WIDTH - 1));  // -(1024 + middle)
+      return Float16::fma2(code | 0x64006400u, 0x3c003c00u, less * 0x00010001u);
+    } else if constexpr (WIDTH < 8) {
+      constexpr u32 less = 0xc300u + (1u << (WIDTH - 1));  // -(128 + middle)
+      return BFloat16::fma2(code | 0x43004300u, 0x3f803f80u, less * 0x00010001u);
+    } else {  // 8 bits do not fit 7: halves of 4, (128 + high) * 16 - 2304 + (128 + low)
+      const u32 high = ((code >> 4) & 0x000f000fu) | 0x43004300u, low = (code & 0x000f000fu) | 0x43004300u;
+      return BFloat16::fma2(low, 0x3f803f80u, BFloat16::fma2(high, 0x41804180u, 0xc510c510u));
+    }
+  }
+};
+
+// Codes as places in a table of `tables` times 2^WIDTH values in shared memory, one of them per word: no two lanes meet in a bank.
+template <int WIDTH> struct Lookup {
+  static constexpr int BITS = WIDTH, ENTRIES = 4 << WIDTH;
+  template <class T> DEVICE_MEMBER u32 decode(const u32 (&words)[WIDTH], int pair, const u32* table, u32 select) {
+    const u32 code = code_pair<WIDTH>(words, pair);
+    table += select << WIDTH;
+    return permute(table[code & 0xffffu], table[code >> 16], 0x5410);
+  }
+};
+
+// What a group has beside its codes, in records of a row-block; value = scale * number + shift.
+enum Meta {
+  SYMMETRIC,  // 16 bfloat16 scales, and shift 0
+  HALF,       // likewise, and shift scale / 2: zero points half a step below the middle
+  ZERO,       // 16 scales, 16 zero codes of a byte, padded to 16 bytes: shift = scale * (middle - zero)
+  SHIFT,      // 16 scales, 16 float32 shifts
+  TWO_LEVEL,  // 16 bytes, scale code in the lower 4 bits and zero code in the upper; float32 top, step, zero, zero step
+  SELECT,     // 16 scales, 16 bytes that choose a table
+};
+template <int META> struct Record {
+  static constexpr int BYTES = META == SHIFT ? 96 : META == ZERO || META == SELECT ? 48 : 32;
+  static constexpr bool SHIFTS = META == HALF || META == ZERO || META == SHIFT || META == TWO_LEVEL;
+};
+
+// Scales and shifts of the rows g and g + 8 from a record, whose values are ordered 0, 8, 1, 9, ...
+template <int META, int WIDTH> DEVICE void scales(const unsigned char* record, int g, float (&scale)[2], float (&shift)[2]) {
+  if constexpr (META == TWO_LEVEL) {
+    const u32 codes = load(reinterpret_cast<const u16*>(record + 2 * g));
+    const float* grid = reinterpret_cast<const float*>(record + 16);
+    const float top = load(grid), step = load(grid + 1), zero = load(grid + 2), zero_step = load(grid + 3);
+    scale[0] = top - float(codes & 15) * step;
+    scale[1] = top - float((codes >> 8) & 15) * step;
+    shift[0] = -scale[0] * (zero + float((codes >> 4) & 15) * zero_step);
+    shift[1] = -scale[1] * (zero + float(codes >> 12) * zero_step);
+    return;
+  }
+  const u32 pair = load(reinterpret_cast<const u32*>(record + 4 * g));
+  scale[0] = BFloat16::low(pair);
+  scale[1] = BFloat16::high(pair);
+  shift[0] = shift[1] = 0.0f;
+  if constexpr (META == HALF) {
+    shift[0] = 0.5f * scale[0];
+    shift[1] = 0.5f * scale[1];
+  } else if constexpr (META == ZERO) {
+    const u32 zeros = load(reinterpret_cast<const u16*>(record + 32 + 2 * g));
+    shift[0] = scale[0] * (float(1 << (WIDTH - 1)) - float(zeros & 255));
+    shift[1] = scale[1] * (float(1 << (WIDTH - 1)) - float(zeros >> 8));
+  } else if constexpr (META == SHIFT) {
+    const float* shifts = reinterpret_cast<const float*>(record + 32 + 8 * g);
+    shift[0] = load(shifts);
+    shift[1] = load(shifts + 1);
+  }
+}
+
+// The tables that the rows g and g + 8 look into.
+template <int META> DEVICE void selects(const unsigned char* record, int g, u32 (&select)[2]) {
+  select[0] = select[1] = 0;
+  if constexpr (META == SELECT) {
+    const u32 both = load(reinterpret_cast<const u16*>(record + 32 + 2 * g));
+    select[0] = both & 255;
+    select[1] = both >> 8;
+  }
+}
+
+// The group of a step of 16 columns: step / steps_per_group, by the reciprocal rounded up; exact for fewer than 2^16 steps.
+DEVICE int group_of(int step, int steps_per_group, u32 reciprocal) {
+  return steps_per_group == 1 ? step : int(multiply_high(u32(step), reciprocal));
+}

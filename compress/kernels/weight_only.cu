@@ -1,0 +1,295 @@
+// y = x W^T with W in tiles of codes, for few rows of x, and W itself for many. See weight_only.py.
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int BLOCKS = 2;             // row-blocks of 16 that a thread block computes
+constexpr int ROWS = 16 * BLOCKS;     // rows of W that a thread block computes
+constexpr int STRIDE = ROWS + 1;      // of a token's sums in shared memory
+
+template <class T, class D, int META, int TOKENS> struct Stage {
+  static constexpr int X = TOKENS * 128, CODES = 128 * D::BITS, RECORD = Record<META>::BYTES;
+  DEVICE_MEMBER int bytes(int records) { return X + BLOCKS * (CODES + records * RECORD); }
+};
+
+// The table in shared memory as numbers of type T in the lower half of words.
+template <class T, class D> DEVICE void fill_table(u32* to, const float* table, int entries) {
+  if constexpr (D::ENTRIES > 0)
+    for (int i = threadIdx.x; i < entries; i += THREADS) to[i] = T::pack(load(table + i), 0.0f);
+}
+
+// Each warp takes every eighth tile of 64 columns of the block's rows and keeps its own ring of copies in shared memory, so that
+// warps wait for one another at the end alone. The sums of a group are multiplied by its scales in float32.
+template <class T, class D, int META, int TOKENS>
+KERNEL(THREADS, TOKENS <= 16 ? 2 : 1)
+wqmm(const u16* x, const u32* codes, const unsigned char* meta, const float* table, const float* row_scale, const u16* bias,
+     const float* addend, u16* y, float* workspace, u32* counters, int tokens, int rows, int columns, s64 stride, int tiles,
+     int row_blocks, int tiles_per_split, int record_bits, int steps_per_group, u32 reciprocal, int stages, int entries) {
+  SHARED(shared);
+  using S = Stage<T, D, META, TOKENS>;
+  constexpr bool SHIFTS = Record<META>::SHIFTS;
+  constexpr int NT = TOKENS / 8;
+  const int lane = lane_id(), warp = warp_id(), g = lane >> 2, c = lane & 3;
+  const int first_block = blockIdx.x * BLOCKS, first_token = blockIdx.z * TOKENS;
+  const int begin = blockIdx.y * tiles_per_split;
+  const int end = begin + tiles_per_split < tiles ? begin + tiles_per_split : tiles;
+  const int records = 1 << record_bits, stage_bytes = S::bytes(records);
+
+  const u32* lookup = reinterpret_cast<const u32*>(shared);
+  fill_table<T, D>(reinterpret_cast<u32*>(shared), table, entries);
+  if constexpr (D::ENTRIES > 0) sync_block();
+  unsigned char* ring = shared + 4 * D::ENTRIES + warp * stages * stage_bytes;
+
+  auto fetch = [&](int tile, unsigned char* stage) {
+    if (tile < end) {
+#pragma unroll
+      for (int i = 0; i < TOKENS / 4; i++) {
+        const int token = 4 * i + (lane >> 3), chunk = lane & 7, column = 64 * tile + 8 * chunk;
+        const bool valid = first_token + token < tokens && column < columns;
+        copy16(stage + 128 * token + 16 * (chunk ^ (token & 7)), x + (valid ? (first_token + token) * stride + column : 0), valid);
+      }
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++) {
+        const bool valid = first_block + b < row_blocks;
+        const s64 place = valid ? s64(first_block + b) * tiles + tile : 0;
+        unsigned char* to = stage + S::X + b * S::CODES;
+        const u32* from = codes;
+#pragma unroll
+        for (int p = 8; p > 0; p >>= 1) {
+          if (D::BITS & p) {
+#pragma unroll
+            for (int i = 0; i < 8 * p; i += 32) {
+              const int chunk = i + lane;  // at 8 bits a lane has two, which go to separate halves
+              const int at = p == 8 ? (chunk & 1) * 32 + (chunk >> 1) : chunk;
+              if (chunk < 8 * p) copy16(to + 16 * at, from + place * 32 * p + 4 * chunk, valid);
+            }
+            to += 128 * p;
+            from += s64(row_blocks) * tiles * 32 * p;
+          }
+        }
+      }
+      unsigned char* to = stage + S::X + BLOCKS * S::CODES;
+      constexpr int CHUNKS = S::RECORD / 16;
+      for (int i = lane; i < BLOCKS * records * CHUNKS; i += 32) {
+        const int record = i / CHUNKS, chunk = i % CHUNKS, b = record >> record_bits;
+        const int step = 4 * tile + ((record & (records - 1)) << (2 - record_bits));
+        const bool valid = first_block + b < row_blocks;
+        const s64 place = s64(group_of(step, steps_per_group, reciprocal)) * row_blocks + first_block + b;
+        copy16(to + 16 * i, meta + (valid ? place * S::RECORD + 16 * chunk : 0), valid);
+      }
+    }
+    copy_commit();
+  };
+
+  float sum[BLOCKS][NT][4] = {};
+  auto compute = [&](const unsigned char* stage) {
+    u32 words[BLOCKS][D::BITS];
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      const unsigned char* from = stage + S::X + b * S::CODES;
+      int start = 0;
+#pragma unroll
+      for (int p = 8; p > 0; p >>= 1) {
+        if (D::BITS & p) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) {
+            const int at = p == 8 ? 128 * (i >> 2) + 4 * lane + (i & 3) : p * lane + i;
+            if (i < p) words[b][start + i] = reinterpret_cast<const u32*>(from)[at];
+          }
+          start += p;
+          from += 128 * p;
+        }
+      }
+    }
+    const unsigned char* record = stage + S::X + BLOCKS * S::CODES;
+    float part[BLOCKS][NT][4] = {}, ones[NT][4] = {};  // sums of a group; of x alone, for shifts
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      u32 b[NT][4];
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        const int token = 8 * n + (lane & 7), chunk = 4 * half + (lane >> 3);
+        load_matrices(b[n], stage + 128 * token + 16 * (chunk ^ (token & 7)));
+      }
+#pragma unroll
+      for (int odd = 0; odd < 2; odd++) {
+        const int step = 2 * half + odd, at = step >> (2 - record_bits);
+        if constexpr (SHIFTS) {
+          constexpr u32 one = Same<T, Float16>::value ? 0x3c003c00u : 0x3f803f80u;
+          const u32 a[4] = {one, one, one, one};
+#pragma unroll
+          for (int n = 0; n < NT; n++) T::mma(ones[n], a, b[n][2 * odd], b[n][2 * odd + 1]);
+        }
+#pragma unroll
+        for (int i = 0; i < BLOCKS; i++) {
+          u32 select[2], a[4];
+          selects<META>(record + (i * records + at) * S::RECORD, g, select);
+#pragma unroll
+          for (int r = 0; r < 4; r++) a[r] = D::template decode<T>(words[i], 4 * step + r, lookup, select[r & 1]);
+#pragma unroll
+          for (int n = 0; n < NT; n++) T::mma(part[i][n], a, b[n][2 * odd], b[n][2 * odd + 1]);
+        }
+        if (((step + 1) & ((4 >> record_bits) - 1)) == 0) {  // the last step of a record
+#pragma unroll
+          for (int i = 0; i < BLOCKS; i++) {
+            float scale[2], shift[2];
+            scales<META, D::BITS>(record + (i * records + at) * S::RECORD, g, scale, shift);
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+#pragma unroll
+              for (int e = 0; e < 4; e++) {
+                sum[i][n][e] = multiply_add(scale[e >> 1], part[i][n][e], sum[i][n][e]);
+                if constexpr (SHIFTS) sum[i][n][e] = multiply_add(shift[e >> 1], ones[n][e], sum[i][n][e]);
+                part[i][n][e] = 0.0f;
+              }
+            }
+          }
+#pragma unroll
+          for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) ones[n][e] = 0.0f;
+          }
+        }
+      }
+    }
+  };
+
+  int next = begin + warp, slot = 0;
+  for (int i = 0; i < stages - 1; i++, next += WARPS) fetch(next, ring + i * stage_bytes);
+  for (int tile = begin + warp; tile < end; tile += WARPS, next += WARPS) {
+    if (stages == 2) {
+      copy_wait<0>();
+    } else if (stages == 3) {
+      copy_wait<1>();
+    } else {
+      copy_wait<2>();
+    }
+    sync_warp();  // copies of all lanes are there, and all have read what the next copies overwrite
+    const int free = slot == 0 ? stages - 1 : slot - 1;
+    fetch(next, ring + free * stage_bytes);
+    compute(ring + slot * stage_bytes);
+    slot = slot + 1 == stages ? 0 : slot + 1;
+  }
+  copy_wait<0>();
+  sync_block();
+
+  // The sums of the warps, added in their order, so that results do not depend on who comes first.
+  float* sums = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) {
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int token = 8 * n + 2 * c + (e & 1), row = 16 * i + g + 8 * (e >> 1);
+        sums[(warp * TOKENS + token) * STRIDE + row] = sum[i][n][e];
+      }
+    }
+  }
+  sync_block();
+  auto finish = [&](int token, int row, float value) {
+    const int m = first_token + token, n = 16 * first_block + row;
+    if (m >= tokens || n >= rows) return;
+    const s64 at = s64(m) * rows + n;
+    if (row_scale) value *= load(row_scale + n);
+    if (addend) value += load(addend + at);
+    if (bias) value += T::low(load(bias + n));
+    store(y + at, u16(T::pack(value, 0.0f) & 0xffffu));
+  };
+  const int splits = gridDim.y, here = blockIdx.z * gridDim.x + blockIdx.x;
+  float* partial = workspace + s64(here) * splits * ROWS * TOKENS;
+  for (int e = threadIdx.x; e < ROWS * TOKENS; e += THREADS) {
+    const int token = e / ROWS, row = e % ROWS;
+    float value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) value += sums[(w * TOKENS + token) * STRIDE + row];
+    if (splits == 1) {
+      finish(token, row, value);
+    } else {
+      store(partial + blockIdx.y * ROWS * TOKENS + e, value);
+    }
+  }
+  if (splits == 1) return;
+
+  // The block that comes last adds the parts of all, in their order.
+  u32* order = reinterpret_cast<u32*>(sums + WARPS * TOKENS * STRIDE);
+  fence();
+  sync_block();
+  if (threadIdx.x == 0) *order = atomic_add(counters + here, 1);
+  sync_block();
+  if (*order != u32(splits - 1)) return;
+  fence();
+  for (int e = threadIdx.x; e < ROWS * TOKENS; e += THREADS) {
+    float value = 0.0f;
+    for (int s = 0; s < splits; s++) value += load_fresh(partial + s * ROWS * TOKENS + e);
+    finish(e / ROWS, e % ROWS, value);
+  }
+  if (threadIdx.x == 0) store(counters + here, 0u);  // as it was found
+}
+
+// W (rows, columns) in type T, rows first..first + rows of which `first` is a multiple of 16; a warp per tile.
+template <class T, class D, int META>
+KERNEL(THREADS, 2)
+dequantize(const u32* codes, const unsigned char* meta, const float* table, const float* row_scale, u16* w, int first, int rows,
+           int columns, int tiles, int row_blocks, int record_bits, int steps_per_group, u32 reciprocal, int entries) {
+  SHARED(shared);
+  const int lane = lane_id(), warp = warp_id(), g = lane >> 2, c = lane & 3;
+  const u32* lookup = reinterpret_cast<const u32*>(shared);
+  fill_table<T, D>(reinterpret_cast<u32*>(shared), table, entries);
+  if constexpr (D::ENTRIES > 0) sync_block();
+  unsigned char* stage = shared + 4 * D::ENTRIES + warp * 2048;  // 16 rows of 64 numbers
+  const s64 count = s64((rows + 15) / 16) * tiles;
+  for (s64 at = s64(blockIdx.x) * WARPS + warp; at < count; at += s64(gridDim.x) * WARPS) {
+    const int block = int(at / tiles), tile = int(at % tiles);
+    const s64 place = at + s64(first / 16) * tiles;
+    u32 words[D::BITS];
+    const u32* from = codes;
+    int start = 0;
+#pragma unroll
+    for (int p = 8; p > 0; p >>= 1) {
+      if (D::BITS & p) {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+          if (i < p) words[start + i] = load(from + (place * 32 + lane) * p + i);
+        start += p;
+        from += s64(row_blocks) * tiles * 32 * p;
+      }
+    }
+    float factor[2] = {1.0f, 1.0f};
+    const int n = first + 16 * block + g;
+    if (row_scale) {
+      if (16 * block + g < rows) factor[0] = load(row_scale + n);
+      if (16 * block + g + 8 < rows) factor[1] = load(row_scale + n + 8);
+    }
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+      const s64 group = group_of(4 * tile + step, steps_per_group, reciprocal);
+      const unsigned char* record = meta + (group * row_blocks + first / 16 + block) * Record<META>::BYTES;
+      float scale[2], shift[2];
+      u32 select[2];
+      scales<META, D::BITS>(record, g, scale, shift);
+      selects<META>(record, g, select);
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        const u32 pair = D::template decode<T>(words, 4 * step + r, lookup, select[r & 1]);
+        const float s = scale[r & 1], t = shift[r & 1], f = factor[r & 1];
+        const u32 value = T::pack(multiply_add(T::low(pair), s, t) * f, multiply_add(T::high(pair), s, t) * f);
+        const int row = g + 8 * (r & 1), column = 16 * step + 2 * c + 8 * (r >> 1);
+        *reinterpret_cast<u32*>(stage + 128 * row + 2 * (column ^ (8 * (row & 7)))) = value;
+      }
+    }
+    sync_warp();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = 4 * i + (lane >> 3), chunk = lane & 7, column = 64 * tile + 8 * chunk;
+      const u32* value = reinterpret_cast<const u32*>(stage + 128 * row + 16 * (chunk ^ (row & 7)));
+      if (16 * block + row < rows) {
+        u16* to = w + s64(16 * block + row) * columns + column;
+        if (column + 8 <= columns && (columns & 7) == 0) {
+          store(reinterpret_cast<Words4*>(to), *reinterpret_cast<const Words4*>(value));
+        } else {
+          for (int e = 0; e < 8 && column + e < columns; e++) store(to + e, u16(value[e >> 1] >> (16 * (e & 1))));
+        }
+      }
+    }
+    sync_warp();
+  }
+}

@@ -1,0 +1,248 @@
+"""y = x W^T for quantized W and 16-bit x: few rows of x by tensor cores from the codes, many by decoding W first.
+
+Shapes      x (tokens, in), W (out, in) as `_weights.Tiles`, y (tokens, out) in the type of x.
+Arithmetic  values are scale * number + shift; numbers are exact in both types, but entries of tables are rounded. Tensor
+            cores sum numbers times x over a group in float32; scale and shift are applied to that sum in float32, the shift to
+            the sum of x, which an additional product with ones gives. So y differs from the exact product by the rounding of
+            sums and of the result alone.
+Order       warps share the columns of 32 rows out among themselves; several blocks may share the columns of the same rows. Sums
+            of warps and blocks are added in their order: results do not depend on timing.
+Many tokens from `CROSSOVER` on, rows of W are decoded into a buffer, rounded to the type of x, and multiplied by torch.
+Limits      groups of a multiple of 16 columns, or one group per row; two-level scales and zeros of at most 4 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress import packed
+from compress.errors import KernelError
+from compress.kernels import _cuda, _tiles
+from compress.kernels._weights import RECORD, STEP, Tiles, decode, prepare, reason
+
+# Tokens from which decoding W for a product of torch is taken to be faster; not measured yet, see docs/kernels.md.
+CROSSOVER = 129
+TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+TOKENS = (8, 16, 32, 64)  # of a block
+_WARPS, _BLOCKS = 8, 2
+_ROWS = _BLOCKS * _tiles.ROWS
+_DENSE = 1 << 27  # numbers of W decoded at a time, 256 MB
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What both kernels are told of a weight."""
+
+    tiles: int  # along the columns
+    row_blocks: int
+    record_bits: int  # log2 of records per tile
+    steps: int
+    reciprocal: np.uint32
+    entries: int  # of the table
+
+    @property
+    def records(self) -> int:
+        return 1 << self.record_bits
+
+
+def _shape(tiles: Tiles) -> _Shape:
+    high, wide = _tiles.padded(tiles.shape)
+    whole = tiles.steps >= wide // STEP
+    record_bits = 0 if whole or tiles.steps % 4 == 0 else 1 if tiles.steps % 2 == 0 else 2
+    if wide // STEP >= 1 << 16:
+        raise KernelError(f"in={tiles.shape[1]}: kernels take up to {(1 << 16) * STEP - 1} columns; cut the weight")
+    reciprocal = np.uint32(0 if tiles.steps == 1 else -(-(1 << 32) // tiles.steps))
+    entries = 0 if tiles.table is None else tiles.table.numel()
+    return _Shape(wide // _tiles.COLUMNS, high // 16, record_bits, tiles.steps, reciprocal, entries)
+
+
+def instance(template: str, dtype: torch.dtype, bits: int, kind: str, lookup: bool, tokens: int | None = None) -> _cuda.Kernel:
+    """Name an instantiation of `wqmm` (with the tokens of a block) or `dequantize`."""
+    decoder = f"{'Lookup' if lookup else 'Integer'}<{bits}>"
+    last = "" if tokens is None else f", {tokens}"
+    return _cuda.Kernel("weight_only", f"{template}<{TYPES[dtype]}, {decoder}, {kind}{last}>", 32 * _WARPS)
+
+
+def _table_bytes(bits: int, lookup: bool) -> int:
+    return 4 * (4 << bits) if lookup else 0
+
+
+def _shared(tokens: int, stages: int, bits: int, record: int, lookup: bool) -> int:
+    """Bytes of shared memory of `wqmm`: the table and the warps' rings, or the sums that take their place."""
+    stage = tokens * 128 + _BLOCKS * (128 * bits + record)
+    return max(_table_bytes(bits, lookup) + _WARPS * stages * stage, _WARPS * tokens * (_ROWS + 1) * 4 + 16)
+
+
+def _plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> tuple[int, int, int, int]:
+    """Choose tokens of a block, stages of a ring, bytes of shared memory and tiles per block. Raises KernelError."""
+    record, lookup = shape.records * RECORD[tiles.kind], tiles.table is not None
+    largest = next((n for n in TOKENS if n >= count), TOKENS[-1])
+    for tokens in sorted((n for n in TOKENS if n <= largest), reverse=True):
+        resident = 2 if tokens <= 16 else 1  # blocks that a multiprocessor should hold, as __launch_bounds__ asks for
+        fitting = []
+        for blocks in range(resident, 0, -1):
+            room = (device.shared + 1024) // blocks - 1024  # the system takes 1 kB of each block
+            fitting = [s for s in (4, 3, 2) if _shared(tokens, s, tiles.bits, record, lookup) <= room]
+            if fitting:
+                break
+        if fitting:
+            break
+    else:
+        raise KernelError(f"{tiles.kind} of {tiles.bits} bits: a block does not fit {device.shared} bytes of shared memory")
+    panels = -(-shape.row_blocks // _BLOCKS)
+    blocks = panels * -(-count // tokens)
+    splits = max(1, min(resident * device.processors // blocks, shape.tiles // _WARPS))
+    per_split = -(-shape.tiles // splits)
+    return tokens, fitting[0], _shared(tokens, fitting[0], tiles.bits, record, lookup), per_split
+
+
+def _rows(x: Tensor, tiles: Tiles) -> Tensor:
+    """x (..., in) as rows that 16-byte copies can read: in the tiles' order, addresses and strides multiples of 8 numbers."""
+    if x.dtype not in TYPES:
+        raise KernelError(f"x is {x.dtype}; expected {' or '.join(map(str, TYPES))}")
+    if x.shape[-1] != tiles.shape[1]:
+        raise KernelError(f"x has {x.shape[-1]} columns; expected in={tiles.shape[1]}")
+    rows = x.reshape(-1, x.shape[-1])
+    if tiles.order is not None:
+        rows = rows.index_select(1, tiles.order)
+    if rows.shape[1] % 8:
+        return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8))
+    aligned = rows.data_ptr() % 16 == 0 and rows.stride(1) == 1 and rows.stride(0) % 8 == 0 and rows.stride(0) >= rows.shape[1]
+    return rows if aligned or not rows.numel() else rows.clone(memory_format=torch.contiguous_format)
+
+
+def matmul_tiles(x: Tensor, tiles: Tiles, addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times W^T, plus `addend` (tokens, out) in float32, plus bias (out,) in the type of x -> (..., out).
+
+    Reads W from its codes, however many tokens there are. Raises KernelError.
+    """
+    rows = _rows(x, tiles)
+    count, outputs = len(rows), tiles.shape[0]
+    y = torch.empty(count, outputs, dtype=x.dtype, device=x.device)
+    if addend is not None and (addend.dtype != torch.float32 or addend.shape != y.shape or not addend.is_contiguous()):
+        raise KernelError(f"addend is {addend.dtype} {tuple(addend.shape)}; expected contiguous float32 {tuple(y.shape)}")
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (outputs,) or not bias.is_contiguous()):
+        raise KernelError(f"bias is {bias.dtype} {tuple(bias.shape)}; expected contiguous {x.dtype} ({outputs},)")
+    if count:
+        _launch_wqmm(rows, tiles, addend, bias, y)
+    return y.reshape(*x.shape[:-1], outputs)
+
+
+def _launch_wqmm(rows: Tensor, tiles: Tiles, addend: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
+    shape, device = _shape(tiles), _cuda.device(rows.device.index or 0)
+    tokens, stages, shared, per_split = _plan(len(rows), tiles, shape, device)
+    splits, panels, batches = -(-shape.tiles // per_split), -(-shape.row_blocks // _BLOCKS), -(-len(rows) // tokens)
+    workspace = counters = None
+    if splits > 1:
+        workspace = torch.empty(batches * panels * splits * _ROWS * tokens, dtype=torch.float32, device=rows.device)
+        counters = _cuda.counters(batches * panels, rows.device)
+    kernel = instance("wqmm", rows.dtype, tiles.bits, tiles.kind, tiles.table is not None, tokens)
+    arguments: list[_cuda.Argument] = [rows, tiles.codes, tiles.meta, tiles.table, tiles.row_scale, bias, addend, y, workspace]
+    arguments += [counters, len(rows), tiles.shape[0], rows.shape[1], np.int64(rows.stride(0)), shape.tiles, shape.row_blocks]
+    arguments += [per_split, shape.record_bits, shape.steps, shape.reciprocal, stages, shape.entries]
+    _cuda.launch(kernel, (panels, splits, batches), arguments, shared, rows.device)
+
+
+def dequantize_rows(tiles: Tiles, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Return rows start..stop of W in `dtype`, columns in the tiles' order; `start` is a multiple of 16."""
+    if start % _tiles.ROWS or not 0 <= start <= stop <= tiles.shape[0] or dtype not in TYPES:
+        raise KernelError(
+            f"rows {start}..{stop} as {dtype}: expected a start that is a multiple of 16, and {', '.join(map(str, TYPES))}"
+        )
+    shape, where = _shape(tiles), tiles.codes.device
+    w = torch.empty(stop - start, tiles.shape[1], dtype=dtype, device=where)
+    if w.numel():
+        lookup = tiles.table is not None
+        kernel = instance("dequantize", dtype, tiles.bits, tiles.kind, lookup)
+        count = -(-len(w) // _tiles.ROWS) * shape.tiles
+        grid = min(-(-count // _WARPS), 8 * _cuda.device(where.index or 0).processors)
+        arguments: list[_cuda.Argument] = [
+            tiles.codes,
+            tiles.meta,
+            tiles.table,
+            tiles.row_scale,
+            w,
+            start,
+            len(w),
+            tiles.shape[1],
+        ]
+        arguments += [shape.tiles, shape.row_blocks, shape.record_bits, shape.steps, shape.reciprocal, shape.entries]
+        _cuda.launch(kernel, (grid, 1, 1), arguments, _table_bytes(tiles.bits, lookup) + _WARPS * 2048, where)
+    return w
+
+
+def matmul_dense(x: Tensor, tiles: Tiles) -> Tensor:
+    """x (..., in) times W^T by decoding some rows of W at a time -> (..., out)."""
+    rows = _rows(x, tiles)[:, : tiles.shape[1]]
+    step = max(_DENSE // tiles.shape[1] // _tiles.ROWS, 1) * _tiles.ROWS
+    outputs = []
+    for start in range(0, tiles.shape[0], step):
+        outputs.append(rows @ dequantize_rows(tiles, x.dtype, start, min(start + step, tiles.shape[0])).T)
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    return y.reshape(*x.shape[:-1], tiles.shape[0])
+
+
+@torch.library.custom_op("compress::weight_only", mutates_args=())
+def _op(
+    x: Tensor,
+    codes: Tensor,
+    meta: Tensor,
+    table: Tensor | None,
+    row_scale: Tensor | None,
+    order: Tensor | None,
+    addend: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    bits: int,
+    steps: int,
+    kind: str,
+) -> Tensor:
+    tiles = Tiles(codes, meta, table, row_scale, order, (rows, x.shape[-1]), bits, steps, kind)
+    if x.is_cuda and x.shape[:-1].numel() < CROSSOVER:
+        return matmul_tiles(x, tiles, addend, bias)
+    y = matmul_dense(x, tiles) if x.is_cuda else torch.nn.functional.linear(x, decode(tiles).to(x.dtype))
+    if addend is not None:
+        y = (y.float() + addend.view(y.shape)).to(y.dtype)
+    return y if bias is None else y + bias
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    meta: Tensor,
+    table: Tensor | None,
+    row_scale: Tensor | None,
+    order: Tensor | None,
+    addend: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    bits: int,
+    steps: int,
+    kind: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def product(x: Tensor, tiles: Tiles, addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times W^T, plus `addend` (tokens, out) float32, plus bias (out,) -> (..., out); an operator for torch.compile.
+
+    Takes the way that suits the number of tokens and the device; on a CPU, plain torch. Raises KernelError.
+    """
+    t = tiles
+    rows = t.shape[0]
+    y: Tensor = _op(x, t.codes, t.meta, t.table, t.row_scale, t.order, addend, bias, rows, t.bits, t.steps, t.kind)
+    return y
+
+
+def matmul(x: Tensor, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    """x (..., in) times the base of a site's packed weight, laid out for this one product -> (..., out). Raises KernelError."""
+    if (why := reason(spec)) is not None:
+        raise KernelError(f"weight_only: {why}")
+    return matmul_tiles(x, prepare(packed.unpack(dict(spec), tensors).base))

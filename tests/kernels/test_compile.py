@@ -1,0 +1,91 @@
+"""Kernels compiled by NVRTC for GPUs that are not here: no spills, registers within bounds, the instructions that were meant."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterator
+
+import nvrtc
+import pytest
+import torch
+
+from compress.kernels import _cuda, sparse_rows, weight_only
+
+BF16, FP16 = torch.bfloat16, torch.float16
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+# What is compiled at each run: the widest and the narrowest of what there is, for the first and the last generation but one.
+FEW: list[tuple[_cuda.Kernel, tuple[str, ...]]] = [
+    (weight_only.instance("wqmm", BF16, 4, "SYMMETRIC", False, 8), ARCHITECTURES),
+    (weight_only.instance("wqmm", FP16, 8, "SHIFT", False, 64), ARCHITECTURES),
+    (weight_only.instance("wqmm", BF16, 3, "ZERO", False, 16), ("sm_80", "sm_90")),
+    (weight_only.instance("wqmm", BF16, 1, "HALF", False, 32), ("sm_90",)),
+    (weight_only.instance("wqmm", BF16, 7, "TWO_LEVEL", False, 64), ("sm_80", "sm_90")),
+    (weight_only.instance("wqmm", BF16, 4, "SELECT", True, 64), ("sm_80", "sm_90")),
+    (weight_only.instance("dequantize", BF16, 8, "ZERO", False), ("sm_80", "sm_90")),
+    (weight_only.instance("dequantize", FP16, 3, "SELECT", True), ("sm_80",)),
+    (sparse_rows.instance(BF16, torch.int16), ("sm_80", "sm_90")),
+]
+
+
+def every(dtype: torch.dtype, bits: int) -> Iterator[_cuda.Kernel]:
+    """All instantiations for weights of a width that the package can ask for."""
+    kinds = [(kind, False) for kind in ("SYMMETRIC", "HALF", "ZERO", "SHIFT", "TWO_LEVEL")]
+    kinds += [(kind, True) for kind in ("SYMMETRIC", "SELECT") if bits in (3, 4)]
+    for of in kinds:
+        yield weight_only.instance("dequantize", dtype, bits, *of)
+        yield from (weight_only.instance("wqmm", dtype, bits, *of, tokens) for tokens in weight_only.TOKENS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> None:
+    if nvrtc.library() is None:
+        if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
+            pytest.fail("nvidia-cuda-nvrtc is not installed; it comes with the extra `dev`: make test, or pip install -e .[dev]")
+        pytest.skip(f"NVRTC is not among the development dependencies on {platform.system()} {platform.machine()}")
+
+
+def check(kernel: _cuda.Kernel, architecture: str) -> nvrtc.Compiled:
+    compiled = nvrtc.compile_for(kernel, architecture)
+    assert (compiled.stack, compiled.spills) == (0, 0)
+    # 65536 registers of a multiprocessor, for the blocks that a launch bound asks for; 255 is what the assembler may give.
+    assert compiled.registers * kernel.threads <= 65536
+    return compiled
+
+
+@pytest.mark.parametrize(("kernel", "architecture"), [(k, a) for k, of in FEW for a in of], ids=lambda v: getattr(v, "name", v))
+def test_some_for_each_architecture(kernel: _cuda.Kernel, architecture: str) -> None:
+    check(kernel, architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_every_instantiation(dtype: torch.dtype, bits: int, architecture: str) -> None:
+    for kernel in every(dtype, bits):
+        check(kernel, architecture)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_the_instructions_are_those_meant(architecture: str) -> None:
+    """Tensor cores, copies past the registers, fragments by ldmatrix; for 4 bits, few operations on integers besides."""
+    counts = Counter(
+        nvrtc.instructions(nvrtc.compile_for(weight_only.instance("wqmm", BF16, 4, "SYMMETRIC", False, 16), architecture))
+    )
+    assert counts["HMMA.16816.F32.BF16"] == 2 * 2 * 4  # row-blocks, tokens / 8, steps: the tile's loop is there once
+    assert counts["LDSM.16.M88.4"] == 2 * 2
+    assert counts["LDGSTS.E.BYPASS.128"] > 0
+    assert counts["HFMA2.BF16_V2"] == 2 * 16  # one per pair of weights
+    assert not any(name.startswith(("LDL", "STL")) for name in counts)
+
+
+def test_a_source_has_no_includes() -> None:
+    """CuPy's cache does not look into included files, and NVRTC comes without any."""
+    for stem in ("weight_only", "sparse_rows"):
+        assert "#include" not in _cuda.source(stem)
+
+
+def test_an_error_of_the_compiler_is_seen() -> None:
+    with pytest.raises(AssertionError, match="Integer<4>"):
+        nvrtc.compile_for(_cuda.Kernel("weight_only", "wqmm<BFloat16, Integer<4>, NO_SUCH, 8>", 256), "sm_90")

@@ -1,0 +1,103 @@
+"""CompressedLinear with its codes laid out for kernels: as on a GPU after the first product, here on the CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import host_cuda
+import pytest
+import torch
+from examples.sparse import sparse
+from kernel_parts import Part, kinds
+from torch import Tensor, nn
+
+from compress.kernels import sparse_rows, weight_only
+from compress.runtime.linear import CompressedLinear
+from compress.weight import CompressedWeight
+
+PARTS = {name: part for name, part in kinds().items() if name in ("4 bits", "3 bits, zeros", "4 bits, scattered", "nf4")}
+
+
+def linear_of(part: Part, outliers: bool = True) -> CompressedLinear:
+    extra = sparse(*part.shape, 0.05) if outliers else None
+    bias = nn.Parameter(torch.randn(part.shape[0]).to(torch.bfloat16), requires_grad=False)
+    return CompressedLinear.of(CompressedWeight(part, extra), bias)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_packed_tensors_are_there_for_who_asks(name: str) -> None:
+    linear = linear_of(PARTS[name])
+    before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    whole = linear.compressed().dequantize()
+    linear.lay_out()
+    assert linear.get_buffer("codes").numel() == 0  # in memory once
+    same(dict(linear.state_dict()), before)
+    same(linear.tensors, {leaf: before[leaf] for leaf in linear.leaves})
+    assert torch.equal(linear.compressed().dequantize(), whole)
+    linear.lay_out()
+    for moved in (copy.deepcopy(linear), copy.deepcopy(linear).to(torch.float16), copy.deepcopy(linear).to("cpu")):
+        assert torch.equal(moved.compressed().dequantize(), whole)
+        same({leaf: moved.state_dict()[leaf] for leaf in linear.leaves}, {leaf: before[leaf] for leaf in linear.leaves})
+    linear.restore()
+    same(dict(linear.named_buffers()), {leaf: before[leaf] for leaf in linear.leaves} | {"weight": linear.get_buffer("weight")})
+
+
+def test_loading_takes_the_place_of_what_was_laid_out() -> None:
+    one, other = linear_of(PARTS["3 bits, zeros"], False), linear_of(kinds(48, 192)["3 bits, zeros"], False)
+    other.lay_out()
+    other.load_state_dict({**one.state_dict(), "scale": 2 * one.get_buffer("scale")})
+    torch.testing.assert_close(other.compressed().dequantize(), 2 * one.compressed().dequantize())
+    other.lay_out()
+    x = torch.randn(3, 192)
+    torch.testing.assert_close(other._product(x), x @ other.compressed().dequantize().T + other.bias, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("outliers", [False, True])
+def test_products(name: str, outliers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators' kernels run on the CPU; base, single weights and bias are rounded once, together."""
+    linear = linear_of(PARTS[name], outliers)
+    expected = linear.compressed().dequantize().double()
+    linear.lay_out()
+    host = host_cuda.Host().install(monkeypatch)
+    assert linear._tiles is not None
+
+    def on_host(x: Tensor, tiles: weight_only.Tiles, addend: Tensor | None, bias: Tensor | None) -> Tensor:
+        return weight_only.matmul_tiles(x, tiles, addend, bias)
+
+    def sparse_on_host(x: Tensor, *pieces: Tensor) -> Tensor:
+        return sparse_rows.product_kernel(x.reshape(-1, x.shape[-1]), sparse_rows.Sparse(*pieces, x.shape[-1]))
+
+    monkeypatch.setattr(weight_only, "product", on_host)
+    monkeypatch.setattr(sparse_rows, "product", sparse_on_host)
+    x = torch.randn(2, 3, 192, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    whole = x.double() @ expected.T + linear.bias.double()
+    y = linear._product(x)
+    assert y.shape == (2, 3, 48)
+    assert len(host.launched) == 1 + outliers
+    assert float((y.double() - whole).norm() / whole.norm()) < 3e-3
+    linear.bias = nn.Parameter(linear.bias.float(), requires_grad=False)  # of another type: added afterwards
+    assert float((linear._product(x).double() - whole).norm() / whole.norm()) < 3e-3
+
+
+def test_what_no_kernel_takes() -> None:
+    cuda = torch.device("cuda", 0)
+    linear = linear_of(PARTS["4 bits"])
+    assert "cpu" in str(linear.obstacle(torch.device("cpu")))
+    assert linear.obstacle(cuda) is not None  # there is none here
+    linear.spec = {**linear.spec, "low_rank": {"format": "unheard_of"}}
+    assert "low_rank has no kernel" in str(linear.obstacle(cuda))
+
+
+def test_float32_and_gradients_go_to_the_reference() -> None:
+    linear = linear_of(PARTS["4 bits"])
+    assert linear.path(torch.ones(1, 192)) == "torch_reference"
+    assert linear.path(torch.ones(1, 192, dtype=torch.float16)) == "torch_reference"
+    linear.lay_out()
+    x = torch.randn(2, 192)
+    torch.testing.assert_close(linear(x), x @ linear.compressed().dequantize().T + linear.bias, rtol=1e-5, atol=1e-4)
