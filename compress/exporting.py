@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import registry, seal
+from compress import gguf_file, registry, seal
 from compress._version import __version__
 from compress.calibration.families import FAMILIES, INFERRED, Family, parameter_name
 from compress.checkpoint import INDEX, SINGLE, Source
@@ -111,6 +111,9 @@ def prepare(model: str | PackedSource, name: str) -> Exporting:
     if form.name != "native":
         _names_fit(source, family, form)
     schemes = {site: form.scheme(spec, scale) for site, spec in source.table.items()}
+    if form.name == "gguf":
+        gguf_file.plan(source, schemes)
+        gguf_file.library()
     head = parameter_name(family, family.head)
     dense = _dense(source, family)
     try:
@@ -233,34 +236,57 @@ def export(work: Exporting, out: Path, listen: Listen, limit: int = SHARD) -> di
             return before | {"resumed": True}
         raise OutputError(f"{out}: is another export; choose another place, or remove it")
     with _building(out) as folder:
-        found = units(work)
-        cut = _cut(found, limit)
-        names = [SINGLE] if len(cut) == 1 else [f"model-{i + 1:05d}-of-{len(cut):05d}.safetensors" for i in range(len(cut))]
-        total, done = 2 * len(work.schemes), 0
+        blocks = 1 + max(_block(site) for site in work.schemes)
 
         def step(site: str, what: str) -> None:
-            nonlocal done
             if site:
-                listen(done, total, what, 0.0)
-                done += 1
+                listen(_block(site), blocks, what, 0.0)
 
-        for name, members in zip(names, cut, strict=True):
-            planned = [entry for unit in members for entry in unit.entries]
-            write_stream(folder / name, planned, _values(work, members, lambda site: step(site, "exporting")))
-        size = sum(entry.nbytes for unit in found for entry in unit.entries)
-        if len(cut) > 1:
-            places = {e.name: name for name, members in zip(names, cut, strict=True) for unit in members for e in unit.entries}
-            write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
-        carry(work.source, folder)
-        for name, value in work.form.files(work.config["quantization_config"]).items():
-            write_json(folder / name, value)
-        write_json(folder / "config.json", work.config)
-        check(work.source, folder, lambda site: step(site, "reading back"))
-        summary = _summary(work, identity, size, {name: sha256(folder / name) for name in names})
+        more = _write_gguf(work, folder, step) if work.form.name == "gguf" else _write_folder(work, folder, limit, step)
+        summary = _summary(work, identity, more)
         write_text(folder / "README.md", card(work, summary, out.name))
         write_json(folder / RECORD, summary)
         publish(folder, out)
     return summary
+
+
+def _block(site: str) -> int:
+    """The number of the block that a site is in, for progress."""
+    return next((int(piece) for piece in site.split(".") if piece.isdecimal()), 0)
+
+
+def _write_folder(work: Exporting, folder: Path, limit: int, step: Callable[[str, str], None]) -> dict[str, Any]:
+    """Write safetensors, index, side files, and config.json last; read them back."""
+    found = units(work)
+    cut = _cut(found, limit)
+    names = [SINGLE] if len(cut) == 1 else [f"model-{i + 1:05d}-of-{len(cut):05d}.safetensors" for i in range(len(cut))]
+    for name, members in zip(names, cut, strict=True):
+        planned = [entry for unit in members for entry in unit.entries]
+        write_stream(folder / name, planned, _values(work, members, lambda site: step(site, "exporting")))
+    size = sum(entry.nbytes for unit in found for entry in unit.entries)
+    if len(cut) > 1:
+        places = {e.name: name for name, members in zip(names, cut, strict=True) for unit in members for e in unit.entries}
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
+    seal.carry(work.source, folder, leave=_LEFT)
+    for name, value in work.form.files(work.config["quantization_config"]).items():
+        write_json(folder / name, value)
+    write_json(folder / "config.json", work.config)
+    check(work.source, folder, lambda site: step(site, "reading back"))
+    return {"bytes": size, "files": {name: sha256(folder / name) for name in names}}
+
+
+def _write_gguf(work: Exporting, folder: Path, step: Callable[[str, str], None]) -> dict[str, Any]:
+    """Write one GGUF file and read it back."""
+    members, left, notes = gguf_file.plan(work.source, work.schemes)
+    path = folder / gguf_file.FILE
+    with writing(path):
+        gguf_file.write(work.source, work.schemes, members, path, lambda site: step(site, "exporting"))
+    gguf_file.check(work.source, work.schemes, members, path, lambda site: step(site, "reading back"))
+    kinds: dict[str, int] = {}
+    for member in members:
+        kinds[member.kind] = kinds.get(member.kind, 0) + 1
+    size = sum(member.nbytes for member in members)
+    return {"bytes": size, "files": {path.name: sha256(path)}, "types": kinds, "left_out": left, "notes": notes}
 
 
 def check(source: PackedSource, folder: Path, step: Callable[[str], None]) -> None:
@@ -274,14 +300,8 @@ def check(source: PackedSource, folder: Path, step: Callable[[str], None]) -> No
             )
 
 
-def carry(source: Source, folder: Path) -> None:
-    """Copy the side files of a checkpoint byte for byte, and the recipe it was made by."""
-    seal.carry(source, folder, leave=_LEFT)
-
-
-def _summary(work: Exporting, identity: dict[str, Any], size: int, files: dict[str, str]) -> dict[str, Any]:
+def _summary(work: Exporting, identity: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     source = work.source
-    weights = source.numel
     return {
         "tool": "compress",
         "version": __version__,
@@ -293,9 +313,8 @@ def _summary(work: Exporting, identity: dict[str, Any], size: int, files: dict[s
         "scale_dtypes": sorted({getattr(s, "scale", None) or s["base"].get("scale", "BF16") for s in work.schemes.values()}),
         "widened": widened(work),
         "bytes_before": source.stored_nbytes,
-        "bytes": size,
-        "bits_per_weight": size * 8 / weights,
-        "files": files,
+        "bits_per_weight": more["bytes"] * 8 / source.numel,
+        **more,
     }
 
 

@@ -49,6 +49,7 @@ TABLE: dict[str, Row] = {
     "kernels.*": Row("kernels.* packed formats.* parts.* weight errors", "torch numpy", lazy_third="cupy"),
     # Layouts of other tools: pure functions on the parts of a weight, of which they see one at a time.
     "export._names": Row("packed errors", "torch"),
+    "export._llama_cpp": Row("errors", "torch"),
     "export.*": Row("packed formats._bits parts.* weight errors export._*", "torch"),
     "foreign": Row("registry packed checkpoint container weight errors export._grid", "torch"),
     # Methods see tensors, statistics and their own options: no files, names, ranks or formats, and no other method.
@@ -134,7 +135,10 @@ TABLE: dict[str, Row] = {
     ),
     "inspection": Row("evaluate.quality calibration.families packed foreign checkpoint errors"),
     # A checkpoint that is there, in another layout.
-    "exporting": Row("registry foreign packed seal calibration.families checkpoint container files _version errors", "torch"),
+    "gguf_file": Row("export._* export.gguf packed seal calibration.families _version errors", "torch", lazy_third="gguf"),
+    "exporting": Row(
+        "gguf_file registry foreign packed seal calibration.families checkpoint container files _version errors", "torch"
+    ),
     "run": Row(
         "pipeline seal job prepare estimate card report recipe packed calibration.skeleton evaluate.* distributed memory files "
         "_version errors",
