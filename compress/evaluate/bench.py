@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress import packed
 from compress.errors import RecipeError
-from compress.evaluate.quality import base_of, open_any
+from compress.evaluate.quality import base_of
 from compress.evaluate.speed import tokens_per_second
 from compress.kernels import weight_only
 from compress.parts.uniform import Uniform
