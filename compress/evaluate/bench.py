@@ -21,6 +21,7 @@ from compress import packed
 from compress.errors import RecipeError
 from compress.evaluate.quality import base_of
 from compress.evaluate.speed import tokens_per_second
+from compress.foreign import open_any
 from compress.kernels import weight_only
 from compress.parts.uniform import Uniform
 from compress.runtime.linear import CompressedLinear
