@@ -231,10 +231,10 @@ class BlockMethod(Protocol):
 
 
 class Transform(Protocol):
-    """A method of `compress/transform`: an exact rewrite of a block before its weights are rounded."""
+    """A method of `compress/transform`: it rewrites a block before its weights are rounded."""
 
     def __call__(self, block: Block) -> Changed:
-        """Return the weights and other tensors that change; the block's output stays what it is up to rounding."""
+        """Return the weights and tensors that change; the block's output stays what it is or comes nearer to the original's."""
         ...
 
 

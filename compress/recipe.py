@@ -73,7 +73,7 @@ class Recipe(_Strict):
     """Everything that decides the bytes of a result, apart from the source."""
 
     description: str = ""
-    transforms: tuple[Stage, ...] = ()  # exact rewrites of a block before it is calibrated, in this order
+    transforms: tuple[Stage, ...] = ()  # of a block before it is calibrated, in this order
     steps: tuple[Step, ...]
     tuning: tuple[Stage, ...] = ()  # adjustments of a block's compressed weights, in this order
     data: Data | None = None

@@ -10,7 +10,9 @@ Steps       1. Every batch goes through the block as it is, behind compressed bl
             The inputs of o_proj and down_proj drift partly because of what the block's own q, k, v, gate and up read, and step 2
             has corrected those by then: the statistics of the method that rounds are of the corrected block.
 Shapes      W (out, in), H and C (in, in).
-Defaults    MEASURED
+Defaults    share 0.75. GPTQ with groups of 128, mean KL to the original on held-out text by share: small llama, 3 bits
+            0.0287 (0), 0.0256 (0.5), 0.0253 (0.75), 0.0258 (1), mean of three draws of the calibration's windows 0.0287,
+            0.0258, 0.0254; 2 bits 0.1814 (0), 0.1438 (0.75); mixture of experts, 3 bits 0.0366 (0), 0.0314 (0.75).
             n / (n + in) keeps experts that few tokens reach from learning them by heart.
 Failures    the first block has no drift. Where the inputs of a linear are few and alike, damping decides.
 Source      the asymmetric objective is that of GPTAQ, which changes the update of GPTQ column by column; taken out of the sweep
