@@ -55,6 +55,8 @@ def pick_device(name: str) -> torch.device:
         raise RecipeError(f"--device {name}: not a device; expected auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"--device {name}: torch sees no GPU; use --device cpu, or install a CUDA build of torch")
+    if device.type == "cuda":
+        from compress.kernels import calibration  # noqa: F401  gives methods' operators their kernels
     return device
 
 

@@ -42,11 +42,12 @@ TABLE: dict[str, Row] = {
     "parts.*": Row("parts.stream parts.kept parts.uniform errors", "torch"),
     "weight": Row("errors", "torch"),
     "distributed": Row("errors", "torch"),
+    "operators": Row("", "torch"),
     "container": Row("files errors", "torch"),
     "checkpoint": Row("container files errors", "torch", lazy_third="huggingface_hub"),
     "formats.*": Row("parts.* errors formats._*", "torch"),
     "packed": Row("registry checkpoint container weight errors", "torch"),
-    "kernels.*": Row("kernels.* packed formats.* parts.* weight errors", "torch numpy", lazy_third="cupy"),
+    "kernels.*": Row("kernels.* operators packed formats.* parts.* weight errors", "torch numpy", lazy_third="cupy"),
     # Layouts of other tools: pure functions on the parts of a weight, of which they see one at a time.
     "export._names": Row("packed errors", "torch"),
     "export._llama_cpp": Row("errors", "torch"),
@@ -55,7 +56,7 @@ TABLE: dict[str, Row] = {
     # Methods see tensors, statistics and their own options: no files, names, ranks or formats, and no other method.
     "calibration.statistics": Row("errors", "torch"),
     "method": Row("weight calibration.statistics errors", "torch pydantic"),
-    "quant.*": Row("method parts.* weight calibration.statistics errors quant._*", "torch scipy pydantic"),
+    "quant.*": Row("operators method parts.* weight calibration.statistics errors quant._*", "torch scipy pydantic"),
     "prune.*": Row("method parts.* weight calibration.statistics errors prune._* quant._*", "torch scipy pydantic"),
     # Planners see numbers alone: what candidates take and cost.
     "plan.*": Row("plan._* errors", "numpy scipy"),
@@ -88,7 +89,9 @@ TABLE: dict[str, Row] = {
     "card": Row("facts charts report files errors", "jinja2 yaml"),
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
     "job": Row("files errors"),
-    "prepare": Row("calibration.data calibration.families recipe checkpoint distributed _version errors", "torch"),
+    "prepare": Row(
+        "calibration.data calibration.families recipe checkpoint distributed _version errors", "torch", "kernels.calibration"
+    ),
     "block": Row(
         "calibration.families calibration.observe calibration.skeleton calibration.statistics method recipe report weight "
         "distributed errors",

@@ -12,6 +12,21 @@ _BLOCK = (
 )
 
 
+_TOKENS = 4096  # whose products tensor cores sum up before they are added in float64
+
+
+def _short(rows: Tensor) -> bool:
+    """Whether tensor cores form products of these rows: 16-bit values on a GPU, with sums in float32."""
+    return rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype")
+
+
+def _moments(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right in float32 of rows (tokens, columns). A product in the rows' own type would round its result to that."""
+    if _short(left):
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.float().T @ right.float()
+
+
 class Statistics(Protocol):
     """An accumulator over the rows (tokens, in) that reach the linears of one tap."""
 
@@ -58,10 +73,10 @@ class Hessian:
         """Take in rows (tokens, in); products of bfloat16 and float16 values are exact in float32."""
         if rows.shape[0] == 0:
             return
-        rows = rows.float()
-        # The sum is symmetric: only blocks on and above the diagonal are formed, which saves a third or more of the work.
-        for start in range(0, rows.shape[1], _BLOCK):
-            self.total[start : start + _BLOCK, start:] += rows[:, start : start + _BLOCK].T @ rows[:, start:]
+        for part in rows.split(_TOKENS if _short(rows) else rows.shape[0]):
+            # The sum is symmetric: only blocks on and above the diagonal are formed, which saves a third or more of the work.
+            for start in range(0, rows.shape[1], _BLOCK):
+                self.total[start : start + _BLOCK, start:] += _moments(part[:, start : start + _BLOCK], part[:, start:])
         self.tokens += rows.shape[0]
 
     def merge(self, other: Hessian) -> None:

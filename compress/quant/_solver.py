@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError
+from compress.operators import SPAN, round_columns
 from compress.quant._grid import Grid, nearest, stored
 
 _ATTEMPTS = 4  # the damping asked for, then ten times as much, three times
@@ -227,11 +228,14 @@ class Sweep:
         keep: Tensor | None = None,  # (in, out) 1 or 0 in the type of the weight: where 0, the value is 0 and not rounded
     ) -> None:
         self.target, self.delta, self.codes, self.feedback, self.levels = target, delta, codes, feedback, levels
-        self.groups, self.block, self.reached, self.keep = groups, block, dict(reached or {}), keep
+        self.groups, self.reached, self.keep = groups, dict(reached or {}), keep
+        # On a GPU the time of single columns is that of their launches: there one operator takes as many as it can.
+        self.joined = _joined(target) and isinstance(levels, Levels) and keep is None
+        self.block = SPAN if self.joined else block
         # Everything the inner loop touches is made once: it runs five small operations per column.
         self._group = groups.tolist()
         self._targets, self._deltas = target.unbind(0), delta.unbind(0)
-        self._steps = torch.empty(min(block, len(target)), target.shape[1], dtype=target.dtype, device=target.device)
+        self._steps = torch.empty(min(self.block, len(target)), target.shape[1], dtype=target.dtype, device=target.device)
         self._step = self._steps.unbind(0)
         self._scale, self._inverse, self._round = levels.scale.unbind(0), levels.inverse.unbind(0), levels.rounder()
 
@@ -270,6 +274,9 @@ class Sweep:
 
     def _columns(self, start: int, stop: int) -> None:
         """Round the steps start..stop one by one; a target gathers the errors since `start` when its turn comes."""
+        if self.joined:
+            self._columns_joined(slice(start, stop))
+            return
         for k in range(start, stop):
             group, step = self._group[k], self._step[k - start]
             if k > start:
@@ -280,6 +287,27 @@ class Sweep:
                 step.mul_(self.keep[k])
             self._deltas[k].addcmul_(step, self._scale[group], value=-1)
         self.codes[start:stop] = self.levels.encode(self._steps[: stop - start], self.groups[start:stop])
+
+    def _columns_joined(self, span: slice) -> None:
+        """The same by `operators.round_columns`."""
+        levels, steps = self.levels, self._steps[: span.stop - span.start]
+        assert isinstance(levels, Levels)
+        low, high = (_whole(bound, levels.scale) for bound in (levels.low, levels.high))
+        feedback, scales = self.feedback[span, span], (levels.scale, levels.inverse)
+        round_columns(self.target[span], self.delta[span], steps, feedback, *scales, low, high, self.groups[span])
+        self.codes[span] = levels.encode(steps, self.groups[span])
+
+
+def _joined(target: Tensor) -> bool:
+    """Whether columns are rounded by `operators.round_columns`."""
+    return target.is_cuda and target.dtype == torch.float32
+
+
+def _whole(bound: Tensor | float | list[Tensor | float], like: Tensor) -> Tensor:
+    """A bound of steps for every group and row (groups, out)."""
+    if isinstance(bound, list):
+        return torch.stack([_whole(each, like[0]) for each in bound])
+    return torch.as_tensor(bound, dtype=like.dtype, device=like.device).expand_as(like).contiguous()
 
 
 def refine(

@@ -137,3 +137,25 @@ def test_mean_squares_are_the_diagonal_of_the_hessian() -> None:
     assert found.tensors()[0] is found.total
     torch.testing.assert_close(found.mean(), whole.matrix().diagonal())
     assert torch.equal(MeanSquare(7, CPU).mean(), torch.zeros(7))
+
+
+def test_short_rows_are_summed_in_float32_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, products of bfloat16 go to tensor cores as they are, with sums in float32 of some tokens at a time."""
+    seen = []
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        assert left.dtype == right.dtype == torch.bfloat16
+        assert out_dtype == torch.float32
+        seen.append(left.shape[1])
+        return left.float() @ right.float()
+
+    rows = torch.randn(11, 6, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    plain, short = Hessian(6, torch.device("cpu")), Hessian(6, torch.device("cpu"))
+    plain.add(rows)
+    monkeypatch.setattr(statistics, "_short", lambda rows: True)
+    monkeypatch.setattr(statistics, "_TOKENS", 4)
+    monkeypatch.setattr(statistics.torch, "mm", mm)
+    short.add(rows)
+    assert seen == [4, 4, 3]
+    assert short.tokens == 11
+    torch.testing.assert_close(short.matrix(), plain.matrix(), rtol=1e-6, atol=1e-7)

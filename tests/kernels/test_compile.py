@@ -10,7 +10,7 @@ import nvrtc
 import pytest
 import torch
 
-from compress.kernels import _cuda, sparse_rows, weight_only
+from compress.kernels import _cuda, calibration, sparse_rows, weight_only
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -25,6 +25,7 @@ FEW: list[tuple[_cuda.Kernel, tuple[str, ...]]] = [
     (weight_only.instance("dequantize", BF16, 8, "ZERO", False), ("sm_80", "sm_90")),
     (weight_only.instance("dequantize", FP16, 3, "SELECT", True), ("sm_80",)),
     (sparse_rows.instance(BF16, torch.int16), ("sm_80", "sm_90")),
+    (calibration.instance(), ("sm_90",)),
 ]
 
 
@@ -82,7 +83,7 @@ def test_the_instructions_are_those_meant(architecture: str) -> None:
 
 def test_a_source_has_no_includes() -> None:
     """CuPy's cache does not look into included files, and NVRTC comes without any."""
-    for stem in ("weight_only", "sparse_rows"):
+    for stem in ("weight_only", "sparse_rows", "calibration"):
         assert "#include" not in _cuda.source(stem)
 
 
