@@ -372,6 +372,11 @@ def finished(out: Path) -> dict[str, Any] | None:
     raise OutputError(f"{out}: exists and is not an export that compress wrote; choose another place, or remove it")
 
 
+def check_place(out: Path) -> None:
+    """Raise OutputError where an export could not be put, before there is one."""
+    finished(out)
+
+
 @contextmanager
 def _building(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out` under a temporary name; what an interrupted export left there is removed first."""

@@ -69,6 +69,25 @@ class Method(BaseModel):
         known = self.stored_bits(shape)
         return 16 * shape[0] * shape[1] if known is None else known
 
+    def described(self, shape: tuple[int, int]) -> dict[str, Any] | None:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint; None where it depends on the values."""
+        return None
+
+
+def grid_described(
+    shape: tuple[int, int], bits: int, group_size: int, *, zero: bool = False, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Describe a weight (out, in) on an affine grid, as a checkpoint does."""
+    size = shape[1] if group_size == -1 else group_size
+    base = {"format": "bitpack", "bits": bits, "group_size": size, "zero": zero, **(more or {})}
+    return {"shape": list(shape), "base": base}
+
+
+def table_described(shape: tuple[int, int], datatype: str, group_size: int, scale: str) -> dict[str, Any]:
+    """Describe a weight (out, in) whose codes name entries of a table, as a checkpoint does."""
+    size = shape[1] if group_size == -1 else group_size
+    return {"shape": list(shape), "base": {"format": "table", "datatype": datatype, "group_size": size, "scale": scale}}
+
 
 @dataclass(frozen=True)
 class Result:

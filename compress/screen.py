@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from compress.inspection import Contents
     from compress.prepare import Plan
     from compress.run import Summary
+    from compress.targets import Finding
 
 Listen = Callable[[int, int, str, float], None]
 _PIPED = 160  # columns where there is no terminal
@@ -184,6 +185,8 @@ def show_plan(found: dict[str, Any]) -> None:
     )
     out.print(f"disk       about {human_bytes(found['disk'])} while it runs")
     out.print(f"runs on    {found['device']} in {found['dtype']}")
+    if found.get("target"):
+        out.print(f"target     {found['target']} will load it" + (", see the warnings" if found["warnings"] else ""))
 
 
 def show_planned(found: dict[str, Any]) -> None:
@@ -352,6 +355,12 @@ def show_verified(found: dict[str, Any]) -> None:
     )
     difference = f"{found['mean_difference_nats']:.2g} nats (limit {found['limit_nats']})"
     out.print(f"{found['tokens']} tokens give the recorded losses to within {difference}")
+
+
+def show_findings(target: str, found: Sequence[Finding]) -> None:
+    """Print what a runtime may not like, beside the output."""
+    for finding in found:
+        print(f"warning: {target}: {finding.message}", file=sys.stderr)
 
 
 def show_exports(made: list[dict[str, Any]]) -> None:

@@ -390,6 +390,41 @@ def check_evaluate(start: Start, tmp_path: Path) -> None:
     assert "--evaluate: " in done.err
 
 
+def check_format_(start: Start, tmp_path: Path) -> None:
+    done, out = start("--format", "compressed-tensors", "--format", "awq", "--json")
+    assert [found["format"] for found in done.json["exports"]] == ["compressed-tensors", "awq"]
+    for name in ("compressed-tensors", "awq"):
+        config = json.loads((tmp_path / f"{out.name}-{name}" / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == name
+    done, out = start("--format", "gguf")
+    assert (done.code, out.exists()) == (2, False), "found before the run, not after it"
+    assert "groups of 16, where a block has 32 columns" in done.err
+    done, out = start("--format", "exl2")
+    assert (done.code, out.exists()) == (2, False)
+
+
+def check_target(start: Start, tmp_path: Path) -> None:
+    done, out = start("--target", "vllm")
+    assert (done.code, out.exists()) == (0, True)
+    assert "warning: vllm: " in done.err
+    assert "group_size=16: fast kernels have 32, 64, 128 or whole rows" in done.err
+    done, out = start("--target", "llama.cpp")
+    assert (done.code, out.exists()) == (2, False)
+    assert "no layout that llama.cpp reads holds this" in done.err
+    done, _ = start("--target", "vllm", "--dry-run", "--json")
+    assert (done.json["target"], len(done.json["warnings"])) == ("vllm", 1)
+
+
+def check_tensor_parallel(start: Start, tmp_path: Path) -> None:
+    done, out = start("--target", "vllm", "--tensor-parallel", 4)
+    assert (done.code, out.exists()) == (2, False)
+    assert "in=32 over 4 GPUs gives 8 columns each, no whole groups of 16" in done.err
+    assert "--tensor-parallel 2 at most" in done.err
+    done, _ = start("--tensor-parallel", 2)
+    assert done.code == 2
+    assert "says nothing without --target" in done.err
+
+
 def check_quiet(start: Start, tmp_path: Path) -> None:
     done, _ = start("--quiet")
     assert done.err == ""

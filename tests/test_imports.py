@@ -138,6 +138,8 @@ TABLE: dict[str, Row] = {
     ),
     "inspection": Row("evaluate.quality calibration.families packed foreign checkpoint errors"),
     # A checkpoint that is there, in another layout.
+    # What runtimes can load, from descriptions alone.
+    "targets": Row("registry export._llama_cpp packed calibration.families checkpoint errors"),
     "gguf_file": Row("export._* export.gguf packed seal calibration.families _version errors", "torch", lazy_third="gguf"),
     "exporting": Row(
         "gguf_file registry foreign packed seal calibration.families checkpoint container files _version errors", "torch"
@@ -151,7 +153,7 @@ TABLE: dict[str, Row] = {
     "screen": Row(
         "files memory errors",
         "rich",
-        lazy_own="registry recipe prepare estimate run inspection evaluate.quality evaluate.bench facts",
+        lazy_own="registry recipe prepare estimate run inspection evaluate.quality evaluate.bench facts targets",
     ),
     "options": Row("", "typer"),
     "commands.*": Row("commands._shared options errors", "typer", lazy_own="*"),

@@ -5,16 +5,46 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CalibrationError, RecipeError
 
 if TYPE_CHECKING:
+    from compress.packed import PackedSource
     from compress.prepare import Plan
     from compress.recipe import Recipe
     from compress.recipe_data import Data
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Who the result is for: a runtime that has to load it, and layouts that it is exported to."""
+
+    target: str | None = None
+    tensor_parallel: int = 1
+    formats: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, target: str | None, tensor_parallel: int, formats: list[str] | None) -> Delivery:
+        """Check names before anything is read. Raises RecipeError."""
+        if target is not None:
+            from compress import targets
+
+            targets.find(target)
+        elif tensor_parallel != 1:
+            raise RecipeError("--tensor-parallel: says nothing without --target; add --target vllm, or leave it out")
+        if formats:
+            from compress import exporting
+
+            for name in formats:
+                exporting.lookup(name)
+        return cls(target, tensor_parallel, tuple(dict.fromkeys(formats or ())))
+
+    def places(self, output: Path) -> dict[str, Path]:
+        """Where each export goes: beside the checkpoint."""
+        return {name: output.with_name(f"{output.name}-{name}") for name in self.formats}
 
 
 def data_values(
@@ -96,6 +126,7 @@ def run_recipe(
     evaluate: str | None,
     quiet: bool,
     no_reload: bool = False,
+    delivery: Delivery = Delivery(),
 ) -> None:
     from compress import distributed, estimate, prepare, screen
     from compress import run as runs
@@ -105,13 +136,14 @@ def run_recipe(
 
     room = parse_room(memory)
     plan = prepare.prepare(model, recipe, device, revision)
+    findings = check_plan(plan, delivery, output)
     ids = prepare.calibration(plan)
     measured = None if evaluate is None else parse_data({"name": evaluate})
     if measured is not None:
         _check_text(measured, plan)
     expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], room, offload)
     if dry_run:
-        found = screen.describe_plan(plan, expected, (ids.shape[0], ids.shape[1]))
+        found = screen.describe_plan(plan, expected, (ids.shape[0], ids.shape[1])) | findings
         print(json.dumps(found, indent=2)) if json_ else screen.show_plan(found)
         return
     leader = distributed.leads()
@@ -127,7 +159,14 @@ def run_recipe(
         evaluation.save(output, result)
     distributed.stop()
     if leader:
-        print(json.dumps(screen.plain_summary(summary, result), indent=2)) if json_ else screen.show_summary(summary, result)
+        with progress(quiet or json_) as listen:
+            made = export_to(str(output), delivery.places(output), delivery.target, delivery.tensor_parallel, listen)
+        exports = {"exports": made} if made else {}
+        if json_:
+            print(json.dumps(screen.plain_summary(summary, result) | exports, indent=2))
+        else:
+            screen.show_summary(summary, result)
+            screen.show_exports(made)
 
 
 def _check_text(data: Data, plan: Plan) -> None:
@@ -142,20 +181,52 @@ def _check_text(data: Data, plan: Plan) -> None:
         raise CalibrationError(f"--evaluate: {error}; {later}") from error
 
 
-def export_to(
-    model: str, formats: list[str], output: Path, target: str | None, tensor_parallel: int, listen: Any
-) -> list[dict[str, Any]]:
-    """Write a compressed checkpoint in some layouts; several get a folder each. All are checked before the first is written."""
+def check_plan(plan: Plan, delivery: Delivery, output: Path) -> dict[str, Any]:
+    """Lint what is planned for whom it is for, before anything is computed; return what is worth a word. Raises RecipeError."""
+    from compress import distributed, exporting, screen, targets
+    from compress.calibration.families import settings
+
+    if delivery.target is None and not delivery.formats:
+        return {}
+    specs = {}
+    for a in plan.assignments:
+        spec, other = a.method.described(a.site.shape), a.fallback and a.fallback.described(a.site.shape)
+        specs[a.site.name] = None if other and other != spec else spec
+    stored = targets.Stored(plan.claims.family, settings(plan.source), plan.claims.sites, specs)
+    found = []
+    for name, place in delivery.places(output).items():
+        found += targets.misfits(stored, name)
+        exporting.check_place(place)
+    targets.raise_refused(f"--format {' '.join(delivery.formats)}", found)
+    if delivery.target is None:
+        return {}
+    found = targets.lint(delivery.target, stored, delivery.tensor_parallel, delivery.formats)
+    targets.raise_refused(f"--target {delivery.target}", found)
+    if distributed.leads():
+        screen.show_findings(delivery.target, found)
+    return {"target": delivery.target, "warnings": [finding.message for finding in found]}
+
+
+def check_source(source: PackedSource, target: str, tensor_parallel: int, formats: list[str]) -> None:
+    """Lint a compressed checkpoint for a runtime. Raises RecipeError with what the runtime refuses."""
+    from compress import screen, targets
+
+    found = targets.lint(target, targets.of_checkpoint(source), tensor_parallel, formats)
+    targets.raise_refused(f"--target {target}", found)
+    screen.show_findings(target, found)
+
+
+def export_to(model: str, places: dict[str, Path], target: str | None, tensor_parallel: int, listen: Any) -> list[dict[str, Any]]:
+    """Write a compressed checkpoint in some layouts, each to its place. All are checked before the first is written."""
     from compress import exporting
 
+    if not places:
+        return []
     source = exporting.open_packed(model)
-    wanted = list(dict.fromkeys(formats))
-    works = [exporting.prepare(source, name) for name in wanted]
-    places = [output / name for name in wanted] if len(wanted) > 1 else [output]
-    made = []
-    for work, place in zip(works, places, strict=True):
-        made.append({"output": str(place), **exporting.export(work, place, listen)})
-    return made
+    if target is not None:
+        check_source(source, target, tensor_parallel, list(places))
+    works = [(exporting.prepare(source, name), place) for name, place in places.items()]
+    return [{"output": str(place), **exporting.export(work, place, listen)} for work, place in works]
 
 
 @contextmanager

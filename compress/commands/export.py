@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compress.commands._shared import export_to, progress
+from compress.commands._shared import Delivery, export_to, progress
 from compress.errors import RecipeError
 from compress.options import Formats, Json, Model, Output, Quiet, Target, TensorParallel
 
@@ -32,8 +32,11 @@ def export(
 
     if not format_:
         raise RecipeError("--format: missing; expected one of " + ", ".join(_formats()))
+    delivery = Delivery.of(target, tensor_parallel, format_)
+    names = delivery.formats
+    places = {name: output / name for name in names} if len(names) > 1 else {names[0]: output}
     with progress(quiet or json_) as listen:
-        made = export_to(model, format_, output, target, tensor_parallel, listen)
+        made = export_to(model, places, target, tensor_parallel, listen)
     print(json.dumps(made, indent=2)) if json_ else screen.show_exports(made)
 
 
@@ -51,7 +54,7 @@ def convert(
     from compress import screen
 
     with progress(quiet or json_) as listen:
-        made = export_to(source, [to], output, None, 1, listen)
+        made = export_to(source, {to: output}, None, 1, listen)
     print(json.dumps(made[0], indent=2)) if json_ else screen.show_exports(made)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.commands._shared import data_values, made_recipe, parse_room, progress, run_recipe
+from compress.commands._shared import Delivery, data_values, made_recipe, parse_room, progress, run_recipe
 from compress.errors import RecipeError
 from compress.options import (
     Bpw,
@@ -17,6 +17,7 @@ from compress.options import (
     DryRun,
     Dtype,
     Evaluate,
+    Formats,
     JobFolder,
     Json,
     KeepJob,
@@ -33,6 +34,8 @@ from compress.options import (
     Seed,
     Settings,
     Size,
+    Target,
+    TensorParallel,
 )
 
 if TYPE_CHECKING:
@@ -70,6 +73,9 @@ def quantize(
     no_reload: NoReload = False,
     revision: Revision = None,
     evaluate: Evaluate = None,
+    format_: Formats = None,
+    target: Target = None,
+    tensor_parallel: TensorParallel = 1,
     quiet: Quiet = False,
 ) -> None:
     """Quantize a model.
@@ -79,6 +85,7 @@ def quantize(
     With a budget instead of --bits, `compress plan` and `compress run` in one go:
     compress quantize MODEL -o OUT --bpw 2.75 --data text.jsonl
     """
+    delivery = Delivery.of(target, tensor_parallel, format_)
     options = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     given = {key: value for key, value in options.items() if value is not None}
     values = data_values(data, samples, length, seed, chat_template)
@@ -89,10 +96,15 @@ def quantize(
             flag = "--recipe" if recipe is not None else "--" + next(iter(given)).replace("_", "-")
             raise RecipeError(f"{flag}: not with a budget, which chooses the recipe; leave one of them out")
         budget = planning.Budget.of(bpw, size, max_kl)
-        made = _planned(model, values, budget, output.parent, method, settings, device, dtype, memory, revision, quiet or json_)
+        siblings = target in ("vllm", "sglang")  # they load q, k, v, and gate, up, as one matrix
+        silent = quiet or json_
+        made = _planned(model, values, budget, output.parent, method, settings, device, dtype, memory, revision, silent, siblings)
     else:
         made = made_recipe(recipe, method, given, values, dtype, settings)
-    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload)
+    run_recipe(
+        model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload,
+        delivery,
+    )  # fmt: skip
 
 
 def run(
@@ -116,14 +128,21 @@ def run(
     no_reload: NoReload = False,
     revision: Revision = None,
     evaluate: Evaluate = None,
+    format_: Formats = None,
+    target: Target = None,
+    tensor_parallel: TensorParallel = 1,
     quiet: Quiet = False,
 ) -> None:
     """Run any recipe.
 
     compress run gptq-3bit MODEL -o OUT --data text.jsonl
     """
+    delivery = Delivery.of(target, tensor_parallel, format_)
     made = made_recipe(recipe, None, {}, data_values(data, samples, length, seed, chat_template), dtype, settings)
-    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload)
+    run_recipe(
+        model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload,
+        delivery,
+    )  # fmt: skip
 
 
 def _planned(
@@ -138,6 +157,7 @@ def _planned(
     memory: str,
     revision: str | None,
     silent: bool,
+    uniform_siblings: bool,
 ) -> Recipe:
     """Plan for `quantize`; settings change the recipe that was planned."""
     from compress import planning, screen
@@ -145,7 +165,10 @@ def _planned(
 
     with progress(silent) as listen:
         methods = [method] if method else []
-        made = planning.command(model, data, budget, folder, listen, dtype, device, revision, parse_room(memory), methods=methods)
+        room = parse_room(memory)
+        made = planning.command(
+            model, data, budget, folder, listen, dtype, device, revision, room, methods=methods, siblings=uniform_siblings
+        )
     if not silent:
         screen.show_planned(made.planned.plain())
     values = made.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)

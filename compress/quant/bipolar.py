@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, Stats
-from compress.method import Bits, GroupSize, Method, Result
+from compress.method import Bits, GroupSize, Method, Result, grid_described
 from compress.parts.uniform import Uniform, uniform_bits
 from compress.quant._grid import Range, fit, indivisible
 from compress.quant._solver import Levels, Sweep, factorise, full_precision, refine
@@ -92,6 +92,10 @@ class Bipolar(Method):
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Bits that a weight of this shape (out, in) will occupy."""
         return uniform_bits(shape, self.bits, shape[1] if self.group_size == -1 else self.group_size, zero=False)
+
+    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
+        return grid_described(shape, self.bits, self.group_size, more={"bipolar": True})
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in) under the Hessian of its inputs."""

@@ -23,13 +23,13 @@ Failures    8-bit scales of a row are multiples of one number: a group whose wei
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Stats
-from compress.method import GroupSize, Method, Needs, Result
+from compress.method import GroupSize, Method, Needs, Result, table_described
 from compress.parts.table import table_bits
 from compress.quant._grid import Range, indivisible
 from compress.quant._table import quantize
@@ -85,6 +85,10 @@ class BitMoD(Method):
         """Bits that a weight of this shape (out, in) will occupy."""
         size = shape[1] if self.group_size == -1 else self.group_size
         return table_bits(shape, f"bitmod-{self.datatype}", size, "uint8")
+
+    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
+        return table_described(shape, f"bitmod-{self.datatype}", self.group_size, "uint8")
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in), under the Hessian of its inputs where that is asked for."""

@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, Stats
-from compress.method import Bits, GroupSize, Method, Result
+from compress.method import Bits, GroupSize, Method, Result, grid_described
 from compress.parts.uniform import Uniform, middle, uniform_bits
 from compress.quant._compensate import BLOCK, importance, swept
 from compress.quant._grid import Grid, fit, indivisible, stored
@@ -228,6 +228,10 @@ class DecoupleQ(Method):
         """Bits that a weight of this shape (out, in) will occupy."""
         size = shape[1] if self.group_size == -1 else self.group_size
         return uniform_bits(shape, self.bits, size, False, offset=not self.symmetric)
+
+    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
+        return grid_described(shape, self.bits, self.group_size, more=None if self.symmetric else {"offset": True})
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in) under the Hessian of its inputs."""

@@ -26,13 +26,13 @@ Failures    NF4 and E2M1 hold no more than 16 values: heavy tails in large group
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Stats
-from compress.method import GroupSize, Method, Needs, Result
+from compress.method import GroupSize, Method, Needs, Result, table_described
 from compress.parts.table import ScaleType, table_bits
 from compress.quant._grid import Range, indivisible
 from compress.quant._table import quantize
@@ -126,6 +126,11 @@ class Floating(Method):
         """Bits that a weight of this shape (out, in) will occupy."""
         kind = _KINDS[self.datatype]
         return table_bits(shape, kind.table, shape[1] if self._size == -1 else self._size, kind.scale_type)
+
+    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
+        kind = _KINDS[self.datatype]
+        return table_described(shape, kind.table, self._size, kind.scale_type)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in), under the Hessian of its inputs where that is asked for."""

@@ -33,7 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics
-from compress.method import Bits, Block, GroupSize, Method, Result
+from compress.method import Bits, Block, GroupSize, Method, Result, grid_described
 from compress.parts.uniform import Uniform, uniform_bits
 from compress.quant._comparison import gradients, loss, moved, probe
 from compress.quant._compensate import BLOCK, compensated
@@ -190,6 +190,10 @@ class GaussNewton(Method):
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Bits that a weight of this shape (out, in) will occupy."""
         return uniform_bits(shape, self.bits, shape[1] if self.group_size == -1 else self.group_size, not self.symmetric)
+
+    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
+        return grid_described(shape, self.bits, self.group_size, zero=not self.symmetric)
 
     def __call__(self, block: Block) -> dict[str, Result]:
         """Round all weights of a block together."""

@@ -33,7 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, Stats
-from compress.method import Bits, GroupSize, Method, Result
+from compress.method import Bits, GroupSize, Method, Result, grid_described
 from compress.parts.uniform import Uniform, uniform_bits
 from compress.quant._grid import Grid, Range, fit, indivisible
 from compress.quant._solver import Levels, Sweep, factorise, full_precision, refine
@@ -133,6 +133,13 @@ class GPTQ(Method):
         size = shape[1] if self.group_size == -1 else self.group_size
         index = _smallest(shape[1] // size).itemsize * 8 if self.order == "desc_act" else 0
         return uniform_bits(shape, self.bits, size, not self.symmetric, index)
+
+    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
+        size = shape[1] if self.group_size == -1 else self.group_size
+        names = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}
+        more = {"group": names[_smallest(shape[1] // size)]} if self.order == "desc_act" else None
+        return grid_described(shape, self.bits, size, zero=not self.symmetric, more=more)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in) under the Hessian of its inputs."""

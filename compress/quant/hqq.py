@@ -29,14 +29,14 @@ Source     half-quadratic quantization (Badri and Shaji, 2023); the shrinkage is
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Stats
-from compress.method import Bits, GroupSize, Method, Result
+from compress.method import Bits, GroupSize, Method, Result, grid_described
 from compress.parts.uniform import Uniform, middle, uniform_bits
 from compress.quant._grid import indivisible, nearest, stored
 from compress.weight import CompressedWeight
@@ -136,6 +136,10 @@ class HQQ(Method):
         """Bits that a weight of this shape (out, in) will occupy."""
         size = shape[1] if self.group_size == -1 else self.group_size
         return uniform_bits(shape, self.bits, size, zero=False, offset=True)
+
+    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
+        return grid_described(shape, self.bits, self.group_size, more={"offset": True})
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in); the statistics are not looked at."""

@@ -11,11 +11,13 @@ Failures  errors of neighbouring columns add up where inputs are correlated: GPT
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from compress.calibration.statistics import Stats
-from compress.method import Bits, GroupSize, Method, Result
+from compress.method import Bits, GroupSize, Method, Result, grid_described
 from compress.parts.uniform import Uniform, uniform_bits
 from compress.quant._grid import Range, encode, fit, indivisible
 from compress.weight import CompressedWeight
@@ -45,6 +47,10 @@ class RTN(Method):
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Bits that a weight of this shape (out, in) will occupy."""
         return uniform_bits(shape, self.bits, shape[1] if self.group_size == -1 else self.group_size, not self.symmetric)
+
+    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
+        return grid_described(shape, self.bits, self.group_size, zero=not self.symmetric)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in); the statistics are not looked at."""

@@ -315,6 +315,11 @@ class SliM(Method):
         counts = [groups - more if width == few else more if width == few + 1 else 0 for width in WIDTHS]
         return mixed_bits(shape, counts, size, not self.symmetric, self.grouping == "salience" and groups > 1)
 
+    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint, as far as is known."""
+        # Which groups get which width follows from the weights; that there are several does not.
+        return {"shape": list(shape), "base": {"format": "mixed", "group_size": self.group_size}}
+
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in) under the Hessian of its inputs."""
         statistic = stats[Hessian]

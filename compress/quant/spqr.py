@@ -432,6 +432,11 @@ class SpQR(Method):
         none = self.outlier_threshold is None if self.target_bits is None else self.room(shape) == 0
         return self.base_bits(shape) if none else None
 
+    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint, as far as is known."""
+        # How many weights are stored beside the grid follows from the weights.
+        return {"shape": list(shape), "base": {"format": "two_level", "bits": self.bits, "group_size": self.group_size}}
+
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Compress weight (out, in) under the Hessian of its inputs."""
         statistic = stats[Hessian]
