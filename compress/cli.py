@@ -14,6 +14,7 @@ from compress.commands.evaluate import evaluate_command
 from compress.commands.look import inspect, methods, recipes, verify
 from compress.commands.plan import plan_command
 from compress.commands.quantize import quantize, run
+from compress.commands.rehearse import rehearse
 from compress.errors import CompressError
 
 EXIT_CODES = """Exit codes: 0 done; 1 a bug; 2 wrong command line or recipe; 3 a checkpoint that cannot be read;
@@ -64,6 +65,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "run": run,
     "plan": plan_command,
+    "rehearse": rehearse,
     "inspect": inspect,
     "eval": evaluate_command,
     "verify": verify,
