@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compress import charts, facts
 from compress.facts import Checkpoint
-from compress.files import human_bytes, write_text
+from compress.files import duration, human_bytes, write_text
 
 CARD = "README.md"
 REPORT = "report.html"
@@ -70,7 +70,7 @@ def _environment(markdown: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"bytes": human_bytes, "duration": facts.duration, "code": _code, "fenced": _fenced}
+    environment.filters |= {"bytes": human_bytes, "duration": duration, "code": _code, "fenced": _fenced}
     return environment
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.container import DTYPES, Entry, read_header, read_tensor
+from compress.container import DTYPES, Entry, described, read_header, read_tensor
 from compress.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -54,6 +56,7 @@ class Source:
     config: dict[str, Any]
     entries: dict[str, Entry]
     revision: str | None = None
+    remote: bool = False  # only headers were read; weights are on the Hub
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None) -> Source:
@@ -67,6 +70,16 @@ class Source:
         entries = _entries(folder)
         _check_config(folder / "config.json", config, entries)
         return cls(folder.resolve(), str(model), config, entries, found)
+
+    @classmethod
+    def headers(cls, model: str | Path, revision: str | None = None) -> Source:
+        """Open a folder, or of a Hub id read config and headers alone, by ranges of bytes. Raises CheckpointError."""
+        if os.path.isdir(os.path.expanduser(model)):
+            return cls.open(model, revision)
+        folder, entries = _fetch_headers(str(model), revision)
+        config = _read_json(folder / "config.json", "a Hugging Face checkpoint has one")
+        _check_config(folder / "config.json", config, entries)
+        return cls(folder, str(model), config, entries, folder.name, remote=True)
 
     @property
     def model_type(self) -> str:
@@ -153,21 +166,48 @@ def _check_config(path: Path, config: dict[str, Any], entries: dict[str, Entry])
         )
 
 
-def _fetch(model: str, revision: str | None) -> tuple[Path, str | None]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+@contextmanager
+def _asking(model: str) -> Iterator[None]:
+    """Turn what the Hub's client says about a model into a CheckpointError."""
+    from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
 
     advice = "give the folder of a checkpoint, or a Hub id such as org/name that can be reached from here"
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise CheckpointError(f"{model}: no such folder; {advice}")
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_FILES)))
+        yield
     except HFValidationError as error:
         raise CheckpointError(f"{model}: neither a folder nor a Hub id; {advice}") from error
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise CheckpointError(f"{model}: {str(error).splitlines()[0]}; expected a checkpoint in safetensors") from error
     except OSError as error:  # every failure of the Hub client: offline, not found, gated
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{model}: no such folder, and the Hub does not give it ({reason}); {advice}") from error
+
+
+def _fetch(model: str, revision: str | None) -> tuple[Path, str | None]:
+    from huggingface_hub import snapshot_download
+
+    with _asking(model):
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_FILES)))
     return folder, folder.name
+
+
+def _fetch_headers(model: str, revision: str | None) -> tuple[Path, dict[str, Entry]]:
+    """Return the folder of the cache that has the config, and the tensors of all files."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    with _asking(model):
+        folder = Path(hf_hub_download(model, "config.json", revision=revision)).parent
+        found = HfApi().get_safetensors_metadata(model, revision=revision)
+    entries: dict[str, Entry] = {}
+    for file, metadata in sorted(found.files_metadata.items()):
+        header = {
+            name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": list(tensor.data_offsets)}
+            for name, tensor in metadata.tensors.items()
+        }
+        entries |= described(folder / file, header)
+    return folder, entries
 
 
 def _index(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,6 +133,11 @@ def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
     return Entry(name, dtype, tuple(shape), base + begin, nbytes, path)
 
 
+def described(path: Path, header: dict[str, Any]) -> dict[str, Entry]:
+    """Check a header that came without its file, as `{name: {dtype, shape, data_offsets}}`. Raises CheckpointError."""
+    return {name: _entry(path, name, value, 0, MAX_SIZE) for name, value in header.items()}
+
+
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Read and check a header; return the tensors by name and the metadata. Raises CheckpointError; allocates only the header.
 
@@ -224,7 +229,8 @@ def file_order(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda e: -DTYPES[e.dtype].itemsize)
 
 
-def _write_header(stream: BinaryIO, entries: list[Entry], metadata: dict[str, str]) -> None:
+def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
+    """Length and header of a file of tensors in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for entry in entries:
@@ -236,7 +242,13 @@ def _write_header(stream: BinaryIO, entries: list[Entry], metadata: dict[str, st
         position += entry.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    stream.write(struct.pack("<Q", len(raw)) + raw)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def file_size(entries: Iterable[Entry]) -> int:
+    """Bytes of the file that `copy_entries` would write."""
+    ordered = file_order(entries)
+    return len(_header(ordered, {})) + sum(entry.nbytes for entry in ordered)
 
 
 def copy_entries(
@@ -246,7 +258,7 @@ def copy_entries(
     ordered = file_order(entries)
     renamed = [Entry((names or {}).get(e.name, e.name), e.dtype, e.shape, 0, e.nbytes, path) for e in ordered]
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        _write_header(stream, renamed, metadata or {})
+        stream.write(_header(renamed, metadata or {}))
         for entry in ordered:
             for chunk in stream_entry(entry):
                 stream.write(chunk)
@@ -259,7 +271,7 @@ def write_stream(path: Path, planned: Iterable[Entry], values: Iterable[tuple[st
     """
     ordered = file_order(planned)
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        _write_header(stream, ordered, {})
+        stream.write(_header(ordered, {}))
         places: dict[str, tuple[int, Entry]] = {}
         position = stream.tell()
         for entry in ordered:
@@ -285,7 +297,7 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
         Entry(n, DTYPE_NAMES[t.dtype], tuple(t.shape), 0, t.numel() * t.element_size(), path) for n, t in flat.items()
     )
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        _write_header(stream, entries, metadata or {})
+        stream.write(_header(entries, metadata or {}))
         for entry in entries:
             stream.write(bytes_of(flat[entry.name].flatten()))
 

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from compress import charts
-from compress.files import human_bytes
+from compress.files import duration, human_bytes
 from compress.recipe_data import PRESETS, SUFFIXES, Data
 from compress.report import SiteRow, bits_per_weight, read_rows
 
@@ -36,6 +36,13 @@ _OPTIONAL = (
     "kl",
     "kl_standard_error",
     "agreement",
+    "perplexity_interval",
+    "perplexity_before_interval",
+    "perplexity_ratio",
+    "perplexity_ratio_interval",
+    "kl_interval",
+    "agreement_interval",
+    "tasks",
     "tokens_per_second",
     "tokens_per_second_before",
     "measured",
@@ -342,19 +349,22 @@ def _quality_figures(e: dict[str, Any]) -> list[Figure]:
     change = f"{e['perplexity'] / was - 1:+.2%}" if was else "the original was not measured"
     result = [Figure("Perplexity", f"{e['perplexity']:.3f}", f"{was:.3f}" if was else "", change)]
     if e["kl"] is not None:
-        error = "" if e["kl_standard_error"] is None else f"± {e['kl_standard_error']:.5f} "
-        result.append(Figure("KL divergence", f"{e['kl']:.5f}", "", f"{error}nats per token"))
+        result.append(Figure("KL divergence", f"{e['kl']:.5f}", "", f"{between(e, 'kl', '.5f')}nats per token"))
     if e["agreement"] is not None:
-        result.append(Figure("Top-1 agreement", f"{e['agreement']:.2%}", "", "of positions, same likeliest token"))
+        note = f"{between(e, 'agreement', '.1%')}of positions, same likeliest token"
+        result.append(Figure("Top-1 agreement", f"{e['agreement']:.2%}", "", note))
     if e["tokens_per_second"] is not None:
         before = f"{speed_was:.1f}" if speed_was else ""
         result.append(Figure("Tokens per second", f"{e['tokens_per_second']:.1f}", before, f"batch 1, {e['device']}"))
     return result
 
 
-def duration(seconds: float) -> str:
-    """Write a time as people read it: 12.3 min."""
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+def between(e: dict[str, Any], key: str, form: str) -> str:
+    """The interval of a value of an evaluation, as text that something follows; its standard error in older files."""
+    if (ends := e.get(f"{key}_interval")) is not None:
+        return f"{ends[0]:{form}} to {ends[1]:{form}}, "
+    error = e.get(f"{key}_standard_error")
+    return "" if error is None else f"± {error:{form}} "
 
 
 def versions(c: Checkpoint) -> list[tuple[str, str]]:

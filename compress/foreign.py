@@ -54,7 +54,7 @@ class ForeignSource(PackedSource):
                     f"{plain.folder}: {name} is left over, as {site} is not whole; the checkpoint is incomplete, fetch it again"
                 )
         dense = {key: value for key, value in plain.config.items() if key != "quantization_config"}
-        return cls(plain.folder, plain.name, dense, entries, plain.revision, table, packed, form, quantization, schemes)
+        return cls(plain.folder, plain.name, dense, entries, plain.revision, False, table, packed, form, quantization, schemes)
 
     def compressed(self, site: str) -> CompressedWeight:
         """Read one site. Raises CheckpointError."""

@@ -13,14 +13,24 @@ _LARGE = 1 << 23
 
 def peak() -> int:
     """Peak resident bytes of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says is that of the parent where a process was started by one that was larger
-        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-        high = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
-        if high:
-            return high[0]
+    # What getrusage says is that of the parent where a process was started by one that was larger.
+    if (high := _status("VmHWM")) is not None:
+        return high
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def current() -> int | None:
+    """Resident bytes of this process now; None where the system does not say."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int | None:
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)
 
 
 def return_large() -> None:

@@ -67,7 +67,11 @@ class Method(BaseModel):
     def likely_bits(self, shape: tuple[int, int]) -> int:
         """Bits that a weight of this shape (out, in) will occupy or about that; where nothing is known, 16 per weight."""
         known = self.stored_bits(shape)
-        return 16 * shape[0] * shape[1] if known is None else known
+        if known is not None:
+            return known
+        options = self.model_dump()
+        bits = options.get("target_bits") or options.get("bits", 15.5) + 0.5  # half a bit of scales, outliers and the like
+        return int(shape[0] * shape[1] * bits)
 
     def described(self, shape: tuple[int, int]) -> dict[str, Any] | None:
         """Say how a weight of this shape (out, in) will be described in a checkpoint; None where it depends on the values."""
@@ -83,10 +87,11 @@ def grid_described(
     return {"shape": list(shape), "base": base}
 
 
-def table_described(shape: tuple[int, int], datatype: str, group_size: int, scale: str) -> dict[str, Any]:
-    """Describe a weight (out, in) whose codes name entries of a table, as a checkpoint does."""
+def table_described(shape: tuple[int, int], datatype: str, bits: int, group_size: int, scale: str) -> dict[str, Any]:
+    """Describe a weight (out, in) whose codes of `bits` name entries of a table, as a checkpoint does."""
     size = shape[1] if group_size == -1 else group_size
-    return {"shape": list(shape), "base": {"format": "table", "datatype": datatype, "group_size": size, "scale": scale}}
+    base = {"format": "table", "datatype": datatype, "bits": bits, "group_size": size, "scale": scale}
+    return {"shape": list(shape), "base": base}
 
 
 @dataclass(frozen=True)

@@ -344,7 +344,8 @@ class PackedSource(Source):
                     f"{folder}: {name} is not described; the config does not belong to these weights. Fetch both again"
                 )
         dense = {key: value for key, value in plain.config.items() if key != "quantization_config"}
-        return cls(plain.folder, plain.name, dense, {**entries, **virtual}, plain.revision, table, packed)
+        everything = {**entries, **virtual}
+        return cls(plain.folder, plain.name, dense, everything, plain.revision, table=table, packed=packed)
 
     def compressed(self, site: str) -> CompressedWeight:
         """Read one site's parts. Raises CheckpointError."""

@@ -70,9 +70,12 @@ def pick_dtype(name: str, source: Source, device: torch.device) -> torch.dtype:
     return own
 
 
-def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | None = None) -> Plan:
-    """Open the source, give every tensor its disposition and every site its step. Raises CheckpointError, RecipeError."""
-    source = Source.open(model, revision)
+def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | None = None, headers: bool = False) -> Plan:
+    """Open the source, give every tensor its disposition and every site its step; with `headers`, weights stay on the Hub.
+
+    Raises CheckpointError, RecipeError.
+    """
+    source = Source.headers(model, revision) if headers else Source.open(model, revision)
     claims = claim(source, find(source), recipe.copy_, recipe.drop)
     assignments = recipes.resolve(recipe, claims.sites)
     chosen = pick_device(device)
@@ -91,6 +94,15 @@ def calibration(plan: Plan) -> Tensor:
             "data: missing, but a method needs calibration data; give --data FILE, a dataset's name, or a data: section"
         )
     return load_ids(plan.recipe.data, plan.source.folder, vocabulary(plan.source), context_length(plan.source))
+
+
+def calibration_shape(plan: Plan) -> tuple[int, int]:
+    """Return windows and tokens of a window that `calibration` will give, without the tokenizer of a model on the Hub."""
+    data = plan.recipe.data
+    if not plan.source.remote or not plan.calibrated or data is None or data.suffix == ".npy":
+        ids = calibration(plan)
+        return ids.shape[0], ids.shape[1]
+    return data.samples, min(data.length, context_length(plan.source) or data.length)
 
 
 def identity(plan: Plan, ids: Tensor) -> dict[str, Any]:

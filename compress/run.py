@@ -17,7 +17,7 @@ from compress import recipe as recipes
 from compress._version import __version__
 from compress.calibration.skeleton import Skeleton
 from compress.errors import VerificationError
-from compress.estimate import Estimate, check_disk
+from compress.estimate import Estimate, check_disk, predictions
 from compress.evaluate import reload, verify
 from compress.evaluate.streamed import last_hidden, token_losses
 from compress.files import write_json, write_text
@@ -79,7 +79,7 @@ def run(
         assert end is not None, "rank 0 has the first batch"
         with reload.fresh_process() if settings.reload else reload.not_at_all() as ask:
             batch, last = ids[:1, :CHECK_TOKENS], end[:1, :CHECK_TOKENS].cpu()
-            summary = finish(plan, job, mine, text, batch, last, out, started, listen, ask)
+            summary = finish(plan, job, mine, text, batch, last, out, started, listen, ask, predictions(expected))
         if not keep_job:
             job.remove()
     distributed.barrier()
@@ -101,6 +101,7 @@ def finish(
     started: float,
     listen: Listen,
     ask: reload.Ask | None = None,
+    predicted: dict[str, Any] | None = None,
 ) -> Summary:
     """Write the checkpoint inside the job folder, read it back by two ways, load it anew, and give it its name."""
     blocks = len(job.records)
@@ -139,6 +140,7 @@ def finish(
         "fallbacks": sum(row.fallback is not None for row in rows),
         "seconds": time.time() - started,
         "peak_memory": memory.peak(),
+        "predicted": predicted,
         "compute_seconds": sum(record.seconds for record in job.records),
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "check": check,

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress import memory
-from compress.files import human_bytes
+from compress.files import duration, human_bytes
 
 if TYPE_CHECKING:
     from compress.estimate import Estimate
@@ -125,6 +125,9 @@ def _plain_lines() -> Listen:
 
 def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[str, Any]:
     """What a dry run says, as JSON values."""
+    from compress import estimate
+
+    devices = [] if expected.on_host else [estimate.free_on(plan.device)]
     kinds: dict[tuple[str, str, str], list[Any]] = {}
     for a in plan.assignments:
         shape = f"{a.site.shape[0]} x {a.site.shape[1]}"
@@ -158,9 +161,14 @@ def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[
         "bytes_before": expected.bytes_before,
         "bytes_after": expected.bytes_after,
         "bytes_after_exact": expected.exact,
+        "files_after": expected.files_after,
         "memory": expected.memory,
+        "device_memory": expected.device_memory,
+        "reload_memory": expected.reload_memory,
         "statistics": expected.statistics,
         "disk": expected.disk,
+        "seconds": expected.seconds,
+        "warnings": estimate.shortfall(expected, devices),
     }
 
 
@@ -176,6 +184,7 @@ def show_plan(found: dict[str, Any]) -> None:
         out.print(f"before     {', '.join(found['transforms'])}")
     about = "" if found["bytes_after_exact"] else "about "
     out.print(f"size       {human_bytes(found['bytes_before'])} -> {about}{human_bytes(found['bytes_after'])}")
+    out.print(f"files      {about}{found['files_after']:,} bytes of weight files")
     copied, dropped = found["copied_tensors"], len(found["dropped_tensors"])
     out.print(f"untouched  {found['untouched_linears']} linears, {copied} other tensors copied, {dropped} dropped")
     if found["calibration"]:
@@ -183,10 +192,16 @@ def show_plan(found: dict[str, Any]) -> None:
     out.print(
         f"memory     about {human_bytes(found['memory'])}, of which statistics {human_bytes(found['statistics'])} if all at once"
     )
+    if found["device_memory"] is not None:
+        out.print(f"on the GPU about {human_bytes(found['device_memory'])}")
     out.print(f"disk       about {human_bytes(found['disk'])} while it runs")
+    if found["seconds"] is not None:
+        out.print(f"time       about {duration(found['seconds'])} on this machine, to within a factor of two")
     out.print(f"runs on    {found['device']} in {found['dtype']}")
     if found.get("target"):
         out.print(f"target     {found['target']} will load it" + (", see the warnings" if found["warnings"] else ""))
+    for warning in found["warnings"]:
+        out.print(f"warning    {warning}", soft_wrap=True)
 
 
 def show_planned(found: dict[str, Any]) -> None:
@@ -252,6 +267,14 @@ def show_summary(summary: Summary, quality: Quality | None) -> None:
     out.print(table)
     fallbacks = f", {v['fallbacks']} weights by a fallback (see the report)" if v["fallbacks"] else ""
     out.print(f"{v['seconds']:.1f} s, {human_bytes(memory.peak())} peak memory{fallbacks}")
+    if (said := v.get("predicted")) and said["seconds"] is not None:
+        files = sum(path.stat().st_size for path in summary.out.glob("model*.safetensors*"))
+        right = (
+            f"{files:,} bytes of weight files, as predicted"
+            if files == said["files_after"]
+            else (f"{said['files_after']:,} bytes of weight files predicted, {files:,} written")
+        )
+        out.print(f"predicted  {duration(said['seconds'])}, {human_bytes(said['memory'])} peak memory; {right}")
     out.print(f"checked    {_checked(v)}", soft_wrap=True)
     out.print(f"report     {summary.out / 'report.html'}", soft_wrap=True)
     out.print(f'load with  import compress; AutoModelForCausalLM.from_pretrained("{summary.out}")', soft_wrap=True)
@@ -270,14 +293,29 @@ def _checked(values: dict[str, Any]) -> str:
 
 
 def _quality_rows(table: Table, q: Quality) -> None:
-    table.add_row("perplexity", "" if q.perplexity_before is None else f"{q.perplexity_before:.3f}", f"{q.perplexity:.3f}")
+    table.add_row(
+        "perplexity",
+        "" if q.perplexity_before is None else f"{q.perplexity_before:.3f}",
+        f"{q.perplexity:.3f}{_between(q.perplexity_interval, '.3f')}",
+    )
+    if q.perplexity_ratio is not None:
+        ratio = f"{q.perplexity_ratio:.4f}{_between(q.perplexity_ratio_interval, '.4f')}"
+        table.add_row("perplexity over the original's", "", ratio)
     if q.kl is not None:
-        error = "" if q.kl_standard_error is None else f" ± {q.kl_standard_error:.5f}"
-        table.add_row("KL divergence (nats)", "", f"{q.kl:.5f}{error}")
-        table.add_row("top-1 agreement", "", f"{q.agreement:.2%}")
+        table.add_row("KL divergence (nats)", "", f"{q.kl:.5f}{_between(q.kl_interval, '.5f')}")
+        table.add_row("top-1 agreement", "", f"{q.agreement:.2%}{_between(q.agreement_interval, '.2%')}")
+    for name, score in (q.tasks or {}).items():
+        before = "" if score["before"] is None else f"{score['before']:.3f}"
+        error = "" if score["standard_error"] is None else f" ± {score['standard_error']:.3f}"
+        table.add_row(f"{name} ({score['metric']})", before, f"{score['model']:.3f}{error}")
     if q.tokens_per_second is not None:
         before = "" if q.tokens_per_second_before is None else f"{q.tokens_per_second_before:.1f}"
         table.add_row("tokens per second, batch 1", before, f"{q.tokens_per_second:.1f}")
+
+
+def _between(interval: tuple[float, float] | None, form: str) -> str:
+    """A 95 % interval, as it stands behind a value."""
+    return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
 def show_quality(q: Quality) -> None:
@@ -287,6 +325,8 @@ def show_quality(q: Quality) -> None:
     table.add_row("size", "" if q.bytes_before is None else human_bytes(q.bytes_before), human_bytes(q.bytes))
     _quality_rows(table, q)
     out.print(table)
+    if q.perplexity_interval is not None:
+        out.print(f"in brackets: 95 % intervals by the bootstrap over {q.windows} windows", markup=False)
     if q.original is None:
         out.print("no original: give --original MODEL for KL divergence and agreement")
 
@@ -378,6 +418,23 @@ def show_exports(made: list[dict[str, Any]]) -> None:
         for how, count in found["widened"].items():
             out.print(f"{count} weights with wider codes: {how}")
         out.print(f"scales in {', '.join(found['scale_dtypes'])}; all values read back as they were")
+
+
+def show_rehearsal(found: dict[str, Any]) -> None:
+    """Print what was tried, and what would fail."""
+    out = _out()
+    table = _table(f"rehearsal of {found['model']}", "stage", "seconds", "")
+    for stage in found["stages"]:
+        table.add_row(stage["name"], f"{stage['seconds']:.1f}", "fails" if stage["problem"] else "good")
+    out.print(table)
+    if found["changed"]:
+        changed = ", ".join(f"{key} {new} for {old}" for key, (old, new) in found["changed"].items())
+        out.print(f"the copy has {changed}; random weights", soft_wrap=True)
+    if "transformers" in found["reload"]:
+        out.print(f"transformers {found['reload']['transformers']} loads the result")
+    for stage in found["stages"]:
+        if stage["problem"]:
+            out.print(f"would fail: {stage['problem']}", soft_wrap=True, markup=False)
 
 
 def describe_methods() -> dict[str, Any]:

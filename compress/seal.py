@@ -14,7 +14,7 @@ from compress.calibration.families import Claims, Site
 from compress.checkpoint import INDEX, SINGLE, Source
 from compress.container import Entry, copy_entries, read_header
 from compress.errors import CheckpointError, OutputError
-from compress.files import copy, fsync_folder, write_json, writing
+from compress.files import as_json, copy, fsync_folder, write_json, write_text, writing
 
 SUMMARY = "summary.json"
 
@@ -36,12 +36,17 @@ def collect(parts: Iterable[Path]) -> tuple[dict[str, packed.Spec], dict[str, En
 
 
 def plan(
-    source: Source, claims: Claims, specs: Mapping[str, packed.Spec], parts: Mapping[str, Entry]
+    source: Source,
+    claims: Claims,
+    specs: Mapping[str, packed.Spec],
+    parts: Mapping[str, Entry],
+    stand_ins: Mapping[str, Entry] | None = None,
 ) -> tuple[list[Entry], str | None]:
-    """Return every tensor of the result in order, and the name of the guard.
+    """Return every tensor of the result in order, and the name of the guard; before a run, `stand_ins` for unknown layouts.
 
     Each tensor of the source is compressed, copied or dropped by a rule; one that is none of these raises CheckpointError.
     """
+    stand_ins = stand_ins or {}
     made: dict[str, list[str]] = {}
     for claimed in claims.sites:
         made.setdefault(claimed.tensor, []).append(claimed.name)
@@ -49,18 +54,21 @@ def plan(
     result: list[Entry] = []
     for name in sorted(source.entries, key=natural):
         sites = made.get(name, [])
-        compressed = [site for site in sites if site in specs]
+        compressed = [site for site in sites if site in specs or site in stand_ins]
         if compressed and len(compressed) < len(sites):
             raise CheckpointError(
                 f"{name}: {len(compressed)} of its {len(sites)} experts are compressed; expected all or none, as it is one tensor"
             )
         for site in compressed:
-            result += [parts[f"{site}.{leaf}"] for leaf in packed.layout(specs[site])]
+            if site in stand_ins:
+                result.append(stand_ins[site])
+            else:
+                result += [parts[f"{site}.{leaf}"] for leaf in packed.layout(specs[site])]
         if not compressed and (sites or name in copied):
             result.append(_replaced(source.entries[name], parts.get(name)))
         elif not compressed and name not in dropped:
             raise CheckpointError(f"{name}: neither compressed nor copied nor dropped; this is a bug, please report it")
-    guard = _guard([site for site in claims.sites if site.name in specs])
+    guard = _guard([site for site in claims.sites if site.name in specs or site.name in stand_ins])
     if guard is not None:
         result.append(Entry(guard, "BF16", (0,), 0, 0, source.folder))
     return result, guard
@@ -95,17 +103,27 @@ def shards(entries: Iterable[Entry], limit: int) -> list[list[Entry]]:
     return result
 
 
+def named(cut: list[list[Entry]]) -> dict[str, list[Entry]]:
+    """Give shards their file names."""
+    names = [SINGLE] if len(cut) == 1 else [f"model-{i + 1:05d}-of-{len(cut):05d}.safetensors" for i in range(len(cut))]
+    return dict(zip(names, cut, strict=True))
+
+
+def index(files: Mapping[str, Iterable[Entry]]) -> str:
+    """The text of the index over several files."""
+    weight_map = {entry.name: name for name, members in files.items() for entry in members}
+    sizes = {"total_size": sum(entry.nbytes for members in files.values() for entry in members)}
+    return as_json({"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
+
+
 def write_shards(folder: Path, entries: list[Entry], limit: int) -> dict[str, list[Entry]]:
     """Write the tensors into `folder` and return the files with what they hold; several get an index."""
-    cut = shards(entries, limit)
-    names = [SINGLE] if len(cut) == 1 else [f"model-{i + 1:05d}-of-{len(cut):05d}.safetensors" for i in range(len(cut))]
-    for name, members in zip(names, cut, strict=True):
+    files = named(shards(entries, limit))
+    for name, members in files.items():
         copy_entries(folder / name, members)
-    if len(cut) > 1:
-        weight_map = {entry.name: name for name, members in zip(names, cut, strict=True) for entry in members}
-        sizes = {"total_size": sum(entry.nbytes for entry in entries)}
-        write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
-    return dict(zip(names, cut, strict=True))
+    if len(files) > 1:
+        write_text(folder / INDEX, index(files))
+    return files
 
 
 def write_config(folder: Path, config: Mapping[str, Any], table: Mapping[str, Any]) -> None:

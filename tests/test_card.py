@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from compress import card, charts, facts
+from compress.files import duration
 from compress.report import SiteRow, write_rows
 
 SECRET = "/home/jane/secret"
@@ -395,7 +396,7 @@ def test_axis_holds_all_errors() -> None:
 def test_small_words() -> None:
     assert charts.ranges([5, 0, 1, 2]) == "0-2, 5"
     assert [charts.compact(n) for n in (0, 999, 1000, 61_000, 999_600, 3.2e9)] == ["0", "999", "1k", "61k", "1M", "3.2G"]
-    assert [facts.duration(s) for s in (9.96, 125, 7200)] == ["10.0 s", "2.1 min", "2.0 h"]
+    assert [duration(s) for s in (9.96, 125, 7200)] == ["10.0 s", "2.1 min", "2.0 h"]
 
 
 def test_needs_no_torch() -> None:

@@ -103,7 +103,12 @@ TABLE: dict[str, Row] = {
         "calibration.statistics recipe weight distributed errors",
         "torch",
     ),
-    "estimate": Row("prepare block recipe calibration.families packed memory files errors", "torch"),
+    "sizes": Row("seal recipe packed calibration.families checkpoint container errors"),
+    "timing": Row("prepare block calibration.families calibration.statistics errors", "torch scipy"),
+    "estimate": Row(
+        "sizes timing prepare block recipe calibration.families calibration.skeleton calibration.statistics memory files errors",
+        "torch",
+    ),
     "pipeline": Row(
         "block block_methods weight job calibration.hidden calibration.observe calibration.skeleton packed recipe report "
         "container distributed files errors",
@@ -149,6 +154,11 @@ TABLE: dict[str, Row] = {
         "_version errors",
         "torch",
     ),
+    "rehearsal": Row(
+        "run pipeline estimate prepare recipe recipe_data calibration.families checkpoint container files errors",
+        "torch",
+        lazy_third="numpy",
+    ),
     # What people see. The command line starts without anything heavy.
     "screen": Row(
         "files memory errors",
@@ -156,7 +166,7 @@ TABLE: dict[str, Row] = {
         lazy_own="registry recipe prepare estimate run inspection evaluate.quality evaluate.bench facts targets",
     ),
     "options": Row("", "typer"),
-    "commands.*": Row("commands._shared options errors", "typer", lazy_own="*"),
+    "commands.*": Row("commands._shared options errors", "typer", lazy_own="*", lazy_third="torch"),
     "cli": Row("commands.* _version errors", "typer"),
     "__main__": Row("cli"),
     "": Row("_version", lazy_own="runtime.quantizer", lazy_third="transformers"),

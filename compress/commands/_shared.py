@@ -128,6 +128,8 @@ def run_recipe(
     no_reload: bool = False,
     delivery: Delivery = Delivery(),
 ) -> None:
+    import torch
+
     from compress import distributed, estimate, prepare, screen
     from compress import run as runs
     from compress.evaluate import quality as evaluation
@@ -135,15 +137,17 @@ def run_recipe(
     from compress.recipe import parse_data
 
     room = parse_room(memory)
-    plan = prepare.prepare(model, recipe, device, revision)
+    plan = prepare.prepare(model, recipe, device, revision, headers=dry_run)
     findings = check_plan(plan, delivery, output)
-    ids = prepare.calibration(plan)
+    ids = torch.empty(prepare.calibration_shape(plan), device="meta") if dry_run else prepare.calibration(plan)
     measured = None if evaluate is None else parse_data({"name": evaluate})
-    if measured is not None:
+    if measured is not None and not plan.source.remote:
         _check_text(measured, plan)
     expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], room, offload)
+    expected = estimate.timed(expected, plan, ids.shape[0], ids.shape[1], not no_reload)
     if dry_run:
-        found = screen.describe_plan(plan, expected, (ids.shape[0], ids.shape[1])) | findings
+        found = screen.describe_plan(plan, expected, (ids.shape[0], ids.shape[1]))
+        found |= {**findings, "warnings": found["warnings"] + findings.get("warnings", [])}
         print(json.dumps(found, indent=2)) if json_ else screen.show_plan(found)
         return
     leader = distributed.leads()

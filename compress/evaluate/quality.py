@@ -22,6 +22,7 @@ from compress.calibration.observe import batches
 from compress.calibration.skeleton import Skeleton
 from compress.checkpoint import Source
 from compress.errors import CheckpointError, OutputError
+from compress.evaluate.intervals import Interval, interval, resampled_means
 from compress.evaluate.speed import tokens_per_second
 from compress.evaluate.streamed import open_skeleton
 from compress.files import write_json
@@ -50,6 +51,14 @@ class Quality:
     kl: float | None = None  # mean over positions of KL(original || model), nats
     kl_standard_error: float | None = None  # over windows
     agreement: float | None = None  # share of positions with the same most likely token
+    # 95 % intervals by the bootstrap over windows; None where there is one window
+    perplexity_interval: Interval | None = None
+    perplexity_before_interval: Interval | None = None
+    perplexity_ratio: float | None = None  # of the model's to the original's
+    perplexity_ratio_interval: Interval | None = None
+    kl_interval: Interval | None = None
+    agreement_interval: Interval | None = None
+    tasks: dict[str, Any] | None = None  # scores of --tasks
     tokens_per_second: float | None = None
     tokens_per_second_before: float | None = None
     bytes: int = 0
@@ -130,13 +139,31 @@ def compare(
                 q, p = logs
                 divergences.append(float((p.exp() * (p - q)).sum(-1).double().mean()))
                 agreements.append(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
-    result: dict[str, Any] = {"perplexity": float(torch.tensor(losses[0], dtype=torch.float64).mean().exp())}
-    if other is not None:
-        kl = torch.tensor(divergences, dtype=torch.float64)
-        result["perplexity_before"] = float(torch.tensor(losses[1], dtype=torch.float64).mean().exp())
-        result["kl"] = float(kl.mean())
-        result["kl_standard_error"] = float(kl.std() / len(kl) ** 0.5) if len(kl) > 1 else None
-        result["agreement"] = sum(agreements) / len(agreements)
+    return _summed_up(torch.tensor([*losses, divergences, agreements] if other is not None else losses, dtype=torch.float64).T)
+
+
+def _summed_up(windows: Tensor) -> dict[str, Any]:
+    """Turn values per window into figures with intervals: (windows, 1) losses, or (windows, 4) with those of the original,
+    divergences and agreements."""
+    several = windows.shape[0] > 1
+    mean, drawn = windows.mean(0), resampled_means(windows) if several else windows[:0]
+
+    def within(values: Tensor) -> Interval | None:
+        return interval(values) if several else None
+
+    result: dict[str, Any] = {"perplexity": float(mean[0].exp()), "perplexity_interval": within(drawn[:, 0].exp())}
+    if windows.shape[1] > 1:
+        result |= {
+            "perplexity_before": float(mean[1].exp()),
+            "perplexity_before_interval": within(drawn[:, 1].exp()),
+            "perplexity_ratio": float((mean[0] - mean[1]).exp()),
+            "perplexity_ratio_interval": within((drawn[:, 0] - drawn[:, 1]).exp()),
+            "kl": float(mean[2]),
+            "kl_standard_error": float(windows[:, 2].std() / windows.shape[0] ** 0.5) if several else None,
+            "kl_interval": within(drawn[:, 2]),
+            "agreement": float(mean[3]),
+            "agreement_interval": within(drawn[:, 3]),
+        }
     return result
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Stats
 from compress.method import GroupSize, Method, Needs, Result, table_described
-from compress.parts.table import table_bits
+from compress.parts.table import code_bits, table_bits
 from compress.quant._grid import Range, indivisible
 from compress.quant._table import quantize
 
@@ -88,7 +88,8 @@ class BitMoD(Method):
 
     def described(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Say how a weight of this shape (out, in) will be described in a checkpoint."""
-        return table_described(shape, f"bitmod-{self.datatype}", self.group_size, "uint8")
+        table = f"bitmod-{self.datatype}"
+        return table_described(shape, table, code_bits(table), self.group_size, "uint8")
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in), under the Hessian of its inputs where that is asked for."""

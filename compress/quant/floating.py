@@ -33,7 +33,7 @@ from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Stats
 from compress.method import GroupSize, Method, Needs, Result, table_described
-from compress.parts.table import ScaleType, table_bits
+from compress.parts.table import ScaleType, code_bits, table_bits
 from compress.quant._grid import Range, indivisible
 from compress.quant._table import quantize
 
@@ -130,7 +130,7 @@ class Floating(Method):
     def described(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Say how a weight of this shape (out, in) will be described in a checkpoint."""
         kind = _KINDS[self.datatype]
-        return table_described(shape, kind.table, self._size, kind.scale_type)
+        return table_described(shape, kind.table, code_bits(kind.table), self._size, kind.scale_type)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in), under the Hessian of its inputs where that is asked for."""

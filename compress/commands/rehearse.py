@@ -1,0 +1,41 @@
+"""`compress rehearse`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.commands._shared import made_recipe, progress
+from compress.options import Device, Dtype, Json, Model, Quiet, Revision, Settings
+
+
+def rehearse(
+    model: Model,
+    recipe: Annotated[str, typer.Argument(help="A recipe: a file, or a name from `compress recipes`.")] = "gptq-4bit",
+    settings: Settings = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    revision: Revision = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try a recipe on a random copy of two blocks of a model, and say what would fail.
+
+    compress rehearse MODEL gptq-3bit
+
+    The whole of a run in under a minute: calibration, method, packing, reading back, loading with transformers. Of a Hub id only
+    config and headers are fetched. Exit code 2 where something would fail.
+    """
+    from compress import screen
+    from compress.rehearsal import rehearse as run
+
+    made = made_recipe(recipe, None, {}, {}, dtype, settings)
+    with tempfile.TemporaryDirectory(prefix="compress-rehearsal-") as folder, progress(quiet or json_) as listen:
+        found = run(model, made, Path(folder) / "rehearsal", device, listen, revision)
+    print(json.dumps(found.plain(), indent=2)) if json_ else screen.show_rehearsal(found.plain())
+    if found.problem is not None:
+        raise typer.Exit(2)

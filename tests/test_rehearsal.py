@@ -1,0 +1,108 @@
+"""A rehearsal finds before a run what a run would fail of, in every family, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import steps
+from tiny import TINY
+
+from compress import recipe, rehearsal
+from compress.errors import CalibrationError
+
+Tiny = Callable[..., Path]
+
+
+def rehearse(model: Path, folder: Path, wanted: list[dict[str, Any]], **more: Any) -> rehearsal.Rehearsal:
+    made = recipe.parse({"steps": wanted, "data": {"name": "c4"}, "dtype": "float32", **more})
+    return rehearsal.rehearse(str(model), made, folder / "rehearsal", "cpu", lambda *_: None)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_passes(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    found = rehearse(tiny(family), tmp_path, steps(bits=4, group_size=-1))
+    assert found.problem is None
+    assert [stage.name for stage in found.stages][-1] == "sizes as predicted"
+    assert found.reload["mean_difference_nats"] < 1e-3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_copy_is_small_and_random(tiny: Tiny, tmp_path: Path) -> None:
+    from compress.checkpoint import Source
+
+    model = tiny("qwen3_moe", num_hidden_layers=6, num_experts=12, vocab_size=1000, mlp_only_layers=[1, 4])
+    source = Source.open(model)
+    changed = rehearsal.write_copy(source, tmp_path / "copy")
+    copy = Source.open(tmp_path / "copy")
+    assert {key: changed[key] for key in ("num_hidden_layers", "vocab_size")} == {
+        "num_hidden_layers": [6, 2],
+        "vocab_size": [1000, 512],
+    }
+    assert next(new for key, (_, new) in changed.items() if key.endswith("experts")) == 8
+    assert copy.config["mlp_only_layers"] == [1]
+    assert copy.entries["model.embed_tokens.weight"].shape == (512, 32)
+    assert copy.entries["model.layers.0.mlp.gate.weight"].shape == (8, 32)
+    assert not [name for name in copy.entries if ".layers.2." in name or ".experts.8." in name]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert copy.entries[name].shape == source.entries[name].shape
+    assert not copy.tensor(name).equal(source.tensor(name))
+
+
+def test_what_would_fail_is_said(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    indivisible = rehearse(tiny("llama"), tmp_path, steps(bits=4, group_size=24))
+    assert "group_size=24" in (indivisible.problem or "")
+    assert [stage.name for stage in indivisible.stages] == ["recipe on the real model"]
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise CalibrationError("model.layers.0: the method gives up")
+
+    monkeypatch.setattr("compress.quant.gptq.GPTQ.__call__", fails)
+    broken = rehearse(tiny("llama"), tmp_path, steps(bits=4, group_size=16))
+    assert broken.problem == "model.layers.0: the method gives up"
+    monkeypatch.setattr("compress.quant.gptq.GPTQ.__call__", lambda *_: 1 / 0)
+    assert "ZeroDivisionError" in (rehearse(tiny("llama"), tmp_path, steps(bits=4, group_size=16)).problem or "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_for_blocks_that_the_copy_lacks_are_left_out(tiny: Tiny, tmp_path: Path) -> None:
+    wanted = steps("quant/rtn", match="model.layers.2.*", bits=2, group_size=16) + steps(bits=4, group_size=16)
+    assert rehearse(tiny("llama"), tmp_path, wanted).problem is None
+
+
+@pytest.mark.parametrize("method", ["awq", "signround", "tuned"])
+def test_methods_that_see_blocks(method: str, tiny: Tiny, tmp_path: Path) -> None:
+    more: dict[str, Any] = {}
+    wanted = steps(bits=3, group_size=16)
+    if method == "awq":
+        more["transforms"] = [{"method": "transform/awq"}]
+    elif method == "tuned":
+        more["tuning"] = [{"method": "tune/grid", "options": {"epochs": 1}}]
+    else:
+        wanted = steps("quant/signround", bits=3, group_size=16, steps=2)
+    assert rehearse(tiny("llama"), tmp_path, wanted, **more).problem is None
+
+
+def test_the_command(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from compress import cli
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["compress", "rehearse", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, capsys.readouterr().out
+
+    small = ("--set", "steps.0.options.group_size=16", "--device", "cpu", "--quiet")
+    code, text = run(tiny("llama"), "gptq-3bit", *small)
+    assert (code, "loads the result" in text) == (0, True)
+    code, text = run(tiny("llama"), "gptq-3bit", "--set", "steps.0.options.group_size=24", "--json", "--device", "cpu")
+    assert code == 2
+    assert json.loads(text)["ok"] is False
