@@ -44,7 +44,8 @@ def estimate(plan: Plan, samples: int, length: int, memory: int, offload: bool) 
         if site.name in assigned:
             method = assigned[site.name].method
             exact = exact and method.stored_bits(site.shape) is not None
-            after += method.likely_bits(site.shape) // 8
+            more = sum(s.method.added_bits(site.shape) for s in plan.tuning if assigned[site.name] in s.members)
+            after += (method.likely_bits(site.shape) + more) // 8
         else:
             after += site.numel * _itemsize(plan, site.tensor)
     after += sum(source.entries[name].nbytes for name in plan.claims.copied)
