@@ -207,6 +207,10 @@ def together(around: Surroundings, assignments: Sequence[Assignment]) -> Iterato
             yield site.name, (result.weight, row)
 
 
+def _without_low_rank(weight: CompressedWeight) -> int:
+    return weight.stored_bits - (0 if weight.low_rank is None else weight.low_rank.stored_bits)
+
+
 def tune(
     around: Surroundings, stages: Sequence[StageAssignment], weights: dict[str, CompressedWeight]
 ) -> dict[str, dict[str, Any]]:
@@ -218,7 +222,7 @@ def tune(
         tuned = stage.method(view, {name: weights[name] for name in view.sites})
         errors: dict[str, float] = {}
         for name, weight in tuned.weights.items():
-            if weight.stored_bits != weights[name].stored_bits:
+            if _without_low_rank(weight) != _without_low_rank(weights[name]):
                 raise RuntimeError(f"{stage.method.path}: changed the size of {name}")
             decoded = weight.dequantize()
             if not bool(decoded.isfinite().all()):

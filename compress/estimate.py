@@ -73,7 +73,11 @@ class Estimate:
 def estimate(plan: Plan, samples: int, length: int, room: int, offload: bool) -> Estimate:
     """Add up what a run over `samples` windows of `length` tokens takes, with `room` bytes for statistics."""
     source, item = plan.source, plan.dtype.itemsize
-    after = sizes(source, plan.claims, plan.assignments, parse_size(plan.recipe.max_shard_size))
+    added = {a.site.name: 0 for a in plan.assignments}
+    for stage in plan.tuning:
+        for a in stage.members:
+            added[a.site.name] += stage.method.added_bits(a.site.shape)
+    after = sizes(source, plan.claims, plan.assignments, parse_size(plan.recipe.max_shard_size), added)
     blocks: dict[int, int] = {}
     for site in plan.claims.sites:
         number = -1 if site.block is None else site.block

@@ -64,6 +64,10 @@ class Method(BaseModel):
         """Bits that a weight of this shape (out, in) will occupy; None where it depends on the values."""
         return None
 
+    def added_bits(self, shape: tuple[int, int]) -> int:
+        """Bits that tuning adds to a weight of this shape (out, in)."""
+        return 0
+
     def likely_bits(self, shape: tuple[int, int]) -> int:
         """Bits that a weight of this shape (out, in) will occupy or about that; where nothing is known, 16 per weight."""
         known = self.stored_bits(shape)
@@ -263,8 +267,8 @@ class Transform(Protocol):
 
 
 class Tuning(Protocol):
-    """A method of `compress/tune`: it adjusts what is not a code of compressed weights, to what the block should give."""
+    """A method of `compress/tune` or `compress/retrain`: it adjusts compressed weights to what the block should give."""
 
     def __call__(self, block: Block, weights: Mapping[str, CompressedWeight]) -> Tuned:
-        """Return the weights and other tensors that change; codes and sizes stay."""
+        """Return the weights and other tensors that change; sizes stay, but for a low-rank part that is added."""
         ...

@@ -236,7 +236,9 @@ class Run:
                 mine[name] = done
         notes = block_methods.tune(around, tuning, everyone)
         for name, (_, row) in mine.items():
-            yield name, (everyone[name], replace(row, notes=row.notes | notes.get(name, {})))
+            weight = everyone[name]
+            row = replace(row, notes=row.notes | notes.get(name, {}))
+            yield name, (weight, replace(row, bits_per_weight=weight.bits_per_weight, stored_bits=weight.stored_bits))
 
     def _exchange(self, block: int, mine: dict[str, CompressedWeight]) -> dict[str, CompressedWeight]:
         """Return the compressed weights of all ranks, which pass through files."""

@@ -19,7 +19,7 @@ from compress.errors import RecipeError
 from compress.recipe_data import Data
 
 SHRINK = "shrink"
-_STAGE_KINDS = {"transforms": "transform", "tuning": "tune"}
+_STAGE_KINDS = {"transforms": ("transform",), "tuning": ("tune", "retrain")}
 
 
 class _Strict(BaseModel):
@@ -43,7 +43,8 @@ class Step(_Strict):
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: str) -> str:
-        known = registry.methods(tuple(kind for kind in registry.KINDS if kind not in _STAGE_KINDS.values()))
+        stages = [kind for kinds in _STAGE_KINDS.values() for kind in kinds]
+        known = registry.methods(tuple(kind for kind in registry.KINDS if kind not in stages))
         if value not in known:
             close = difflib.get_close_matches(value, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -92,8 +93,7 @@ class Recipe(_Strict):
     @field_validator("transforms", "tuning")
     @classmethod
     def _right_kind(cls, value: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
-        kind = _STAGE_KINDS[str(info.field_name)]
-        known = [f"{kind}/{name}" for name in registry.names(kind)]
+        known = registry.methods(_STAGE_KINDS[str(info.field_name)])
         for stage in value:
             if stage.method not in known:
                 close = difflib.get_close_matches(stage.method, known, n=1)

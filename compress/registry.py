@@ -11,7 +11,7 @@ from typing import Any
 
 from compress.errors import RecipeError
 
-KINDS = ("quant", "prune", "transform", "tune", "formats", "plan", "export")
+KINDS = ("quant", "prune", "transform", "tune", "retrain", "formats", "plan", "export")
 _EXPORTS = {"formats": "FORMAT", "plan": "PLANNER", "export": "EXPORT"}  # kinds that are no methods
 _WORDS = {"formats": "format", "plan": "planner", "export": "export"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,13 @@ def _nbytes(dtype: Any, shape: tuple[int, ...]) -> int:
     return size
 
 
-def sizes(source: Source, claims: Claims, assignments: list[Assignment], limit: int) -> Sizes:
-    """Return the bytes of the weight files that a run will write, in shards of at most `limit` bytes."""
+def sizes(
+    source: Source, claims: Claims, assignments: list[Assignment], limit: int, added: Mapping[str, int] | None = None
+) -> Sizes:
+    """Return the bytes of the weight files that a run will write, in shards of at most `limit` bytes.
+
+    `added` is the bits that what comes after the method adds to a site, by name.
+    """
     specs: dict[str, packed.Spec] = {}
     parts: dict[str, Entry] = {}
     known: dict[tuple[int, tuple[int, int]], packed.Spec | None] = {}
@@ -61,9 +67,10 @@ def sizes(source: Source, claims: Claims, assignments: list[Assignment], limit: 
         if key not in known:
             known[key] = description(a.method, a.site.shape)
         spec, name = known[key], a.site.name
-        if spec is None:  # a tensor of so many bytes stands for what is not known
+        more = (added or {}).get(name, 0)
+        if spec is None or more:  # a tensor of so many bytes stands for what is not known
             exact = False
-            rough[name] = a.method.likely_bits(a.site.shape) // 8
+            rough[name] = (a.method.likely_bits(a.site.shape) + more) // 8
             continue
         specs[name] = spec
         for leaf, (dtype, shape) in packed.layout(spec).items():

@@ -61,7 +61,10 @@ TABLE: dict[str, Row] = {
     # Planners see numbers alone: what candidates take and cost.
     "plan.*": Row("plan._* errors", "numpy scipy"),
     "transform.*": Row("method parts.* weight calibration.statistics errors transform._* quant._*", "torch scipy pydantic"),
-    "tune.*": Row("method parts.* weight calibration.statistics errors quant._*", "torch scipy pydantic"),
+    "tune.*": Row("method parts.* weight calibration.statistics errors quant._* tune._*", "torch scipy pydantic"),
+    "retrain.*": Row(
+        "method parts.* weight calibration.statistics errors retrain._* tune._* prune._* quant._*", "torch scipy pydantic"
+    ),
     # Calibration deals in files, names and model code, never in methods.
     "recipe_data": Row("", "pydantic"),
     "recipe": Row("registry recipe_data errors", "pydantic yaml"),

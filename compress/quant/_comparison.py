@@ -7,7 +7,7 @@ that it has, sums are formed over ranks, and so all ranks take the same step wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from compress.method import Block
 
 Tensors = Mapping[str, Tensor]
+Target = Callable[[int], Tensor]  # what the block should give for a batch
 _BETAS = (0.9, 0.99)
 
 
@@ -28,19 +29,22 @@ def drawn(block: Block, per_step: int) -> Iterator[list[int]]:
             yield [number - block.first for number in step if block.first <= number < block.first + block.batches]
 
 
-def loss(block: Block, weights: Tensors, others: Tensors | None = None) -> float:
-    """Return the loss over the batches of all ranks, with weights (out, in) by site and other tensors replaced."""
+def loss(block: Block, weights: Tensors, others: Tensors | None = None, target: Target | None = None) -> float:
+    """Return the loss over the batches of all ranks, with weights (out, in) by site and other tensors replaced.
+
+    `target` gives what is wanted for a batch; the original's output if None.
+    """
     total = _nothing(weights)
     with torch.no_grad():
         for batch in range(block.batches):
-            lost, count = _error(block, batch, weights, others)
+            lost, count = _error(block, batch, weights, others, target)
             total += torch.stack([lost.double(), total.new_tensor(count)])
     summed, count = block.total(total).tolist()
     return float(summed / max(count, 1))
 
 
 def gradients(
-    block: Block, batches: Iterable[int], weights: Tensors, others: Tensors | None = None
+    block: Block, batches: Iterable[int], weights: Tensors, others: Tensors | None = None, target: Target | None = None
 ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """Return the loss of a step and its gradients by the weights (out, in) and other tensors, float32, of all ranks together.
 
@@ -51,7 +55,7 @@ def gradients(
     both = [*leaves.values(), *more.values()]
     summed, total = [torch.zeros_like(leaf) for leaf in both], _nothing(weights)
     for batch in batches:
-        lost, count = _error(block, batch, leaves, more)
+        lost, count = _error(block, batch, leaves, more, target)
         total += torch.stack([lost.detach().double(), total.new_tensor(count)])
         for sum_, gradient in zip(summed, torch.autograd.grad(lost, both, allow_unused=True), strict=True):
             if gradient is not None:
@@ -100,12 +104,12 @@ def moved(block: Block, weights: Tensors, changes: Tensors, batches: int) -> dic
     return {site: float(summed / max(count, 1)) for site, (summed, count) in found.items()}
 
 
-def _error(block: Block, batch: int, weights: Tensors, others: Tensors | None) -> tuple[Tensor, int]:
+def _error(block: Block, batch: int, weights: Tensors, others: Tensors | None, target: Target | None) -> tuple[Tensor, int]:
     """Return the summed squared error of a batch in float32, and of how many outputs."""
-    target = block.targets(batch)
+    wanted = block.targets(batch) if target is None else target(batch)
     with torch.enable_grad() if any(w.requires_grad for w in weights.values()) else torch.no_grad():
         output = block.run(block.inputs(batch), weights, others)
-        return (output.float() - target.float()).square().sum(), target.numel()
+        return (output.float() - wanted.float()).square().sum(), wanted.numel()
 
 
 def _nothing(weights: Tensors) -> Tensor:

@@ -16,7 +16,6 @@ Failures  few calibration tokens are fitted and not learned from; needs gradient
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -25,9 +24,9 @@ from torch import Tensor
 
 from compress.method import Block, Method, Tuned
 from compress.quant._comparison import Adam, drawn, gradients, loss
+from compress.tune._fields import trainable_fields, unit_of, with_fields
 from compress.weight import CompressedWeight
 
-_FIELDS = ("scale", "offset")
 _LEAST = 1e-3  # of the root mean square of a vector, as the unit of its steps: gains of norms may begin at zero
 
 
@@ -54,44 +53,24 @@ class Weight:
 
     def __init__(self, weight: CompressedWeight) -> None:
         self.weight = weight
-        base: Any = weight.base
-        names = {field.name for field in fields(base)}
-        found = {name: getattr(base, name) for name in _FIELDS if name in names}
-        floats = {k: v for k, v in found.items() if isinstance(v, Tensor) and v.is_floating_point()}
-        unit = floats["scale"].float().abs() if "scale" in floats else None
-        self.masters: dict[str, Master] = {}
-        if unit is not None and self._linear(floats):
-            self.masters = {k: Master(v, unit if v.shape == unit.shape else v.float().abs()) for k, v in floats.items()}
-
-    def _linear(self, floats: Mapping[str, Tensor]) -> bool:
-        """Whether the values can be differentiated by these fields in float32."""
-        leaves = {name: value.float().requires_grad_() for name, value in floats.items()}
-        with torch.enable_grad():
-            values = self._dequantized(leaves)
-            if not values.requires_grad or not torch.equal(values, self.weight.dequantize()):
-                return False
-            found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
-        return all(gradient is not None and bool(gradient.any()) for gradient in found)
-
-    def _dequantized(self, values: Mapping[str, Tensor]) -> Tensor:
-        base: Any = replace(self.weight.base, **values)  # type: ignore[type-var]
-        return replace(self.weight, base=base).dequantize()
+        floats = trainable_fields(weight)
+        self.masters = {name: Master(value, unit_of(floats, name)) for name, value in floats.items()}
 
     def values(self) -> Tensor:
         """Return the weight (out, in) at the masters."""
-        return self._dequantized({name: master.value() for name, master in self.masters.items()})
+        return with_fields(self.weight, {name: master.value() for name, master in self.masters.items()}).dequantize()
 
     def stored(self) -> CompressedWeight:
         """Return the weight with its fields rounded to how they are stored."""
         base: Any = self.weight.base
         rounded = {name: master.value().to(getattr(base, name).dtype) for name, master in self.masters.items()}
-        return replace(self.weight, base=replace(base, **rounded))
+        return with_fields(self.weight, rounded)
 
     def step(self, by_value: Tensor, rate: float) -> None:
         """Move the masters, given the gradient by the weight (out, in)."""
         leaves = {name: master.value().requires_grad_() for name, master in self.masters.items()}
         with torch.enable_grad():
-            found = torch.autograd.grad(self._dequantized(leaves), list(leaves.values()), by_value)
+            found = torch.autograd.grad(with_fields(self.weight, leaves).dequantize(), list(leaves.values()), by_value)
         for master, gradient in zip(self.masters.values(), found, strict=True):
             master.step(gradient, rate)
 
