@@ -13,6 +13,7 @@ from compress._version import __version__
 from compress.commands.evaluate import evaluate_command
 from compress.commands.look import inspect, methods, recipes, verify
 from compress.commands.plan import plan_command
+from compress.commands.prune import prune
 from compress.commands.quantize import quantize, run
 from compress.errors import CompressError
 
@@ -62,6 +63,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
+    "prune": prune,
     "run": run,
     "plan": plan_command,
     "inspect": inspect,
