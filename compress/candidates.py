@@ -44,7 +44,7 @@ def candidate(method: str, options: dict[str, Any]) -> Candidate:
     """A candidate, its options validated. Raises RecipeError."""
     path = method if "/" in method else f"quant/{method}"
     build = registry.method(path)
-    if not path.startswith("quant/") or build.scope != "site":
+    if not path.startswith(("quant/", "prune/")) or build.scope != "site":
         raise RecipeError(f"candidate {path}: works on whole blocks; a candidate compresses one weight at a time")
     try:
         return Candidate(path, options, build(**options))

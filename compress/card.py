@@ -31,7 +31,8 @@ def front_matter(c: Checkpoint) -> dict[str, Any]:
         values["license"] = str(c.summary["license"])
     if c.calibration is not None and c.calibration.hub is not None:
         values["datasets"] = [c.calibration.hub]
-    values["tags"] = ["compress", "quantized", *(f"{bits}-bit" for bits in c.widths)]
+    kinds = [*(["pruned"] if c.sparsity is not None else []), *(["quantized"] if c.widths or c.sparsity is None else [])]
+    values["tags"] = ["compress", *kinds, *(f"{bits}-bit" for bits in c.widths)]
     return values
 
 

@@ -15,6 +15,7 @@ from compress.commands.evaluate import evaluate_command
 from compress.commands.export import convert, export
 from compress.commands.look import inspect, methods, recipes, verify
 from compress.commands.plan import plan_command
+from compress.commands.prune import prune
 from compress.commands.quantize import quantize, run
 from compress.commands.rehearse import rehearse
 from compress.errors import CompressError
@@ -65,6 +66,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
+    "prune": prune,
     "run": run,
     "plan": plan_command,
     "rehearse": rehearse,

@@ -144,19 +144,33 @@ class Checkpoint:
     @property
     def widths(self) -> list[int]:
         """The widths of the codes, in bits."""
-        return self._stored("bits") or ([round(self.summary["bits_per_compressed_weight"])] if self.rows else [])
+        if found := self._stored("bits"):
+            return found
+        whole = [row for row in self.rows if "sparsity" not in row.notes]  # what is pruned and no more has no codes
+        return [round(self.summary["bits_per_compressed_weight"])] if whole else []
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of the pruned weights that are gone; None where nothing was pruned."""
+        pruned = [row for row in self.rows if "sparsity" in row.notes]
+        gone = sum(row.notes["sparsity"] * row.numel for row in pruned)
+        return gone / sum(row.numel for row in pruned) if pruned else None
 
     @property
     def headline(self) -> str:
         """How the weights are stored, in a few words."""
-        if not self.widths:
+        if not self.rows:
             return "nothing compressed"
         before = sorted({path for row in self.rows for path in row.notes if path.startswith("transform/")})
         methods = [m.rsplit("/", 1)[-1].upper() for m in (*before, *sorted({row.method for row in self.rows}))]
-        bits = " and ".join(map(str, self.widths)) if len(self.widths) < 3 else f"{self.widths[0]} to {self.widths[-1]}"
+        gone = [] if self.sparsity is None else [f"{self.sparsity:.0%} of the weights removed"]
+        widths = []
+        if self.widths:
+            bits = " and ".join(map(str, self.widths)) if len(self.widths) < 3 else f"{self.widths[0]} to {self.widths[-1]}"
+            widths = [f"{bits} bit{'s' if bits != '1' else ''}"]
         sizes = self._stored("group_size")
         groups = [f"groups of {sizes[0]}"] if len(sizes) == 1 else []
-        return ", ".join([" + ".join(methods), f"{bits} bit{'s' if bits != '1' else ''}", *groups])
+        return ", ".join([" + ".join(methods), *gone, *widths, *groups])
 
     @property
     def compressed_bytes(self) -> int:

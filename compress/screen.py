@@ -131,8 +131,7 @@ def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[
     kinds: dict[tuple[str, str, str], list[Any]] = {}
     for a in plan.assignments:
         shape = f"{a.site.shape[0]} x {a.site.shape[1]}"
-        shown = ("datatype", "bits", "group_size", "symmetric", "order", "range")
-        options = ", ".join(f"{k}={v}" for k, v in a.method.model_dump().items() if k in shown and v is not None)
+        options = ", ".join(f"{key}={value}" for key, value in _shown(a.method.model_dump()).items())
         kinds.setdefault((a.site.kind, shape, f"{a.method.path} {options}"), []).append(a)
     rows = []
     for (kind, shape, method), members in kinds.items():
@@ -170,6 +169,20 @@ def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[
         "seconds": expected.seconds,
         "warnings": estimate.shortfall(expected, devices),
     }
+
+
+_OPTIONS = ("sparsity", "pattern", "group", "within", "datatype", "bits", "group_size", "symmetric", "order", "range")
+_OF_CODES = ("group_size", "symmetric")  # that mean nothing where values stay as they are
+
+
+def _shown(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method that a table has room for."""
+    dense = "bits" in options and options["bits"] is None
+    if "sparsity" in options and options["sparsity"] is None and options["pattern"] is None:
+        options = {**options, "sparsity": 0.5}
+    hidden = {*(_OF_CODES if dense else ()), *(("group",) if options.get("group") == 1 else ())}
+    hidden |= {"within"} if options.get("pattern") else set()
+    return {key: options[key] for key in _OPTIONS if options.get(key) is not None and key not in hidden}
 
 
 def show_plan(found: dict[str, Any]) -> None:
@@ -248,13 +261,24 @@ def _measured(seen: tuple[float, float | None] | None) -> str:
 
 def plain_summary(summary: Summary, quality: Quality | None) -> dict[str, Any]:
     """What a run gave, as JSON values."""
+    from compress import same_size
+
     values = {k: v for k, v in summary.values.items() if k not in ("identity", "check")}
     evaluation = quality.plain() if quality else None
-    return {"output": str(summary.out), **values, "peak_memory": memory.peak(), "evaluation": evaluation}
+    pruned = same_size.compare(summary.rows)
+    return {
+        "output": str(summary.out),
+        **values,
+        "peak_memory": memory.peak(),
+        "pruned": pruned and pruned.plain(),
+        "evaluation": evaluation,
+    }
 
 
 def show_summary(summary: Summary, quality: Quality | None) -> None:
     """Print what a run gave."""
+    from compress import same_size
+
     v, out = summary.values, _out()
     if summary.resumed:
         out.print(f"{summary.out} is there already, made by the same job", soft_wrap=True)
@@ -265,6 +289,9 @@ def show_summary(summary: Summary, quality: Quality | None) -> None:
     if quality is not None:
         _quality_rows(table, quality)
     out.print(table)
+    if (pruned := same_size.compare(summary.rows)) is not None:
+        for place, sentence in zip(("pruned", ""), pruned.sentences, strict=False):
+            out.print(f"{place:10} {sentence}", soft_wrap=True)
     fallbacks = f", {v['fallbacks']} weights by a fallback (see the report)" if v["fallbacks"] else ""
     out.print(f"{v['seconds']:.1f} s, {human_bytes(memory.peak())} peak memory{fallbacks}")
     if (said := v.get("predicted")) and said["seconds"] is not None:

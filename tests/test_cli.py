@@ -433,19 +433,90 @@ def check_quiet(start: Start, tmp_path: Path) -> None:
     assert re.search(r"\d+\.\d s  block 1/1  \(.* peak\)", done.err)
 
 
+def check_prune_method(start: Start, tmp_path: Path) -> None:
+    assert recipe_of(start("--method", "wanda")[1])["steps"][0]["method"] == "prune/wanda"
+    done, _ = start("--method", "wonda")
+    assert (done.code, "did you mean prune/wanda?" in done.err) == (2, True)
+    done, _ = start("--method", "quant/gptq")
+    assert (done.code, "removes nothing" in done.err) == (2, True)
+
+
+def check_sparsity(start: Start, tmp_path: Path) -> None:
+    done, out = start("--sparsity", 0.75)
+    rows = [json.loads(line) for line in (out / "report.jsonl").read_text().splitlines()]
+    assert {row["notes"]["sparsity"] for row in rows} == {0.75}
+    assert "75.0% of 9,216 weights in 7 matrices are removed" in done.out
+    assert "75% of the weights removed" in (out / "README.md").read_text()
+    done, _ = start("--sparsity", 1.5)
+    assert (done.code, "steps.0.options.sparsity: Input should be less than 1" in done.err) == (2, True)
+
+
+def check_pattern(start: Start, tmp_path: Path) -> None:
+    _, out = start("--pattern", "1:4")
+    assert {(spec["keep"]["kept"], spec["keep"]["of"]) for spec in specs(out)} == {(1, 4)}
+    done, _ = start("--pattern", "1:4", "--sparsity", 0.5)
+    assert (done.code, "not with a pattern" in done.err) == (2, True)
+
+
+def check_group(start: Start, tmp_path: Path) -> None:
+    assert {spec["keep"]["size"] for spec in specs(start("--group", 8)[1])} == {8}
+
+
+def check_within(start: Start, tmp_path: Path) -> None:
+    assert all("kept" in spec["base"] for spec in specs(start("--within", "row")[1]))
+    assert all("fields" in spec["base"] for spec in specs(start("--within", "matrix")[1]))
+
+
+def check_prune_bits(start: Start, tmp_path: Path) -> None:
+    done, out = start("--bits", 3, "--group-size", 16, "--json")
+    assert {(spec["base"]["bits"], spec["base"]["group_size"]) for spec in specs(out)} == {(3, 16)}
+    assert done.json["pruned"]["bits_per_weight"] == summary(out)["bits_per_compressed_weight"]
+    done, _ = start("--group-size", 16)
+    assert (done.code, "--group-size: means something only with --bits" in done.err) == (2, True)
+    assert {spec["base"]["zero"] for spec in specs(start("--bits", 3, "--group-size", 16, "--asymmetric")[1])} == {True}
+
+
+def check_scope(start: Start, tmp_path: Path) -> None:
+    _, out = start("--scope", "*.mlp.up_proj", "--scope", "*.self_attn.*")
+    assert recipe_of(out)["steps"][0]["match"] == ["*.mlp.up_proj", "*.self_attn.*"]
+    assert summary(out)["sites"] == 5
+
+
+def check_distribute(start: Start, tmp_path: Path) -> None:
+    for way in ("owl", "global", "measured"):
+        done, out = start("--distribute", way, "--method", "magnitude", "--json")
+        assert done.code == 0, done.err
+        assert done.json["pruned"]["sparsity"] == pytest.approx(0.5, abs=0.02)
+        if way != "owl":  # of one block there is nothing to compare
+            assert len(recipe_of(out)["steps"]) > 1
+    done, _ = start("--distribute", "owl", "--pattern", "2:4")
+    assert (done.code, "a pattern has one sparsity" in done.err) == (2, True)
+    done, _ = start("--distribute", "fairly")
+    assert (done.code, "expected one of uniform, global, owl, measured" in done.err) == (2, True)
+
+
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
 ALIASES = {"settings": "set", "json_": "json"}
 ONLY_QUANTIZE = ("method", "bits", "group_size", "symmetric", "recipe", "bpw", "size", "max_kl")
+ONLY_PRUNE = ("prune_method", "sparsity", "pattern", "group", "within", "prune_bits", "scope", "distribute")
+PRUNE_ALIASES = {"method": "prune_method", "bits": "prune_bits", "group_size": "prune_bits", "symmetric": "prune_bits"}
+
+
+def checks_of(command: str) -> list[str]:
+    """The checks of a command: what all share, and its own."""
+    own = {"quantize": ONLY_QUANTIZE, "prune": ONLY_PRUNE, "run": ()}[command]
+    return [name for name in CHECKS if name in own or name not in (*ONLY_QUANTIZE, *ONLY_PRUNE)]
 
 
 def options_of(command: str) -> set[str]:
     names = set(COMMANDS[command].__annotations__) - {"model", "return"}
-    return {ALIASES.get(name, name) for name in names} - ({"recipe"} if command == "run" else set())
+    found = {ALIASES.get(name, name) for name in names} - ({"recipe"} if command == "run" else set())
+    return {PRUNE_ALIASES.get(name, name) for name in found} if command == "prune" else found
 
 
-@pytest.mark.parametrize("command", ["quantize", "run"])
+@pytest.mark.parametrize("command", ["quantize", "run", "prune"])
 def test_every_option_has_a_check(command: str) -> None:
-    assert options_of(command) == set(CHECKS) - (set(ONLY_QUANTIZE) if command == "run" else set())
+    assert options_of(command) == set(checks_of(command))
 
 
 @pytest.fixture(scope="module")
@@ -466,12 +537,7 @@ def speaking(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [
-        (command, option)
-        for command in ("quantize", "run")
-        for option in CHECKS
-        if command == "quantize" or option not in ONLY_QUANTIZE
-    ],
+    [(command, option) for command in ("quantize", "run", "prune") for option in checks_of(command)],
 )
 def test_every_option_does_something(command: str, option: str, run: Run, speaking: Path, ids: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
@@ -486,6 +552,9 @@ def test_every_option_does_something(command: str, option: str, run: Run, speaki
         flags += [] if "--data" in arguments else ["--data", str(ids)]
         if command == "run":
             return run("run", recipe, speaking, "-o", out, *flags, *arguments), out
+        if command == "prune":
+            flags += ["--set", "steps.0.options.group_size=16"] if "--set" in arguments else []
+            return run("prune", speaking, "-o", out, *flags, *arguments), out
         if not {"--recipe", "--group-size", "--bpw", "--size", "--max-kl"} & set(arguments):
             flags += ["--group-size", "16"]
         return run("quantize", speaking, "-o", out, *flags, *arguments), out

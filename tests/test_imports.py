@@ -88,6 +88,7 @@ TABLE: dict[str, Row] = {
     # What a run leaves for people.
     "report": Row("files errors"),
     "charts": Row("report errors"),
+    "same_size": Row("report parts.uniform"),
     "facts": Row("charts report recipe_data files errors", "yaml"),
     "card": Row("facts charts report files errors", "jinja2 yaml"),
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
@@ -125,11 +126,16 @@ TABLE: dict[str, Row] = {
         "torch",
     ),
     "folding": Row(),
+    "distribution": Row(
+        "block prepare recipe folding calibration.families calibration.observe calibration.skeleton calibration.statistics",
+        "torch",
+    ),
     "planning": Row(
         "sensitivity candidates folding plan._* prepare recipe registry calibration.data calibration.families _version "
         "files errors",
         "torch numpy yaml",
     ),
+    "shares": Row("planning sensitivity candidates distribution prepare recipe errors"),
     "plots": Row("planning errors", lazy_third="matplotlib"),
     "seal": Row("packed calibration.families checkpoint container files errors"),
     # A second reader of the format shares nothing with what writes it.
@@ -166,7 +172,7 @@ TABLE: dict[str, Row] = {
     "screen": Row(
         "files memory errors",
         "rich",
-        lazy_own="registry recipe prepare estimate run inspection evaluate.quality evaluate.bench facts targets",
+        lazy_own="registry recipe prepare estimate run inspection same_size evaluate.quality evaluate.bench facts targets",
     ),
     "options": Row("", "typer"),
     "commands.*": Row("commands._shared options errors", "typer", lazy_own="*", lazy_third="torch"),

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, MeanSquare, Statistics, Stats
 from compress.method import GroupSize, Method, Result
 from compress.parts.dense import DENSE_DTYPES, Dense, smallest_dtype
+from compress.parts.kept import tiles
 from compress.parts.mask import bitmask_bits, pattern_bits
 from compress.parts.stream import stream_bits
 from compress.parts.uniform import uniform_bits
@@ -56,6 +57,12 @@ class Pruning(Method):
     bits: Annotated[int | None, Field(ge=2, le=8, description="also quantize what is kept, in the same pass")] = None
     group_size: Annotated[GroupSize, Field(description="columns that share a scale, with bits; -1: the whole row")] = 128
     symmetric: Annotated[bool, Field(description="no zero points, with bits")] = True
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _not_a_time(cls, value: Any) -> Any:
+        """YAML reads an unquoted 2:4 as two minutes and four seconds."""
+        return f"{value // 60}:{value % 60}" if type(value) is int and value >= 60 else value
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -106,13 +113,15 @@ class Pruning(Method):
     def likely_bits(self, shape: tuple[int, int]) -> int:
         """Bits that a weight of this shape (out, in) will occupy or about that, whatever its values."""
         (rows, columns), target, kept, size = shape, self.target, self._kept(shape), self._size(shape)
+        ragged = 32 * (tiles(rows) + 1) if target.pattern is None and target.within == "matrix" else 0  # pointers
         patterned = target.pattern is not None and target.pattern[1] <= LARGEST_PATTERN
         mask = pattern_bits(shape, *target.pattern) if patterned and target.pattern else bitmask_bits(shape, target.group)
         if self.bits is None:
-            return mask + rows * kept * (32 if self.dtype == "float32" else 16)
+            return mask + ragged + rows * kept * (32 if self.dtype == "float32" else 16)
         scaled = kept if target.pattern is None and target.group % size == 0 else columns  # columns whose scales are stored
         beside = uniform_bits((rows, scaled), self.bits, size, not self.symmetric) - stream_bits(rows * scaled, self.bits)
-        return mask + stream_bits(rows * kept, self.bits) + beside
+        filled = tiles(rows) * 16 * self.bits if ragged else 0  # up to the next 32 codes, in the mean
+        return mask + ragged + filled + stream_bits(rows * kept, self.bits) + beside
 
     def _size(self, shape: tuple[int, int]) -> int:
         return shape[1] if self.group_size == -1 else self.group_size

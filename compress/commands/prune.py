@@ -1,0 +1,151 @@
+"""`compress prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.commands._shared import data_values, parse_room, progress, run_recipe
+from compress.errors import RecipeError
+from compress.options import (
+    ChatTemplate,
+    DataName,
+    Device,
+    DryRun,
+    Dtype,
+    Evaluate,
+    JobFolder,
+    Json,
+    KeepJob,
+    Length,
+    Memory,
+    Model,
+    Offload,
+    Output,
+    Quiet,
+    Revision,
+    Samples,
+    Seed,
+    Settings,
+)
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+_DISTRIBUTIONS = ("uniform", "global", "owl", "measured")
+
+
+def prune(
+    model: Model,
+    output: Output,
+    sparsity: Annotated[float | None, typer.Option(help="Share of the weights to remove; 0.5 if nothing is said.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Instead, N:M as 2:4: N kept of every M neighbouring columns.")] = None,
+    group: Annotated[int | None, typer.Option(help="Neighbouring columns that go or stay together.")] = None,
+    within: Annotated[str | None, typer.Option(help="What competes: the weights of a row, or of a matrix.")] = None,
+    method: Annotated[str, typer.Option(help="alps, sparsegpt, wanda, ria, magnitude: see `compress methods`.")] = "alps",
+    distribute: Annotated[
+        str,
+        typer.Option(help="uniform; owl: by outliers of blocks; global: by magnitude; measured: by what each weight costs."),
+    ] = "uniform",
+    scope: Annotated[
+        list[str] | None, typer.Option(help="Weights to prune, as globs; all linears in blocks if not given.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Also quantize what is kept, in the same pass, 2 to 8 bits.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1 for the whole row.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid without or with zero points.")] = None,
+    data: DataName = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    chat_template: ChatTemplate = None,
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    offload: Offload = False,
+    memory: Memory = "4GB",
+    job: JobFolder = None,
+    keep_job: KeepJob = False,
+    revision: Revision = None,
+    evaluate: Evaluate = None,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a model, and quantize it in the same pass with --bits.
+
+    compress prune MODEL -o OUT --sparsity 0.6 --data text.jsonl
+    compress prune MODEL -o OUT --pattern 2:4 --bits 4 --data text.jsonl
+    """
+    options = {
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "group": group,
+        "within": within,
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    if bits is None and (wrong := [key for key in ("group_size", "symmetric") if key in given]):
+        raise RecipeError(f"--{wrong[0].replace('_', '-')}: means something only with --bits; add --bits 4, or leave it out")
+    if distribute not in _DISTRIBUTIONS:
+        raise RecipeError(f"--distribute {distribute}: expected one of {', '.join(_DISTRIBUTIONS)}")
+    path = method if "/" in method else f"prune/{method}"
+    values: dict[str, Any] = {"data": data_values(data, samples, length, seed, chat_template) or {"name": "c4"}}
+    if dtype is not None:
+        values["dtype"] = dtype
+    made = _recipe(
+        model,
+        values,
+        path,
+        given,
+        scope or ["*.*"],
+        distribute,
+        settings,
+        output.parent,
+        device,
+        revision,
+        memory,
+        quiet or json_,
+    )
+    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet)
+
+
+def _recipe(
+    model: str,
+    values: dict[str, Any],
+    path: str,
+    options: dict[str, Any],
+    scope: list[str],
+    distribute: str,
+    settings: list[str] | None,
+    folder: Path,
+    device: str,
+    revision: str | None,
+    memory: str,
+    silent: bool,
+) -> Recipe:
+    """Make the recipe that the command line describes, with a sparsity of its own for every weight where that is asked for."""
+    from compress import recipe as recipes
+    from compress import registry
+
+    build = registry.method(path)
+    if not path.startswith("prune/"):
+        known = ", ".join(registry.names("prune"))
+        raise RecipeError(f"--method {path}: removes nothing; methods that prune are {known}")
+    match = scope[0] if len(scope) == 1 else scope
+    uniform = {**values, "steps": [{"match": match, "method": path, "options": options}]}
+    if unknown := [key for key in options if key not in build.model_fields]:
+        raise RecipeError(f"--{unknown[0]}: {path} has no such option; it has {', '.join(build.model_fields)}")
+    if distribute == "uniform":
+        return recipes.parse(recipes.change(uniform, settings or []), "command line")
+    if "pattern" in options:
+        raise RecipeError(f"--distribute {distribute}: a pattern has one sparsity; leave one of the two out")
+    share = options.pop("sparsity", 0.5)
+    from compress import shares
+
+    with progress(silent) as listen:
+        steps = shares.steps(model, uniform, distribute, share, folder, device, revision, parse_room(memory), listen)
+    return recipes.parse(recipes.change({**values, "steps": steps}, settings or []), "command line")
