@@ -57,6 +57,7 @@ DEVICE u32 as_bits(float value) { return __float_as_uint(value); }
 DEVICE float round_even(float value) { return rintf(value); }
 DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float floor_of(float value) { return floorf(value); }
+DEVICE float magnitude(float value) { return fabsf(value); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float minimum(float a, float b) { return fminf(a, b); }
 // Products and quotients as they stand, which the compiler may not join with a sum or replace by an estimate.

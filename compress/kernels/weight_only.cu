@@ -1,12 +1,26 @@
-// y = x W^T with W in tiles of codes, for few rows of x, and W itself for many. See weight_only.py.
+// y = x W^T with W in tiles of codes, for few rows of x, and W itself for many. See weight_only.py, and int8.py for x in bytes.
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int BLOCKS = 2;             // row-blocks of 16 that a thread block computes
 constexpr int ROWS = 16 * BLOCKS;     // rows of W that a thread block computes
 constexpr int STRIDE = ROWS + 1;      // of a token's sums in shared memory
 
-template <class T, class D, int META, int TOKENS> struct Stage {
-  static constexpr int X = TOKENS * 128, CODES = 128 * D::BITS, RECORD = Record<META>::BYTES;
+// What x consists of: 16-bit numbers of the result's type, or bytes with a scale for each token.
+template <class T> struct Bytes {};
+template <class X> struct Activation {
+  using Out = X;
+  static constexpr int BYTES = 2, CHUNKS = 8;  // of a number; of 16 bytes in a tile's columns
+  // Where a chunk of a token lies in its stage: so that eight tokens of a column, or eight chunks of a token, meet no bank twice.
+  DEVICE_MEMBER int place(int token, int chunk) { return 128 * token + 16 * (chunk ^ (token & 7)); }
+};
+template <class T> struct Activation<Bytes<T>> {
+  using Out = T;
+  static constexpr int BYTES = 1, CHUNKS = 4;
+  DEVICE_MEMBER int place(int token, int chunk) { return 64 * token + 16 * (chunk ^ ((token >> 1) & 3)); }
+};
+
+template <class A, class D, int META, int TOKENS> struct Stage {
+  static constexpr int X = TOKENS * 16 * Activation<A>::CHUNKS, CODES = 128 * D::BITS, RECORD = Record<META>::BYTES;
   DEVICE_MEMBER int bytes(int records) { return X + BLOCKS * (CODES + records * RECORD); }
 };
 
@@ -18,13 +32,15 @@ template <class T, class D> DEVICE void fill_table(u32* to, const float* table, 
 
 // Each warp takes every eighth tile of 64 columns of the block's rows and keeps its own ring of copies in shared memory, so that
 // warps wait for one another at the end alone. The sums of a group are multiplied by its scales in float32.
-template <class T, class D, int META, int TOKENS>
+template <class A, class D, int META, int TOKENS>
 KERNEL(THREADS, TOKENS <= 16 ? 2 : 1)
-wqmm(const u16* x, const u32* codes, const unsigned char* meta, const float* table, const float* row_scale, const u16* bias,
-     const float* addend, u16* y, float* workspace, u32* counters, int tokens, int rows, int columns, s64 stride, int tiles,
+wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsigned char* meta, const float* table,
+     const float* row_scale, const u16* bias, const float* addend, u16* y, float* workspace, u32* counters, int tokens, int rows, int columns, s64 stride, int tiles,
      int row_blocks, int tiles_per_split, int record_bits, int steps_per_group, u32 reciprocal, int stages, int entries) {
   SHARED(shared);
-  using S = Stage<T, D, META, TOKENS>;
+  using T = typename Activation<A>::Out;
+  using S = Stage<A, D, META, TOKENS>;
+  constexpr bool WHOLE = Activation<A>::BYTES == 1;  // sums are integers
   constexpr bool SHIFTS = Record<META>::SHIFTS;
   constexpr int NT = TOKENS / 8;
   const int lane = lane_id(), warp = warp_id(), g = lane >> 2, c = lane & 3;
@@ -41,10 +57,12 @@ wqmm(const u16* x, const u32* codes, const unsigned char* meta, const float* tab
   auto fetch = [&](int tile, unsigned char* stage) {
     if (tile < end) {
 #pragma unroll
-      for (int i = 0; i < TOKENS / 4; i++) {
-        const int token = 4 * i + (lane >> 3), chunk = lane & 7, column = 64 * tile + 8 * chunk;
+      for (int i = 0; i < TOKENS * Activation<A>::CHUNKS / 32; i++) {
+        constexpr int CHUNKS = Activation<A>::CHUNKS;
+        const int token = i * (32 / CHUNKS) + lane / CHUNKS, chunk = lane % CHUNKS, column = 64 * tile + 64 / CHUNKS * chunk;
         const bool valid = first_token + token < tokens && column < columns;
-        copy16(stage + 128 * token + 16 * (chunk ^ (token & 7)), x + (valid ? (first_token + token) * stride + column : 0), valid);
+        const s64 from = ((first_token + token) * stride + column) * Activation<A>::BYTES;
+        copy16(stage + Activation<A>::place(token, chunk), x + (valid ? from : 0), valid);
       }
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
@@ -100,52 +118,95 @@ wqmm(const u16* x, const u32* codes, const unsigned char* meta, const float* tab
       }
     }
     const unsigned char* record = stage + S::X + BLOCKS * S::CODES;
-    float part[BLOCKS][NT][4] = {}, ones[NT][4] = {};  // sums of a group; of x alone, for shifts
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
+    if constexpr (WHOLE) {
+      int part[BLOCKS][NT][4] = {}, ones[NT][4] = {};
       u32 b[NT][4];
 #pragma unroll
-      for (int n = 0; n < NT; n++) {
-        const int token = 8 * n + (lane & 7), chunk = 4 * half + (lane >> 3);
-        load_matrices(b[n], stage + 128 * token + 16 * (chunk ^ (token & 7)));
-      }
+      for (int n = 0; n < NT; n++) load_matrices(b[n], stage + Activation<A>::place(8 * n + (lane & 7), lane >> 3));
 #pragma unroll
-      for (int odd = 0; odd < 2; odd++) {
-        const int step = 2 * half + odd, at = step >> (2 - record_bits);
-        if constexpr (SHIFTS) {
-          constexpr u32 one = Same<T, Float16>::value ? 0x3c003c00u : 0x3f803f80u;
-          const u32 a[4] = {one, one, one, one};
+      for (int step = 0; step < 2; step++) {  // of 32 columns
+        const u32 one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
 #pragma unroll
-          for (int n = 0; n < NT; n++) T::mma(ones[n], a, b[n][2 * odd], b[n][2 * odd + 1]);
-        }
+        for (int n = 0; n < NT; n++) mma_u8s8(ones[n], one, b[n][2 * step], b[n][2 * step + 1]);
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
-          u32 select[2], a[4];
-          selects<META>(record + (i * records + at) * S::RECORD, g, select);
+          u32 a[4];
 #pragma unroll
-          for (int r = 0; r < 4; r++) a[r] = D::template decode<T>(words[i], 4 * step + r, lookup, select[r & 1]);
+          for (int r = 0; r < 4; r++) a[r] = codes_of<8>(words[i], 4 * step + r);
 #pragma unroll
-          for (int n = 0; n < NT; n++) T::mma(part[i][n], a, b[n][2 * odd], b[n][2 * odd + 1]);
+          for (int n = 0; n < NT; n++) mma_u8s8(part[i][n], a, b[n][2 * step], b[n][2 * step + 1]);
         }
-        if (((step + 1) & ((4 >> record_bits) - 1)) == 0) {  // the last step of a record
+        if (step == 1 || record_bits == 1) {
 #pragma unroll
           for (int i = 0; i < BLOCKS; i++) {
             float scale[2], shift[2];
-            scales<META, D::BITS>(record + (i * records + at) * S::RECORD, g, scale, shift);
+            scales<META, D::BITS>(record + (i * records + (record_bits == 1 ? step : 0)) * S::RECORD, g, scale, shift);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
 #pragma unroll
               for (int e = 0; e < 4; e++) {
-                sum[i][n][e] = multiply_add(scale[e >> 1], part[i][n][e], sum[i][n][e]);
-                if constexpr (SHIFTS) sum[i][n][e] = multiply_add(shift[e >> 1], ones[n][e], sum[i][n][e]);
-                part[i][n][e] = 0.0f;
+                const int whole = part[i][n][e] - (1 << (D::BITS - 1)) * ones[n][e];
+                sum[i][n][e] = multiply_add(scale[e >> 1], float(whole), sum[i][n][e]);
+                if constexpr (SHIFTS) sum[i][n][e] = multiply_add(shift[e >> 1], float(ones[n][e]), sum[i][n][e]);
+                part[i][n][e] = 0;
               }
             }
           }
 #pragma unroll
           for (int n = 0; n < NT; n++) {
 #pragma unroll
-            for (int e = 0; e < 4; e++) ones[n][e] = 0.0f;
+            for (int e = 0; e < 4; e++) ones[n][e] = 0;
+          }
+        }
+      }
+    } else {
+      float part[BLOCKS][NT][4] = {}, ones[NT][4] = {};  // sums of a group; of x alone, for shifts
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        u32 b[NT][4];
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+          const int token = 8 * n + (lane & 7), chunk = 4 * half + (lane >> 3);
+          load_matrices(b[n], stage + Activation<A>::place(token, chunk));
+        }
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+          const int step = 2 * half + odd, at = step >> (2 - record_bits);
+          if constexpr (SHIFTS) {
+            constexpr u32 one = Same<T, Float16>::value ? 0x3c003c00u : 0x3f803f80u;
+            const u32 a[4] = {one, one, one, one};
+#pragma unroll
+            for (int n = 0; n < NT; n++) T::mma(ones[n], a, b[n][2 * odd], b[n][2 * odd + 1]);
+          }
+#pragma unroll
+          for (int i = 0; i < BLOCKS; i++) {
+            u32 select[2], a[4];
+            selects<META>(record + (i * records + at) * S::RECORD, g, select);
+#pragma unroll
+            for (int r = 0; r < 4; r++) a[r] = D::template decode<T>(words[i], 4 * step + r, lookup, select[r & 1]);
+#pragma unroll
+            for (int n = 0; n < NT; n++) T::mma(part[i][n], a, b[n][2 * odd], b[n][2 * odd + 1]);
+          }
+          if (((step + 1) & ((4 >> record_bits) - 1)) == 0) {  // the last step of a record
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++) {
+              float scale[2], shift[2];
+              scales<META, D::BITS>(record + (i * records + at) * S::RECORD, g, scale, shift);
+#pragma unroll
+              for (int n = 0; n < NT; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                  sum[i][n][e] = multiply_add(scale[e >> 1], part[i][n][e], sum[i][n][e]);
+                  if constexpr (SHIFTS) sum[i][n][e] = multiply_add(shift[e >> 1], ones[n][e], sum[i][n][e]);
+                  part[i][n][e] = 0.0f;
+                }
+              }
+            }
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+#pragma unroll
+              for (int e = 0; e < 4; e++) ones[n][e] = 0.0f;
+            }
           }
         }
       }
@@ -189,6 +250,7 @@ wqmm(const u16* x, const u32* codes, const unsigned char* meta, const float* tab
     const int m = first_token + token, n = 16 * first_block + row;
     if (m >= tokens || n >= rows) return;
     const s64 at = s64(m) * rows + n;
+    if constexpr (WHOLE) value *= load(x_scale + m);
     if (row_scale) value *= load(row_scale + n);
     if (addend) value += load(addend + at);
     if (bias) value += T::low(load(bias + n));

@@ -341,6 +341,7 @@ DEVICE u32 as_bits(float value) {
 DEVICE float round_even(float value) { return nearbyintf(value); }
 DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float floor_of(float value) { return floorf(value); }
+DEVICE float magnitude(float value) { return fabsf(value); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float minimum(float a, float b) { return fminf(a, b); }
 DEVICE float product(float a, float b) { return a * b; }
