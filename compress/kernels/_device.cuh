@@ -7,9 +7,10 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef signed char s8;
 typedef long long s64;
+struct __align__(8) Words2 { u32 x, y; };
 struct __align__(16) Words4 { u32 x, y, z, w; };
 
-#define DEVICE static __device__ __forceinline__
+#define DEVICE __device__ __forceinline__
 #define DEVICE_MEMBER static __device__ __forceinline__
 #define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -50,6 +51,12 @@ DEVICE u32 multiply_high(u32 a, u32 b) { return __umulhi(a, b); }
 DEVICE u32 permute(u32 a, u32 b, u32 selector) {
   u32 d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+}
+// (a & mask) | c in one instruction, which the compiler makes two of where mask and c are constants
+DEVICE u32 masked_or(u32 a, u32 mask, u32 c) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(c));
   return d;
 }
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }

@@ -24,6 +24,19 @@ template <class A, class D, int META, int TOKENS> struct Stage {
   DEVICE_MEMBER int bytes(int records) { return X + BLOCKS * (CODES + records * RECORD); }
 };
 
+// COUNT words at `from`, which is aligned to as many, in one access.
+template <int COUNT, int N> DEVICE void take(u32 (&words)[N], int start, const u32* from) {
+  if constexpr (COUNT == 4) {
+    const Words4 four = *reinterpret_cast<const Words4*>(from);
+    words[start] = four.x, words[start + 1] = four.y, words[start + 2] = four.z, words[start + 3] = four.w;
+  } else if constexpr (COUNT == 2) {
+    const Words2 two = *reinterpret_cast<const Words2*>(from);
+    words[start] = two.x, words[start + 1] = two.y;
+  } else {
+    words[start] = *from;
+  }
+}
+
 // The table in shared memory as numbers of type T in the lower half of words.
 template <class T, class D> DEVICE void fill_table(u32* to, const float* table, int entries) {
   if constexpr (D::ENTRIES > 0)
@@ -54,47 +67,57 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
   if constexpr (D::ENTRIES > 0) sync_block();
   unsigned char* ring = shared + 4 * D::ENTRIES + warp * stages * stage_bytes;
 
-  auto fetch = [&](int tile, unsigned char* stage) {
-    if (tile < end) {
+  // Where this lane copies from, for the tile that comes next; each call goes on to the warp's tile after that.
+  constexpr int CHUNKS = Activation<A>::CHUNKS, EACH = 32 / CHUNKS, PIECES = S::RECORD / 16;
+  const int token = lane / CHUNKS, chunk = lane % CHUNKS;
+  int next = begin + warp, column = 64 * next + 64 / CHUNKS * chunk;
+  const int live = (tokens - first_token - token + EACH - 1) / EACH;  // rounds in which there is a token for it
+  const s64 row_step = EACH * stride * Activation<A>::BYTES;
+  const unsigned char* x_from = x + ((first_token + token) * stride + column) * Activation<A>::BYTES;
+  s64 code_place = (s64(first_block) * tiles + next) * 32;  // in words, times the bits of a plane
+  const s64 block_step = s64(tiles) * 32, plane_step = block_step * row_blocks;
+  const unsigned char* meta_from = meta + s64(first_block) * S::RECORD + 16 * lane;
+  const bool second = first_block + 1 < row_blocks, has_record = lane < PIECES || (lane < 2 * PIECES && second);
+  auto fetch = [&](unsigned char* stage) {
+    if (next < end) {
+      const unsigned char* from = x_from;
 #pragma unroll
-      for (int i = 0; i < TOKENS * Activation<A>::CHUNKS / 32; i++) {
-        constexpr int CHUNKS = Activation<A>::CHUNKS;
-        const int token = i * (32 / CHUNKS) + lane / CHUNKS, chunk = lane % CHUNKS, column = 64 * tile + 64 / CHUNKS * chunk;
-        const bool valid = first_token + token < tokens && column < columns;
-        const s64 from = ((first_token + token) * stride + column) * Activation<A>::BYTES;
-        copy16(stage + Activation<A>::place(token, chunk), x + (valid ? from : 0), valid);
+      for (int i = 0; i < TOKENS / EACH; i++) {
+        copy16(stage + Activation<A>::place(EACH * i + token, chunk), from, i < live && column < columns);
+        from += row_step;
       }
+      unsigned char* to_codes = stage + S::X;
+      const u32* plane = codes;
 #pragma unroll
-      for (int b = 0; b < BLOCKS; b++) {
-        const bool valid = first_block + b < row_blocks;
-        const s64 place = valid ? s64(first_block + b) * tiles + tile : 0;
-        unsigned char* to = stage + S::X + b * S::CODES;
-        const u32* from = codes;
+      for (int p = 8; p > 0; p >>= 1) {
+        if (D::BITS & p) {
+          const u32* of = plane + code_place * p;
 #pragma unroll
-        for (int p = 8; p > 0; p >>= 1) {
-          if (D::BITS & p) {
-#pragma unroll
-            for (int i = 0; i < 8 * p; i += 32) {
-              const int chunk = i + lane;  // at 8 bits a lane has two, which go to separate halves
-              const int at = p == 8 ? (chunk & 1) * 32 + (chunk >> 1) : chunk;
-              if (chunk < 8 * p) copy16(to + 16 * at, from + place * 32 * p + 4 * chunk, valid);
+          for (int i = 0; i < 8 * p; i += 32) {
+            const int piece = i + lane;  // at 8 bits a lane has two, which go to separate halves
+            const int at = p == 8 ? (piece & 1) * 32 + (piece >> 1) : piece;
+            if (p >= 4 || piece < 8 * p) {
+              copy16(to_codes + 16 * at, of + 4 * piece, true);
+              copy16(to_codes + S::CODES + 16 * at, of + block_step * p + 4 * piece, second);
             }
-            to += 128 * p;
-            from += s64(row_blocks) * tiles * 32 * p;
           }
+          to_codes += 128 * p;
+          plane += plane_step * p;
         }
       }
-      unsigned char* to = stage + S::X + BLOCKS * S::CODES;
-      constexpr int CHUNKS = S::RECORD / 16;
-      for (int i = lane; i < BLOCKS * records * CHUNKS; i += 32) {
-        const int record = i / CHUNKS, chunk = i % CHUNKS, b = record >> record_bits;
-        const int step = 4 * tile + ((record & (records - 1)) << (2 - record_bits));
-        const bool valid = first_block + b < row_blocks;
-        const s64 place = s64(group_of(step, steps_per_group, reciprocal)) * row_blocks + first_block + b;
-        copy16(to + 16 * i, meta + (valid ? place * S::RECORD + 16 * chunk : 0), valid);
+      unsigned char* to = stage + S::X + BLOCKS * S::CODES + 16 * lane;
+#pragma unroll 1
+      for (int at = 0; at < records; at++) {
+        const int group = group_of(4 * next + (at << (2 - record_bits)), steps_per_group, reciprocal);
+        if (lane < BLOCKS * PIECES) copy16(to, meta_from + group * (s64(row_blocks) * S::RECORD), has_record);
+        to += BLOCKS * S::RECORD;
       }
     }
     copy_commit();
+    next += WARPS;
+    column += 64 * WARPS;
+    code_place += 32 * WARPS;
+    x_from += 64 * WARPS * Activation<A>::BYTES;
   };
 
   float sum[BLOCKS][NT][4] = {};
@@ -102,19 +125,14 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
     u32 words[BLOCKS][D::BITS];
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
-      const unsigned char* from = stage + S::X + b * S::CODES;
-      int start = 0;
-#pragma unroll
-      for (int p = 8; p > 0; p >>= 1) {
-        if (D::BITS & p) {
-#pragma unroll
-          for (int i = 0; i < 8; i++) {
-            const int at = p == 8 ? 128 * (i >> 2) + 4 * lane + (i & 3) : p * lane + i;
-            if (i < p) words[b][start + i] = reinterpret_cast<const u32*>(from)[at];
-          }
-          start += p;
-          from += 128 * p;
-        }
+      const u32* from = reinterpret_cast<const u32*>(stage + S::X + b * S::CODES);
+      if constexpr (D::BITS == 8) {
+        take<4>(words[b], 0, from + 4 * lane);
+        take<4>(words[b], 4, from + 128 + 4 * lane);
+      } else {
+        if constexpr (D::BITS & 4) take<4>(words[b], 0, from + 4 * lane);
+        if constexpr (D::BITS & 2) take<2>(words[b], D::BITS & 4, from + 32 * (D::BITS & 4) + 2 * lane);
+        if constexpr (D::BITS & 1) take<1>(words[b], D::BITS & 6, from + 32 * (D::BITS & 6) + lane);
       }
     }
     const unsigned char* record = stage + S::X + BLOCKS * S::CODES;
@@ -140,7 +158,7 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
 #pragma unroll
           for (int i = 0; i < BLOCKS; i++) {
             float scale[2], shift[2];
-            scales<META, D::BITS>(record + (i * records + (record_bits == 1 ? step : 0)) * S::RECORD, g, scale, shift);
+            scales<META, D::BITS>(record + ((record_bits == 1 ? step : 0) * BLOCKS + i) * S::RECORD, g, scale, shift);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -181,7 +199,7 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
 #pragma unroll
           for (int i = 0; i < BLOCKS; i++) {
             u32 select[2], a[4];
-            selects<META>(record + (i * records + at) * S::RECORD, g, select);
+            selects<META>(record + (at * BLOCKS + i) * S::RECORD, g, select);
 #pragma unroll
             for (int r = 0; r < 4; r++) a[r] = D::template decode<T>(words[i], 4 * step + r, lookup, select[r & 1]);
 #pragma unroll
@@ -191,7 +209,7 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
 #pragma unroll
             for (int i = 0; i < BLOCKS; i++) {
               float scale[2], shift[2];
-              scales<META, D::BITS>(record + (i * records + at) * S::RECORD, g, scale, shift);
+              scales<META, D::BITS>(record + (at * BLOCKS + i) * S::RECORD, g, scale, shift);
 #pragma unroll
               for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -213,9 +231,9 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
     }
   };
 
-  int next = begin + warp, slot = 0;
-  for (int i = 0; i < stages - 1; i++, next += WARPS) fetch(next, ring + i * stage_bytes);
-  for (int tile = begin + warp; tile < end; tile += WARPS, next += WARPS) {
+  int slot = 0;
+  for (int i = 0; i < stages - 1; i++) fetch(ring + i * stage_bytes);
+  for (int tile = begin + warp; tile < end; tile += WARPS) {
     if (stages == 2) {
       copy_wait<0>();
     } else if (stages == 3) {
@@ -225,7 +243,7 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
     }
     sync_warp();  // copies of all lanes are there, and all have read what the next copies overwrite
     const int free = slot == 0 ? stages - 1 : slot - 1;
-    fetch(next, ring + free * stage_bytes);
+    fetch(ring + free * stage_bytes);
     compute(ring + slot * stage_bytes);
     slot = slot + 1 == stages ? 0 : slot + 1;
   }

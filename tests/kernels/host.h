@@ -23,6 +23,7 @@ typedef uint32_t u32;
 typedef unsigned long long u64;
 typedef signed char s8;
 typedef long long s64;
+struct alignas(8) Words2 { u32 x, y; };
 struct alignas(16) Words4 { u32 x, y, z, w; };
 
 #define DEVICE static inline
@@ -328,6 +329,7 @@ DEVICE u32 permute(u32 a, u32 b, u32 selector) {
   }
   return d;
 }
+DEVICE u32 masked_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
 DEVICE float as_float(u32 bits) {
   float value;
   memcpy(&value, &bits, 4);

@@ -87,6 +87,7 @@ def test_the_instructions_are_those_meant(architecture: str) -> None:
     assert counts["LDSM.16.M88.4"] == 2 * 2
     assert counts["LDGSTS.E.BYPASS.128"] > 0
     assert counts["HFMA2.BF16_V2"] == 2 * 16  # one per pair of weights
+    assert counts["LDS.128"] == 2  # the words of a lane, one access per row-block
     assert not any(name.startswith(("LDL", "STL")) for name in counts)
 
 
