@@ -51,6 +51,14 @@ def test_zeros_and_whole_rows_and_float32() -> None:
     assert "kernels for a GPU did not run" in text
 
 
+def test_activations_in_8_bits() -> None:
+    """The difference to the exact product is that of rounding x."""
+    arguments = ("--shapes", "64x128", "--tokens", "3", "--dtype", "float32", "--device", "cpu", "--json", "--activation-bits")
+    differences = [json.loads(run(*arguments, bits))["rows"][0]["difference"] for bits in ("8", "16")]
+    assert 1e-3 < differences[0] < 2e-2
+    assert differences[1] < 1e-5
+
+
 def test_a_model(tiny: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "out"
     compress(tiny("llama"), folder, None, steps("quant/rtn", group_size=16))
@@ -72,6 +80,7 @@ def test_what_is_wrong_is_said(tiny: Callable[..., Path]) -> None:
         (["--shapes", "64x128", "--bits", "9"], "numbers from 1 to 8"),
         (["--shapes", "64x128", "--tokens", "0"], "--tokens 0"),
         (["--shapes", "64x128", "--dtype", "int8"], "--dtype int8"),
+        (["--shapes", "64x128", "--activation-bits", "4"], "--activation-bits 4"),
         ([str(tiny("llama"))], "not compressed"),
     ):
         with pytest.raises(RecipeError, match=message):

@@ -24,6 +24,7 @@ def bench_command(
     generate: Annotated[bool, typer.Option("--generate/--no-generate", help="Also time generation of the model.")] = True,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of activations: bfloat16, float16 or float32.")] = "bfloat16",
+    activation_bits: Annotated[int, typer.Option(help="8: activations are rounded to integers where kernels can.")] = 16,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -41,6 +42,8 @@ def bench_command(
         raise RecipeError("compress bench: expected a model, or --shapes OUTxIN")
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    if activation_bits not in (8, 16):
+        raise RecipeError(f"--activation-bits {activation_bits}: expected 8 or 16")
     counts, widths = _numbers("--tokens", tokens, 1, 1 << 20), _numbers("--bits", bits, 1, 8)
     if shapes is not None:
         sizes = benchmark.parse_shapes(shapes)
@@ -50,7 +53,7 @@ def bench_command(
         weights = benchmark.of_model(model)
     with progress(quiet or json_) as listen:
         timed = model if generate else None
-        result = benchmark.bench(weights, counts, pick_device(device), DTYPES[dtype], timed, original, listen)
+        result = benchmark.bench(weights, counts, pick_device(device), DTYPES[dtype], timed, original, activation_bits, listen)
     if output is not None:
         write_json(output, result.plain())
     print(json.dumps(result.plain(), indent=2)) if json_ else screen.show_bench(result)

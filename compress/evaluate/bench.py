@@ -24,7 +24,7 @@ from compress.evaluate.speed import tokens_per_second
 from compress.foreign import open_any
 from compress.kernels import weight_only
 from compress.parts.uniform import Uniform
-from compress.runtime.linear import CompressedLinear
+from compress.runtime.linear import CompressedLinear, round_activations
 from compress.weight import CompressedWeight
 
 TOKENS = (1, 4, 16, 64, 256)
@@ -160,13 +160,19 @@ def _cloned(linear: CompressedLinear, device: torch.device) -> CompressedLinear:
 
 
 def measure(
-    weight: CompressedWeight, tokens: Sequence[int], device: torch.device, dtype: torch.dtype, machine: tuple[float, float]
+    weight: CompressedWeight,
+    tokens: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    machine: tuple[float, float],
+    activation_bits: int = 16,
 ) -> Iterator[Row]:
     """Time products of rows of x with one weight, through `CompressedLinear` as a model does."""
     linear = CompressedLinear.of(weight)
     (rows, columns), nbytes = weight.shape, weight.stored_bits // 8
     decoded = weight.dequantize()
     copies = [_cloned(linear, device) for _ in range(_copies(nbytes, device))]
+    round_activations(torch.nn.ModuleList(copies), activation_bits)
     dense = [decoded.to(device, dtype, copy=True) for _ in range(_copies(rows * columns * dtype.itemsize, device))]
     generator = torch.Generator().manual_seed(0)
     for count in tokens:
@@ -176,7 +182,7 @@ def measure(
             expected = x.cpu().double() @ decoded.double().T
             difference = float((y.cpu().double() - expected).norm() / expected.norm())
             calls = [partial(layer, x) for layer in copies]
-            seconds, how = _median(calls, device, copies[0].path(x) == "weight_only")
+            seconds, how = _median(calls, device, copies[0].path(x) in ("weight_only", "int8"))
             before, _ = _median([partial(torch.nn.functional.linear, x, w) for w in dense], device, True)
         moved = nbytes + count * (rows + columns) * dtype.itemsize
         floor = max(moved / machine[0], 2 * count * rows * columns / machine[1])
@@ -218,6 +224,7 @@ def bench(
     dtype: torch.dtype,
     model: str | None,
     original: str | None,
+    activation_bits: int,
     listen: Listen,
 ) -> Bench:
     """Time products with some weights and, where a model is given, its generation against the original's."""
@@ -225,7 +232,7 @@ def bench(
     rows: list[Row] = []
     for number, weight in enumerate(weights):
         listen(number, len(weights), f"{weight.shape[0]} x {weight.shape[1]}", 0.0)
-        rows += measure(weight, tokens, device, dtype, machine)
+        rows += measure(weight, tokens, device, dtype, machine, activation_bits)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     speed: list[float | None] = [None, None]
     if model is not None:

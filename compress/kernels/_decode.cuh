@@ -3,18 +3,19 @@
 template <class A, class B> struct Same { static constexpr bool value = false; };
 template <class A> struct Same<A, A> { static constexpr bool value = true; };
 
-// The codes of a pair (two 16-bit halves) of a tile; `words` are those of one lane, plane after plane.
-template <int BITS> DEVICE u32 code_pair(const u32 (&words)[BITS], int pair) {
-  u32 code = 0;
+// The codes that share a register, each in a field of FIELD (16 or 8) bits; `words` are those of one lane, plane after plane.
+// `also` has bits that are set besides.
+template <int FIELD, int BITS> DEVICE u32 codes_of(const u32 (&words)[BITS], int place, u32 also = 0) {
+  u32 code = also;
   int start = 0, above = BITS;
 #pragma unroll
   for (int p = 8; p > 0; p >>= 1) {
     if (BITS & p) {
       above -= p;
-      const u32 word = words[start + pair / (16 / p)];
-      const int shift = p * (pair % (16 / p)) - above;
-      const u32 mask = (((1u << p) - 1) << above) * 0x00010001u;
-      code |= (shift >= 0 ? word >> (shift & 31) : word << (-shift & 31)) & mask;
+      const u32 word = words[start + place / (FIELD / p)];
+      const int shift = p * (place % (FIELD / p)) - above;
+      const u32 mask = (((1u << p) - 1) << above) * (FIELD == 16 ? 0x00010001u : 0x01010101u);
+      code = masked_or(shift >= 0 ? word >> (shift & 31) : word << (-shift & 31), mask, code);
       start += p;
     }
   }
@@ -26,14 +27,14 @@ template <int BITS> DEVICE u32 code_pair(const u32 (&words)[BITS], int pair) {
 template <int WIDTH> struct Integer {
   static constexpr int BITS = WIDTH, ENTRIES = 0;
   template <class T> DEVICE_MEMBER u32 decode(const u32 (&words)[WIDTH], int pair, const u32*, u32) {
-    const u32 code = code_pair<WIDTH>(words, pair);
     if constexpr (Same<T, Float16>::value) {
       constexpr u32 less = 0xe400u + (1u << (WIDTH - 1));  // -(1024 + middle)
-      return Float16::fma2(code | 0x64006400u, 0x3c003c00u, less * 0x00010001u);
+      return Float16::fma2(codes_of<16>(words, pair, 0x64006400u), 0x3c003c00u, less * 0x00010001u);
     } else if constexpr (WIDTH < 8) {
       constexpr u32 less = 0xc300u + (1u << (WIDTH - 1));  // -(128 + middle)
-      return BFloat16::fma2(code | 0x43004300u, 0x3f803f80u, less * 0x00010001u);
+      return BFloat16::fma2(codes_of<16>(words, pair, 0x43004300u), 0x3f803f80u, less * 0x00010001u);
     } else {  // 8 bits do not fit 7: halves of 4, (128 + high) * 16 - 2304 + (128 + low)
+      const u32 code = codes_of<16>(words, pair);
       const u32 high = ((code >> 4) & 0x000f000fu) | 0x43004300u, low = (code & 0x000f000fu) | 0x43004300u;
       return BFloat16::fma2(low, 0x3f803f80u, BFloat16::fma2(high, 0x41804180u, 0xc510c510u));
     }
@@ -44,7 +45,7 @@ template <int WIDTH> struct Integer {
 template <int WIDTH> struct Lookup {
   static constexpr int BITS = WIDTH, ENTRIES = 4 << WIDTH;
   template <class T> DEVICE_MEMBER u32 decode(const u32 (&words)[WIDTH], int pair, const u32* table, u32 select) {
-    const u32 code = code_pair<WIDTH>(words, pair);
+    const u32 code = codes_of<16>(words, pair);
     table += select << WIDTH;
     return permute(table[code & 0xffffu], table[code >> 16], 0x5410);
   }

@@ -7,9 +7,10 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef signed char s8;
 typedef long long s64;
+struct __align__(8) Words2 { u32 x, y; };
 struct __align__(16) Words4 { u32 x, y, z, w; };
 
-#define DEVICE static __device__ __forceinline__
+#define DEVICE __device__ __forceinline__
 #define DEVICE_MEMBER static __device__ __forceinline__
 #define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -52,11 +53,18 @@ DEVICE u32 permute(u32 a, u32 b, u32 selector) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
   return d;
 }
+// (a & mask) | c in one instruction, which the compiler makes two of where mask and c are constants
+DEVICE u32 masked_or(u32 a, u32 mask, u32 c) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(c));
+  return d;
+}
 DEVICE float as_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 as_bits(float value) { return __float_as_uint(value); }
 DEVICE float round_even(float value) { return rintf(value); }
 DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float floor_of(float value) { return floorf(value); }
+DEVICE float magnitude(float value) { return fabsf(value); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float minimum(float a, float b) { return fminf(a, b); }
 // Products and quotients as they stand, which the compiler may not join with a sum or replace by an estimate.

@@ -78,3 +78,19 @@ def untile(words: Tensor, shape: tuple[int, int], bits: int, field: int = 16) ->
     cut[:, places(field, words.device).flatten()] = codes.flatten(1)
     whole = cut.view(high // ROWS, wide // COLUMNS, ROWS, COLUMNS).transpose(1, 2).reshape(high, wide)
     return whole[: shape[0], : shape[1]].contiguous()
+
+
+def tile_bits(codes: Tensor, bits: int) -> Tensor:
+    """Cut codes (out, in) uint8 into single bits for mma m16n8k256: int32 (row-blocks, blocks of 256 columns, bits, 32 lanes, 4).
+
+    Word r of a lane has row g + 8 (r mod 2) and the columns 32 (c + 4 (r // 2)) and on, the first in its lowest bit.
+    """
+    rows, columns = codes.shape
+    high, wide = -(-rows // ROWS) * ROWS, -(-columns // 256) * 256
+    whole = torch.nn.functional.pad(codes, (0, wide - columns, 0, high - rows))
+    place = torch.arange(32, device=codes.device)
+    planes = [(((whole.view(high, -1, 32) >> i) & 1).long() << place).sum(2) for i in range(bits)]  # (rows, words)
+    words = torch.stack(planes, 0)
+    words = (words - ((words >> 31) << 32)).to(torch.int32).view(bits, high // ROWS, 2, 8, wide // 256, 2, 4)
+    # (bits, row-blocks, r % 2, g, column blocks, r // 2, c) -> (row-blocks, column blocks, bits, g, c, r // 2, r % 2)
+    return words.permute(1, 4, 0, 3, 6, 5, 2).reshape(high // ROWS, wide // 256, bits, _LANES, 4).contiguous()

@@ -38,6 +38,7 @@ class Tiles:
     bits: int
     steps: int  # of 16 columns, in a group
     kind: str  # of the records
+    field: int = 16  # bits of a code's place in a register: 16, or 8 where x consists of bytes
 
 
 def reason(spec: Mapping[str, Any]) -> str | None:
@@ -64,7 +65,7 @@ def _octets(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8)
 
 
-def prepare(part: Part) -> Tiles:
+def prepare(part: Part, field: int = 16) -> Tiles:
     """Lay out a part for the kernels, on the device where it is. Raises KernelError for a kind of part that they do not know."""
     if not isinstance(part, Uniform | Table | TwoLevel):
         raise KernelError(f"{type(part).__name__}: no kernel reads such a part")
@@ -113,7 +114,7 @@ def prepare(part: Part) -> Tiles:
             kind, fields = "SYMMETRIC" if middle(bits, part.bipolar) == middle_of(bits) else "HALF", [of_blocks(scale)]
     meta = torch.cat([_octets(field) for field in fields], 2).contiguous()
     assert meta.shape[2] == RECORD[kind]
-    return Tiles(_tiles.tile(codes, bits), meta, table, row_scale, order, (rows, columns), bits, steps, kind)
+    return Tiles(_tiles.tile(codes, bits, field), meta, table, row_scale, order, (rows, columns), bits, steps, kind, field)
 
 
 def middle_of(bits: int) -> int:
@@ -139,7 +140,7 @@ def decode(tiles: Tiles) -> Tensor:
         ordered: Tensor = values.unflatten(2, (8, 2)).transpose(2, 3).reshape(groups, high).T
         return ordered[:rows]
 
-    codes = _tiles.untile(tiles.codes, tiles.shape, tiles.bits)
+    codes = _tiles.untile(tiles.codes, tiles.shape, tiles.bits, tiles.field)
     group = torch.arange(columns, device=codes.device) // (tiles.steps * STEP)
     center, shift = float(middle_of(tiles.bits)), None
     if tiles.kind == "TWO_LEVEL":
@@ -173,7 +174,7 @@ def decode(tiles: Tiles) -> Tensor:
 
 def stored_codes(tiles: Tiles) -> Tensor:
     """Return the codes of tiles as the formats store them: one dense bit stream, row by row."""
-    codes = _tiles.untile(tiles.codes, tiles.shape, tiles.bits)
+    codes = _tiles.untile(tiles.codes, tiles.shape, tiles.bits, tiles.field)
     if tiles.order is not None:
         codes = codes[:, torch.argsort(tiles.order)]
     return _bits.pack(codes, tiles.bits)

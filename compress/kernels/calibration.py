@@ -1,7 +1,7 @@
 """Steps of methods on a GPU: importing this file gives them to torch's dispatcher, see `compress/operators.py`.
 
 `round_columns`, the loop of GPTQ and its kin over columns, is one launch per 128 columns instead of some ten for each: in torch
-the time of a matrix is that of launching. Sums are formed in the order of the columns, in float32; torch's product of a block's
+the time of a matrix is that of launches. Sums are formed in the order of the columns, in float32; torch's product of a block's
 errors may add them in another order, so that a weight between two codes to the last bit may go to the other one.
 """
 

@@ -1,14 +1,41 @@
-// y = x W^T with W in tiles of codes, for few rows of x, and W itself for many. See weight_only.py.
+// y = x W^T with W in tiles of codes, for few rows of x, and W itself for many. See weight_only.py, and int8.py for x in bytes.
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int BLOCKS = 2;             // row-blocks of 16 that a thread block computes
 constexpr int ROWS = 16 * BLOCKS;     // rows of W that a thread block computes
 constexpr int STRIDE = ROWS + 1;      // of a token's sums in shared memory
 
-template <class T, class D, int META, int TOKENS> struct Stage {
-  static constexpr int X = TOKENS * 128, CODES = 128 * D::BITS, RECORD = Record<META>::BYTES;
+// What x consists of: 16-bit numbers of the result's type, or bytes with a scale for each token.
+template <class T> struct Bytes {};
+template <class X> struct Activation {
+  using Out = X;
+  static constexpr int BYTES = 2, CHUNKS = 8;  // of a number; of 16 bytes in a tile's columns
+  // Where a chunk of a token lies in its stage: so that eight tokens of a column, or eight chunks of a token, meet no bank twice.
+  DEVICE_MEMBER int place(int token, int chunk) { return 128 * token + 16 * (chunk ^ (token & 7)); }
+};
+template <class T> struct Activation<Bytes<T>> {
+  using Out = T;
+  static constexpr int BYTES = 1, CHUNKS = 4;
+  DEVICE_MEMBER int place(int token, int chunk) { return 64 * token + 16 * (chunk ^ ((token >> 1) & 3)); }
+};
+
+template <class A, class D, int META, int TOKENS> struct Stage {
+  static constexpr int X = TOKENS * 16 * Activation<A>::CHUNKS, CODES = 128 * D::BITS, RECORD = Record<META>::BYTES;
   DEVICE_MEMBER int bytes(int records) { return X + BLOCKS * (CODES + records * RECORD); }
 };
+
+// COUNT words at `from`, which is aligned to as many, in one access.
+template <int COUNT, int N> DEVICE void take(u32 (&words)[N], int start, const u32* from) {
+  if constexpr (COUNT == 4) {
+    const Words4 four = *reinterpret_cast<const Words4*>(from);
+    words[start] = four.x, words[start + 1] = four.y, words[start + 2] = four.z, words[start + 3] = four.w;
+  } else if constexpr (COUNT == 2) {
+    const Words2 two = *reinterpret_cast<const Words2*>(from);
+    words[start] = two.x, words[start + 1] = two.y;
+  } else {
+    words[start] = *from;
+  }
+}
 
 // The table in shared memory as numbers of type T in the lower half of words.
 template <class T, class D> DEVICE void fill_table(u32* to, const float* table, int entries) {
@@ -18,13 +45,15 @@ template <class T, class D> DEVICE void fill_table(u32* to, const float* table, 
 
 // Each warp takes every eighth tile of 64 columns of the block's rows and keeps its own ring of copies in shared memory, so that
 // warps wait for one another at the end alone. The sums of a group are multiplied by its scales in float32.
-template <class T, class D, int META, int TOKENS>
+template <class A, class D, int META, int TOKENS>
 KERNEL(THREADS, TOKENS <= 16 ? 2 : 1)
-wqmm(const u16* x, const u32* codes, const unsigned char* meta, const float* table, const float* row_scale, const u16* bias,
-     const float* addend, u16* y, float* workspace, u32* counters, int tokens, int rows, int columns, s64 stride, int tiles,
+wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsigned char* meta, const float* table,
+     const float* row_scale, const u16* bias, const float* addend, u16* y, float* workspace, u32* counters, int tokens, int rows, int columns, s64 stride, int tiles,
      int row_blocks, int tiles_per_split, int record_bits, int steps_per_group, u32 reciprocal, int stages, int entries) {
   SHARED(shared);
-  using S = Stage<T, D, META, TOKENS>;
+  using T = typename Activation<A>::Out;
+  using S = Stage<A, D, META, TOKENS>;
+  constexpr bool WHOLE = Activation<A>::BYTES == 1;  // sums are integers
   constexpr bool SHIFTS = Record<META>::SHIFTS;
   constexpr int NT = TOKENS / 8;
   const int lane = lane_id(), warp = warp_id(), g = lane >> 2, c = lane & 3;
@@ -38,45 +67,57 @@ wqmm(const u16* x, const u32* codes, const unsigned char* meta, const float* tab
   if constexpr (D::ENTRIES > 0) sync_block();
   unsigned char* ring = shared + 4 * D::ENTRIES + warp * stages * stage_bytes;
 
-  auto fetch = [&](int tile, unsigned char* stage) {
-    if (tile < end) {
+  // Where this lane copies from, for the tile that comes next; each call goes on to the warp's tile after that.
+  constexpr int CHUNKS = Activation<A>::CHUNKS, EACH = 32 / CHUNKS, PIECES = S::RECORD / 16;
+  const int token = lane / CHUNKS, chunk = lane % CHUNKS;
+  int next = begin + warp, column = 64 * next + 64 / CHUNKS * chunk;
+  const int live = (tokens - first_token - token + EACH - 1) / EACH;  // rounds in which there is a token for it
+  const s64 row_step = EACH * stride * Activation<A>::BYTES;
+  const unsigned char* x_from = x + ((first_token + token) * stride + column) * Activation<A>::BYTES;
+  s64 code_place = (s64(first_block) * tiles + next) * 32;  // in words, times the bits of a plane
+  const s64 block_step = s64(tiles) * 32, plane_step = block_step * row_blocks;
+  const unsigned char* meta_from = meta + s64(first_block) * S::RECORD + 16 * lane;
+  const bool second = first_block + 1 < row_blocks, has_record = lane < PIECES || (lane < 2 * PIECES && second);
+  auto fetch = [&](unsigned char* stage) {
+    if (next < end) {
+      const unsigned char* from = x_from;
 #pragma unroll
-      for (int i = 0; i < TOKENS / 4; i++) {
-        const int token = 4 * i + (lane >> 3), chunk = lane & 7, column = 64 * tile + 8 * chunk;
-        const bool valid = first_token + token < tokens && column < columns;
-        copy16(stage + 128 * token + 16 * (chunk ^ (token & 7)), x + (valid ? (first_token + token) * stride + column : 0), valid);
+      for (int i = 0; i < TOKENS / EACH; i++) {
+        copy16(stage + Activation<A>::place(EACH * i + token, chunk), from, i < live && column < columns);
+        from += row_step;
       }
+      unsigned char* to_codes = stage + S::X;
+      const u32* plane = codes;
 #pragma unroll
-      for (int b = 0; b < BLOCKS; b++) {
-        const bool valid = first_block + b < row_blocks;
-        const s64 place = valid ? s64(first_block + b) * tiles + tile : 0;
-        unsigned char* to = stage + S::X + b * S::CODES;
-        const u32* from = codes;
+      for (int p = 8; p > 0; p >>= 1) {
+        if (D::BITS & p) {
+          const u32* of = plane + code_place * p;
 #pragma unroll
-        for (int p = 8; p > 0; p >>= 1) {
-          if (D::BITS & p) {
-#pragma unroll
-            for (int i = 0; i < 8 * p; i += 32) {
-              const int chunk = i + lane;  // at 8 bits a lane has two, which go to separate halves
-              const int at = p == 8 ? (chunk & 1) * 32 + (chunk >> 1) : chunk;
-              if (chunk < 8 * p) copy16(to + 16 * at, from + place * 32 * p + 4 * chunk, valid);
+          for (int i = 0; i < 8 * p; i += 32) {
+            const int piece = i + lane;  // at 8 bits a lane has two, which go to separate halves
+            const int at = p == 8 ? (piece & 1) * 32 + (piece >> 1) : piece;
+            if (p >= 4 || piece < 8 * p) {
+              copy16(to_codes + 16 * at, of + 4 * piece, true);
+              copy16(to_codes + S::CODES + 16 * at, of + block_step * p + 4 * piece, second);
             }
-            to += 128 * p;
-            from += s64(row_blocks) * tiles * 32 * p;
           }
+          to_codes += 128 * p;
+          plane += plane_step * p;
         }
       }
-      unsigned char* to = stage + S::X + BLOCKS * S::CODES;
-      constexpr int CHUNKS = S::RECORD / 16;
-      for (int i = lane; i < BLOCKS * records * CHUNKS; i += 32) {
-        const int record = i / CHUNKS, chunk = i % CHUNKS, b = record >> record_bits;
-        const int step = 4 * tile + ((record & (records - 1)) << (2 - record_bits));
-        const bool valid = first_block + b < row_blocks;
-        const s64 place = s64(group_of(step, steps_per_group, reciprocal)) * row_blocks + first_block + b;
-        copy16(to + 16 * i, meta + (valid ? place * S::RECORD + 16 * chunk : 0), valid);
+      unsigned char* to = stage + S::X + BLOCKS * S::CODES + 16 * lane;
+#pragma unroll 1
+      for (int at = 0; at < records; at++) {
+        const int group = group_of(4 * next + (at << (2 - record_bits)), steps_per_group, reciprocal);
+        if (lane < BLOCKS * PIECES) copy16(to, meta_from + group * (s64(row_blocks) * S::RECORD), has_record);
+        to += BLOCKS * S::RECORD;
       }
     }
     copy_commit();
+    next += WARPS;
+    column += 64 * WARPS;
+    code_place += 32 * WARPS;
+    x_from += 64 * WARPS * Activation<A>::BYTES;
   };
 
   float sum[BLOCKS][NT][4] = {};
@@ -84,77 +125,115 @@ wqmm(const u16* x, const u32* codes, const unsigned char* meta, const float* tab
     u32 words[BLOCKS][D::BITS];
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
-      const unsigned char* from = stage + S::X + b * S::CODES;
-      int start = 0;
-#pragma unroll
-      for (int p = 8; p > 0; p >>= 1) {
-        if (D::BITS & p) {
-#pragma unroll
-          for (int i = 0; i < 8; i++) {
-            const int at = p == 8 ? 128 * (i >> 2) + 4 * lane + (i & 3) : p * lane + i;
-            if (i < p) words[b][start + i] = reinterpret_cast<const u32*>(from)[at];
-          }
-          start += p;
-          from += 128 * p;
-        }
+      const u32* from = reinterpret_cast<const u32*>(stage + S::X + b * S::CODES);
+      if constexpr (D::BITS == 8) {
+        take<4>(words[b], 0, from + 4 * lane);
+        take<4>(words[b], 4, from + 128 + 4 * lane);
+      } else {
+        if constexpr (D::BITS & 4) take<4>(words[b], 0, from + 4 * lane);
+        if constexpr (D::BITS & 2) take<2>(words[b], D::BITS & 4, from + 32 * (D::BITS & 4) + 2 * lane);
+        if constexpr (D::BITS & 1) take<1>(words[b], D::BITS & 6, from + 32 * (D::BITS & 6) + lane);
       }
     }
     const unsigned char* record = stage + S::X + BLOCKS * S::CODES;
-    float part[BLOCKS][NT][4] = {}, ones[NT][4] = {};  // sums of a group; of x alone, for shifts
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
+    if constexpr (WHOLE) {
+      int part[BLOCKS][NT][4] = {}, ones[NT][4] = {};
       u32 b[NT][4];
 #pragma unroll
-      for (int n = 0; n < NT; n++) {
-        const int token = 8 * n + (lane & 7), chunk = 4 * half + (lane >> 3);
-        load_matrices(b[n], stage + 128 * token + 16 * (chunk ^ (token & 7)));
-      }
+      for (int n = 0; n < NT; n++) load_matrices(b[n], stage + Activation<A>::place(8 * n + (lane & 7), lane >> 3));
 #pragma unroll
-      for (int odd = 0; odd < 2; odd++) {
-        const int step = 2 * half + odd, at = step >> (2 - record_bits);
-        if constexpr (SHIFTS) {
-          constexpr u32 one = Same<T, Float16>::value ? 0x3c003c00u : 0x3f803f80u;
-          const u32 a[4] = {one, one, one, one};
+      for (int step = 0; step < 2; step++) {  // of 32 columns
+        const u32 one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
 #pragma unroll
-          for (int n = 0; n < NT; n++) T::mma(ones[n], a, b[n][2 * odd], b[n][2 * odd + 1]);
-        }
+        for (int n = 0; n < NT; n++) mma_u8s8(ones[n], one, b[n][2 * step], b[n][2 * step + 1]);
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
-          u32 select[2], a[4];
-          selects<META>(record + (i * records + at) * S::RECORD, g, select);
+          u32 a[4];
 #pragma unroll
-          for (int r = 0; r < 4; r++) a[r] = D::template decode<T>(words[i], 4 * step + r, lookup, select[r & 1]);
+          for (int r = 0; r < 4; r++) a[r] = codes_of<8>(words[i], 4 * step + r);
 #pragma unroll
-          for (int n = 0; n < NT; n++) T::mma(part[i][n], a, b[n][2 * odd], b[n][2 * odd + 1]);
+          for (int n = 0; n < NT; n++) mma_u8s8(part[i][n], a, b[n][2 * step], b[n][2 * step + 1]);
         }
-        if (((step + 1) & ((4 >> record_bits) - 1)) == 0) {  // the last step of a record
+        if (step == 1 || record_bits == 1) {
 #pragma unroll
           for (int i = 0; i < BLOCKS; i++) {
             float scale[2], shift[2];
-            scales<META, D::BITS>(record + (i * records + at) * S::RECORD, g, scale, shift);
+            scales<META, D::BITS>(record + ((record_bits == 1 ? step : 0) * BLOCKS + i) * S::RECORD, g, scale, shift);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
 #pragma unroll
               for (int e = 0; e < 4; e++) {
-                sum[i][n][e] = multiply_add(scale[e >> 1], part[i][n][e], sum[i][n][e]);
-                if constexpr (SHIFTS) sum[i][n][e] = multiply_add(shift[e >> 1], ones[n][e], sum[i][n][e]);
-                part[i][n][e] = 0.0f;
+                const int whole = part[i][n][e] - (1 << (D::BITS - 1)) * ones[n][e];
+                sum[i][n][e] = multiply_add(scale[e >> 1], float(whole), sum[i][n][e]);
+                if constexpr (SHIFTS) sum[i][n][e] = multiply_add(shift[e >> 1], float(ones[n][e]), sum[i][n][e]);
+                part[i][n][e] = 0;
               }
             }
           }
 #pragma unroll
           for (int n = 0; n < NT; n++) {
 #pragma unroll
-            for (int e = 0; e < 4; e++) ones[n][e] = 0.0f;
+            for (int e = 0; e < 4; e++) ones[n][e] = 0;
+          }
+        }
+      }
+    } else {
+      float part[BLOCKS][NT][4] = {}, ones[NT][4] = {};  // sums of a group; of x alone, for shifts
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        u32 b[NT][4];
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+          const int token = 8 * n + (lane & 7), chunk = 4 * half + (lane >> 3);
+          load_matrices(b[n], stage + Activation<A>::place(token, chunk));
+        }
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+          const int step = 2 * half + odd, at = step >> (2 - record_bits);
+          if constexpr (SHIFTS) {
+            constexpr u32 one = Same<T, Float16>::value ? 0x3c003c00u : 0x3f803f80u;
+            const u32 a[4] = {one, one, one, one};
+#pragma unroll
+            for (int n = 0; n < NT; n++) T::mma(ones[n], a, b[n][2 * odd], b[n][2 * odd + 1]);
+          }
+#pragma unroll
+          for (int i = 0; i < BLOCKS; i++) {
+            u32 select[2], a[4];
+            selects<META>(record + (at * BLOCKS + i) * S::RECORD, g, select);
+#pragma unroll
+            for (int r = 0; r < 4; r++) a[r] = D::template decode<T>(words[i], 4 * step + r, lookup, select[r & 1]);
+#pragma unroll
+            for (int n = 0; n < NT; n++) T::mma(part[i][n], a, b[n][2 * odd], b[n][2 * odd + 1]);
+          }
+          if (((step + 1) & ((4 >> record_bits) - 1)) == 0) {  // the last step of a record
+#pragma unroll
+            for (int i = 0; i < BLOCKS; i++) {
+              float scale[2], shift[2];
+              scales<META, D::BITS>(record + (at * BLOCKS + i) * S::RECORD, g, scale, shift);
+#pragma unroll
+              for (int n = 0; n < NT; n++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                  sum[i][n][e] = multiply_add(scale[e >> 1], part[i][n][e], sum[i][n][e]);
+                  if constexpr (SHIFTS) sum[i][n][e] = multiply_add(shift[e >> 1], ones[n][e], sum[i][n][e]);
+                  part[i][n][e] = 0.0f;
+                }
+              }
+            }
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+#pragma unroll
+              for (int e = 0; e < 4; e++) ones[n][e] = 0.0f;
+            }
           }
         }
       }
     }
   };
 
-  int next = begin + warp, slot = 0;
-  for (int i = 0; i < stages - 1; i++, next += WARPS) fetch(next, ring + i * stage_bytes);
-  for (int tile = begin + warp; tile < end; tile += WARPS, next += WARPS) {
+  int slot = 0;
+  for (int i = 0; i < stages - 1; i++) fetch(ring + i * stage_bytes);
+  for (int tile = begin + warp; tile < end; tile += WARPS) {
     if (stages == 2) {
       copy_wait<0>();
     } else if (stages == 3) {
@@ -164,7 +243,7 @@ wqmm(const u16* x, const u32* codes, const unsigned char* meta, const float* tab
     }
     sync_warp();  // copies of all lanes are there, and all have read what the next copies overwrite
     const int free = slot == 0 ? stages - 1 : slot - 1;
-    fetch(next, ring + free * stage_bytes);
+    fetch(ring + free * stage_bytes);
     compute(ring + slot * stage_bytes);
     slot = slot + 1 == stages ? 0 : slot + 1;
   }
@@ -189,6 +268,7 @@ wqmm(const u16* x, const u32* codes, const unsigned char* meta, const float* tab
     const int m = first_token + token, n = 16 * first_block + row;
     if (m >= tokens || n >= rows) return;
     const s64 at = s64(m) * rows + n;
+    if constexpr (WHOLE) value *= load(x_scale + m);
     if (row_scale) value *= load(row_scale + n);
     if (addend) value += load(addend + at);
     if (bias) value += T::low(load(bias + n));

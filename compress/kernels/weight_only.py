@@ -62,20 +62,23 @@ def _shape(tiles: Tiles) -> _Shape:
     return _Shape(wide // _tiles.COLUMNS, high // 16, record_bits, tiles.steps, reciprocal, entries)
 
 
-def instance(template: str, dtype: torch.dtype, bits: int, kind: str, lookup: bool, tokens: int | None = None) -> _cuda.Kernel:
-    """Name an instantiation of `wqmm` (with the tokens of a block) or `dequantize`."""
+def instance(
+    template: str, dtype: torch.dtype, bits: int, kind: str, lookup: bool, tokens: int | None = None, octets: bool = False
+) -> _cuda.Kernel:
+    """Name an instantiation of `wqmm` (with the tokens of a block, and whether x consists of bytes) or `dequantize`."""
     decoder = f"{'Lookup' if lookup else 'Integer'}<{bits}>"
     last = "" if tokens is None else f", {tokens}"
-    return _cuda.Kernel("weight_only", f"{template}<{TYPES[dtype]}, {decoder}, {kind}{last}>", 32 * _WARPS)
+    numbers = f"Bytes<{TYPES[dtype]}>" if octets else TYPES[dtype]
+    return _cuda.Kernel("weight_only", f"{template}<{numbers}, {decoder}, {kind}{last}>", 32 * _WARPS)
 
 
 def _table_bytes(bits: int, lookup: bool) -> int:
     return 4 * (4 << bits) if lookup else 0
 
 
-def _shared(tokens: int, stages: int, bits: int, record: int, lookup: bool) -> int:
+def _shared(tokens: int, stages: int, bits: int, record: int, lookup: bool, field: int) -> int:
     """Bytes of shared memory of `wqmm`: the table and the warps' rings, or the sums that take their place."""
-    stage = tokens * 128 + _BLOCKS * (128 * bits + record)
+    stage = tokens * 8 * field + _BLOCKS * (128 * bits + record)
     return max(_table_bytes(bits, lookup) + _WARPS * stages * stage, _WARPS * tokens * (_ROWS + 1) * 4 + 16)
 
 
@@ -88,7 +91,7 @@ def _plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> tupl
         fitting = []
         for blocks in range(resident, 0, -1):
             room = (device.shared + 1024) // blocks - 1024  # the system takes 1 kB of each block
-            fitting = [s for s in (4, 3, 2) if _shared(tokens, s, tiles.bits, record, lookup) <= room]
+            fitting = [s for s in (4, 3, 2) if _shared(tokens, s, tiles.bits, record, lookup, tiles.field) <= room]
             if fitting:
                 break
         if fitting:
@@ -99,11 +102,13 @@ def _plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> tupl
     blocks = panels * -(-count // tokens)
     splits = max(1, min(resident * device.processors // blocks, shape.tiles // _WARPS))
     per_split = -(-shape.tiles // splits)
-    return tokens, fitting[0], _shared(tokens, fitting[0], tiles.bits, record, lookup), per_split
+    return tokens, fitting[0], _shared(tokens, fitting[0], tiles.bits, record, lookup, tiles.field), per_split
 
 
 def _rows(x: Tensor, tiles: Tiles) -> Tensor:
     """x (..., in) as rows that 16-byte copies can read: in the tiles' order, addresses and strides multiples of 8 numbers."""
+    if tiles.field != 16:
+        raise KernelError("weights are laid out for activations of bytes; expected fields of 16 bits")
     if x.dtype not in TYPES:
         raise KernelError(f"x is {x.dtype}; expected {' or '.join(map(str, TYPES))}")
     if x.shape[-1] != tiles.shape[1]:
@@ -117,6 +122,15 @@ def _rows(x: Tensor, tiles: Tiles) -> Tensor:
     return rows if aligned or not rows.numel() else rows.clone(memory_format=torch.contiguous_format)
 
 
+def check_added(x: Tensor, outputs: int, addend: Tensor | None, bias: Tensor | None) -> None:
+    """Raise KernelError for an addend or a bias that does not fit the product of x (..., in)."""
+    shape = (x.shape[:-1].numel(), outputs)
+    if addend is not None and (addend.dtype != torch.float32 or addend.shape != shape or not addend.is_contiguous()):
+        raise KernelError(f"addend is {addend.dtype} {tuple(addend.shape)}; expected contiguous float32 {shape}")
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (outputs,) or not bias.is_contiguous()):
+        raise KernelError(f"bias is {bias.dtype} {tuple(bias.shape)}; expected contiguous {x.dtype} ({outputs},)")
+
+
 def matmul_tiles(x: Tensor, tiles: Tiles, addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times W^T, plus `addend` (tokens, out) in float32, plus bias (out,) in the type of x -> (..., out).
 
@@ -125,16 +139,14 @@ def matmul_tiles(x: Tensor, tiles: Tiles, addend: Tensor | None = None, bias: Te
     rows = _rows(x, tiles)
     count, outputs = len(rows), tiles.shape[0]
     y = torch.empty(count, outputs, dtype=x.dtype, device=x.device)
-    if addend is not None and (addend.dtype != torch.float32 or addend.shape != y.shape or not addend.is_contiguous()):
-        raise KernelError(f"addend is {addend.dtype} {tuple(addend.shape)}; expected contiguous float32 {tuple(y.shape)}")
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != (outputs,) or not bias.is_contiguous()):
-        raise KernelError(f"bias is {bias.dtype} {tuple(bias.shape)}; expected contiguous {x.dtype} ({outputs},)")
+    check_added(x, outputs, addend, bias)
     if count:
-        _launch_wqmm(rows, tiles, addend, bias, y)
+        launch(rows, None, tiles, addend, bias, y)
     return y.reshape(*x.shape[:-1], outputs)
 
 
-def _launch_wqmm(rows: Tensor, tiles: Tiles, addend: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
+def launch(rows: Tensor, x_scale: Tensor | None, tiles: Tiles, addend: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
+    """Write the product of rows (tokens, in), aligned to 16 bytes, to y: of 16-bit numbers, or of bytes with a scale per row."""
     shape, device = _shape(tiles), _cuda.device(rows.device.index or 0)
     tokens, stages, shared, per_split = _plan(len(rows), tiles, shape, device)
     splits, panels, batches = -(-shape.tiles // per_split), -(-shape.row_blocks // _BLOCKS), -(-len(rows) // tokens)
@@ -142,9 +154,18 @@ def _launch_wqmm(rows: Tensor, tiles: Tiles, addend: Tensor | None, bias: Tensor
     if splits > 1:
         workspace = torch.empty(batches * panels * splits * _ROWS * tokens, dtype=torch.float32, device=rows.device)
         counters = _cuda.counters(batches * panels, rows.device)
-    kernel = instance("wqmm", rows.dtype, tiles.bits, tiles.kind, tiles.table is not None, tokens)
-    arguments: list[_cuda.Argument] = [rows, tiles.codes, tiles.meta, tiles.table, tiles.row_scale, bias, addend, y, workspace]
-    arguments += [counters, len(rows), tiles.shape[0], rows.shape[1], np.int64(rows.stride(0)), shape.tiles, shape.row_blocks]
+    kernel = instance("wqmm", y.dtype, tiles.bits, tiles.kind, tiles.table is not None, tokens, tiles.field == 8)
+    arguments: list[_cuda.Argument] = [rows, x_scale, tiles.codes, tiles.meta, tiles.table, tiles.row_scale, bias, addend, y]
+    arguments += [
+        workspace,
+        counters,
+        len(rows),
+        tiles.shape[0],
+        rows.shape[1],
+        np.int64(rows.stride(0)),
+        shape.tiles,
+        shape.row_blocks,
+    ]
     arguments += [per_split, shape.record_bits, shape.steps, shape.reciprocal, stages, shape.entries]
     _cuda.launch(kernel, (panels, splits, batches), arguments, shared, rows.device)
 
@@ -155,6 +176,8 @@ def dequantize_rows(tiles: Tiles, dtype: torch.dtype, start: int, stop: int) -> 
         raise KernelError(
             f"rows {start}..{stop} as {dtype}: expected a start that is a multiple of 16, and {', '.join(map(str, TYPES))}"
         )
+    if tiles.field != 16:
+        raise KernelError("weights are laid out for activations of bytes; expected fields of 16 bits")
     shape, where = _shape(tiles), tiles.codes.device
     w = torch.empty(stop - start, tiles.shape[1], dtype=dtype, device=where)
     if w.numel():

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compress import packed
-from compress.kernels import _cuda, _weights, int4_cpu, sparse_rows, torch_reference, weight_only
+from compress.errors import KernelError
+from compress.kernels import _cuda, _weights, int4_cpu, int8, sparse_rows, torch_reference, weight_only
 from compress.weight import CompressedWeight
 
 
@@ -34,6 +35,7 @@ class CompressedLinear(nn.Module):
         self.bias = bias
         self._int4: tuple[Tensor, Tensor] | None = None
         self._tiles: _weights.Tiles | None = None
+        self.activation_bits = 16  # or 8: activations are rounded to integers on the way, see `round_activations`
 
     @classmethod
     def of(cls, weight: CompressedWeight, bias: nn.Parameter | None = None) -> CompressedLinear:
@@ -55,17 +57,17 @@ class CompressedLinear(nn.Module):
         return packed.unpack(self.spec, self.tensors)
 
     def obstacle(self, where: torch.device) -> str | None:
-        """Say why no kernel of ours multiplies by this weight on a device, or None if one does."""
+        """Say why no kernel for a GPU multiplies by this weight on a device, or None if one does."""
         others = [role for role in self.spec if role not in ("shape", "base", "outliers")]
         if others:
             return f"a part {others[0]} has no kernel"
-        return _cuda.obstacle(where) or _weights.reason(self.spec)
+        return _cuda.obstacle(where) or (int8 if self.activation_bits == 8 else _weights).reason(self.spec)
 
     def lay_out(self) -> None:
         """Lay the codes out for the kernels, on the device where they are, and let go of the stored ones."""
         if self._tiles is None:
             base = packed.unpack({"shape": self.spec["shape"], "base": self.spec["base"]}, self._base()).base
-            self._tiles = _weights.prepare(base)
+            self._tiles = _weights.prepare(base, self.activation_bits)
             self.register_buffer("codes", torch.empty(0, dtype=torch.int32, device=self._tiles.codes.device))
 
     def restore(self) -> None:
@@ -103,11 +105,13 @@ class CompressedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         path = self.path(x)
+        if self.activation_bits == 8 and path != "int8":
+            x = int8.rounded(x)
         if path == "int4_cpu":
             if self._int4 is None:
                 self._int4 = int4_cpu.prepare(self.spec, self.tensors)
             y = int4_cpu.matmul(x, self.spec, self._int4)
-        elif path == "weight_only":
+        elif path in ("weight_only", "int8"):
             if self._tiles is None:
                 self.lay_out()
             return self._product(x)
@@ -120,7 +124,9 @@ class CompressedLinear(nn.Module):
         if int4_cpu.pays(x) and int4_cpu.supports(self.spec):
             return "int4_cpu"
         fits = x.is_cuda and x.dtype in weight_only.TYPES and not (x.requires_grad and torch.is_grad_enabled())
-        return "weight_only" if fits and (self._tiles is not None or self.obstacle(x.device) is None) else "torch_reference"
+        if fits and (self._tiles is not None or self.obstacle(x.device) is None):
+            return "int8" if self.activation_bits == 8 else "weight_only"
+        return "torch_reference"
 
     def _product(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) by kernels: single weights first, as what the base's sums are added to."""
@@ -130,10 +136,27 @@ class CompressedLinear(nn.Module):
             pieces = (self.get_buffer(f"outliers_{name}") for name in ("pointers", "columns", "values"))
             addend = sparse_rows.product(x, *pieces)
         bias = self.bias if self.bias is not None and self.bias.dtype == x.dtype else None
-        y = weight_only.product(x, self._tiles, addend, bias)
+        multiply = int8.product if self.activation_bits == 8 else weight_only.product
+        y = multiply(x, self._tiles, addend, bias)
         return y if self.bias is None or bias is not None else y + self.bias
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         parts: dict[str, Any] = {role: part for role, part in self.spec.items() if role != "shape"}
         return f"{self.in_features}, {self.out_features}, {parts}"
+
+
+def round_activations(model: nn.Module, bits: int) -> int:
+    """Let the compressed linears of a model round their activations to 8 bits, per token; 16: as they come. Returns how many can.
+
+    Tables, two-level scales and groups that are no multiple of 32 columns keep 16 bits. Raises KernelError for other widths.
+    """
+    if bits not in (8, 16):
+        raise KernelError(f"activations of {bits} bits; expected 8 or 16")
+    count = 0
+    for module in model.modules():
+        if isinstance(module, CompressedLinear) and int8.reason(module.spec) is None:
+            module.restore()
+            module.activation_bits = bits
+            count += 1
+    return count

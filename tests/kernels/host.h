@@ -23,6 +23,7 @@ typedef uint32_t u32;
 typedef unsigned long long u64;
 typedef signed char s8;
 typedef long long s64;
+struct alignas(8) Words2 { u32 x, y; };
 struct alignas(16) Words4 { u32 x, y, z, w; };
 
 #define DEVICE static inline
@@ -328,6 +329,7 @@ DEVICE u32 permute(u32 a, u32 b, u32 selector) {
   }
   return d;
 }
+DEVICE u32 masked_or(u32 a, u32 mask, u32 c) { return (a & mask) | c; }
 DEVICE float as_float(u32 bits) {
   float value;
   memcpy(&value, &bits, 4);
@@ -341,6 +343,7 @@ DEVICE u32 as_bits(float value) {
 DEVICE float round_even(float value) { return nearbyintf(value); }
 DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float floor_of(float value) { return floorf(value); }
+DEVICE float magnitude(float value) { return fabsf(value); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float minimum(float a, float b) { return fminf(a, b); }
 DEVICE float product(float a, float b) { return a * b; }

@@ -10,7 +10,7 @@ import nvrtc
 import pytest
 import torch
 
-from compress.kernels import _cuda, calibration, sparse_rows, weight_only
+from compress.kernels import _cuda, bit_serial, calibration, int8, sparse_rows, weight_only
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -26,6 +26,12 @@ FEW: list[tuple[_cuda.Kernel, tuple[str, ...]]] = [
     (weight_only.instance("dequantize", FP16, 3, "SELECT", True), ("sm_80",)),
     (sparse_rows.instance(BF16, torch.int16), ("sm_80", "sm_90")),
     (calibration.instance(), ("sm_90",)),
+    (weight_only.instance("wqmm", BF16, 4, "ZERO", False, 64, True), ("sm_80", "sm_90", "sm_120")),
+    (weight_only.instance("wqmm", FP16, 8, "SHIFT", False, 8, True), ("sm_90",)),
+    (int8.instance(BF16), ("sm_90",)),
+    (bit_serial.pack_instance(FP16), ("sm_90",)),
+    (bit_serial.instance(BF16, 8, 8), ("sm_80", "sm_90")),
+    (bit_serial.instance(BF16, 2, 2), ("sm_90", "sm_120")),
 ]
 
 
@@ -36,6 +42,9 @@ def every(dtype: torch.dtype, bits: int) -> Iterator[_cuda.Kernel]:
     for of in kinds:
         yield weight_only.instance("dequantize", dtype, bits, *of)
         yield from (weight_only.instance("wqmm", dtype, bits, *of, tokens) for tokens in weight_only.TOKENS)
+        if not of[1]:
+            yield from (weight_only.instance("wqmm", dtype, bits, *of, tokens, True) for tokens in weight_only.TOKENS)
+    yield from (bit_serial.instance(dtype, bits, others) for others in range(1, 9))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,12 +87,25 @@ def test_the_instructions_are_those_meant(architecture: str) -> None:
     assert counts["LDSM.16.M88.4"] == 2 * 2
     assert counts["LDGSTS.E.BYPASS.128"] > 0
     assert counts["HFMA2.BF16_V2"] == 2 * 16  # one per pair of weights
+    assert counts["LDS.128"] == 2  # the words of a lane, one access per row-block
     assert not any(name.startswith(("LDL", "STL")) for name in counts)
+
+
+def test_integers_and_bits_go_to_their_own_tensor_cores() -> None:
+    """Where the device has them; later ones than sm_90 have none for single bits."""
+    octets = nvrtc.compile_for(weight_only.instance("wqmm", BF16, 4, "SYMMETRIC", False, 16, True), "sm_90")
+    # Row-blocks and sums of x, tokens / 8, steps.
+    assert Counter(nvrtc.instructions(octets))["IMMA.16832.U8.S8"] == (2 + 1) * 2 * 2
+    bits = bit_serial.instance(BF16, 2, 3)
+    found = Counter(nvrtc.instructions(nvrtc.compile_for(bits, "sm_90")))["BMMA.168256.AND.POPC"]
+    assert found > 0
+    assert found % (2 * 3) == 0  # as often as the compiler unrolls the loop
+    assert not any("BMMA" in name for name in nvrtc.instructions(nvrtc.compile_for(bits, "sm_120")))
 
 
 def test_a_source_has_no_includes() -> None:
     """CuPy's cache does not look into included files, and NVRTC comes without any."""
-    for stem in ("weight_only", "sparse_rows", "calibration"):
+    for stem in ("weight_only", "sparse_rows", "calibration", "int8", "bit_serial"):
         assert "#include" not in _cuda.source(stem)
 
 

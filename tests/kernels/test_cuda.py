@@ -16,7 +16,7 @@ from torch import Tensor
 from compress import operators, prepare
 from compress.calibration.statistics import Hessian
 from compress.evaluate import bench
-from compress.kernels import _cuda, _weights, sparse_rows, weight_only
+from compress.kernels import _cuda, _weights, bit_serial, int8, sparse_rows, weight_only
 from compress.parts.uniform import Uniform
 from compress.quant.gptq import gptq
 from compress.runtime.linear import CompressedLinear
@@ -209,6 +209,28 @@ def test_the_hessian_of_bfloat16(gpu: torch.device) -> None:
     here.add(rows.double().float())
     there.add(rows.to(gpu))
     torch.testing.assert_close(there.matrix().cpu(), here.matrix(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 65])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_activations_of_8_bits(bits: int, tokens: int, gpu: torch.device) -> None:
+    part, x = uniform(80, 1408, bits, 64, zero=True), activations(tokens, 1408, BF16)
+    y = int8.matmul_tiles(x.to(gpu), _weights.prepare(on(part, gpu), 8)).cpu().double()
+    whole, scale = int8.quantize(x)
+    there, their_scale = int8.quantize_kernel(x.to(gpu))
+    assert torch.equal(there.cpu(), whole)
+    assert torch.equal(their_scale.cpu(), scale)
+    expected = whole.double() @ part.dequantize().double().T * scale.double().unsqueeze(1)
+    assert float((y - expected).norm() / expected.norm()) < 3e-3
+
+
+@pytest.mark.parametrize(("weight_bits", "bits"), [(1, 4), (2, 2), (2, 8), (4, 4), (8, 8)])
+@pytest.mark.parametrize("bipolar", [False, True])
+def test_products_of_bits(weight_bits: int, bits: int, bipolar: bool, gpu: torch.device) -> None:
+    part, x = uniform(80, 1024, weight_bits, 256, bipolar=bipolar), activations(9, 1024, BF16)
+    y = bit_serial.matmul_bits(x.to(gpu), bit_serial.prepare(on(part, gpu)), bits, bipolar).cpu().double()
+    expected = bit_serial.rounded(x, bits, bipolar).double() @ part.dequantize().double().T
+    assert float((y - expected).norm() / expected.norm()) < 3e-3
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2, 8])

@@ -11,8 +11,9 @@ from examples.sparse import sparse
 from kernel_parts import Part, kinds
 from torch import Tensor, nn
 
-from compress.kernels import sparse_rows, weight_only
-from compress.runtime.linear import CompressedLinear
+from compress.errors import KernelError
+from compress.kernels import int8, sparse_rows, weight_only
+from compress.runtime.linear import CompressedLinear, round_activations
 from compress.weight import CompressedWeight
 
 PARTS = {name: part for name, part in kinds().items() if name in ("4 bits", "3 bits, zeros", "4 bits, scattered", "nf4")}
@@ -101,3 +102,33 @@ def test_float32_and_gradients_go_to_the_reference() -> None:
     linear.lay_out()
     x = torch.randn(2, 192)
     torch.testing.assert_close(linear(x), x @ linear.compressed().dequantize().T + linear.bias, rtol=1e-5, atol=1e-4)
+
+
+def test_activations_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel as by the reference: x is rounded per token, and the rest is exact up to the result's rounding."""
+    model = nn.ModuleList(linear_of(part) for part in PARTS.values())
+    tables = 1
+    assert round_activations(model, 8) == len(PARTS) - tables
+    x = torch.randn(5, 192, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    for name, linear in zip(PARTS, model, strict=True):
+        assert isinstance(linear, CompressedLinear)
+        seen = int8.rounded(x.float()).double() if name != "nf4" else x.double()
+        whole = linear.compressed().dequantize().double()
+        expected = seen @ whole.T + linear.bias.double()
+        by_reference = linear(x.float()).double()
+        assert float((by_reference - expected).norm() / expected.norm()) < 1e-5
+        if name == "nf4":
+            continue
+        host_cuda.Host().install(monkeypatch)
+        linear.lay_out()
+        assert linear._tiles is not None
+        assert linear._tiles.field == 8
+        monkeypatch.setattr(int8, "product", int8.matmul_tiles)
+        y = linear._product(x).double()
+        outliers = (x.double() - seen) @ sparse(48, 192, 0.05).dequantize().double().T  # see x as it is
+        assert float((y - expected - outliers).norm() / expected.norm()) < 3e-3
+        assert torch.equal(linear.compressed().dequantize().double(), whole)
+    round_activations(model, 16)
+    assert not any(linear._tiles for linear in model)  # type: ignore[union-attr]
+    with pytest.raises(KernelError, match="4 bits"):
+        round_activations(model, 4)
