@@ -13,6 +13,7 @@ from compress._version import __version__
 from compress.commands.evaluate import evaluate_command
 from compress.commands.look import inspect, methods, recipes, verify
 from compress.commands.plan import plan_command
+from compress.commands.push import push
 from compress.commands.quantize import quantize, run
 from compress.commands.rehearse import rehearse
 from compress.errors import CompressError
@@ -69,6 +70,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "eval": evaluate_command,
     "verify": verify,
+    "push": push,
     "methods": methods,
     "recipes": recipes,
 }

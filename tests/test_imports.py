@@ -77,7 +77,8 @@ TABLE: dict[str, Row] = {
     # What a run leaves for people.
     "report": Row("files errors"),
     "charts": Row("report errors"),
-    "facts": Row("charts report recipe_data files errors", "yaml"),
+    "published": Row("recipe_data", "yaml"),
+    "facts": Row("charts report published recipe_data files errors", "yaml"),
     "card": Row("facts charts report files errors", "jinja2 yaml"),
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
     "job": Row("files errors"),
@@ -123,17 +124,18 @@ TABLE: dict[str, Row] = {
     "evaluate.independent": Row("errors", "numpy"),
     "evaluate.speed": Row("errors", "torch", lazy_third="transformers"),
     "evaluate.*": Row(
-        "evaluate.* prepare packed calibration.* checkpoint container recipe_data memory files errors",
+        "evaluate.* prepare packed calibration.* checkpoint container published recipe_data memory files errors",
         "torch",
         "card",
         "lm_eval transformers",
     ),
     "inspection": Row("evaluate.quality calibration.families packed checkpoint errors"),
     "run": Row(
-        "pipeline seal job prepare estimate card report recipe packed calibration.skeleton evaluate.* distributed memory files "
-        "_version errors",
-        "torch",
+        "pipeline seal job prepare estimate card published report recipe packed calibration.skeleton evaluate.* distributed "
+        "memory files _version errors",
+        "torch yaml",
     ),
+    "push": Row("published files errors", lazy_third="huggingface_hub"),
     "rehearsal": Row(
         "run pipeline estimate prepare recipe recipe_data calibration.families checkpoint container files errors",
         "torch",
