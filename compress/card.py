@@ -25,10 +25,10 @@ def front_matter(c: Checkpoint) -> dict[str, Any]:
     """What the Hub reads of a card."""
     values: dict[str, Any] = {}
     if c.base.hub is not None:
-        values = {"base_model": c.base.hub, "base_model_relation": "quantized"}
+        pruned = bool(c.rows) and all(row.method.startswith("prune/") for row in c.rows)
+        values = {"base_model": c.base.hub, "base_model_relation": "pruned" if pruned else "quantized"}
     values |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if c.summary.get("license"):
-        values["license"] = str(c.summary["license"])
+    values |= c.summary.get("card", {})
     if c.calibration is not None and c.calibration.hub is not None:
         values["datasets"] = [c.calibration.hub]
     kinds = [*(["pruned"] if c.sparsity is not None else []), *(["quantized"] if c.widths or c.sparsity is None else [])]

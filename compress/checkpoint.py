@@ -44,7 +44,7 @@ _CARRIED = (
     "NOTICE*",
     "additional_chat_templates/*",
 )
-_REWRITTEN = ("config.json", "*.index.json", "README.md", "summary.json", "report.*")
+_REWRITTEN = ("config.json", "*.index.json", "README.md", "summary.json", "evaluation.json", "report.*", ".*")
 
 
 @dataclass(frozen=True)

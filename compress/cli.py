@@ -16,6 +16,7 @@ from compress.commands.export import convert, export
 from compress.commands.look import inspect, methods, recipes, verify
 from compress.commands.plan import plan_command
 from compress.commands.prune import prune
+from compress.commands.push import push
 from compress.commands.quantize import quantize, run
 from compress.commands.rehearse import rehearse
 from compress.errors import CompressError
@@ -76,6 +77,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate_command,
     "bench": bench_command,
     "verify": verify,
+    "push": push,
     "methods": methods,
     "recipes": recipes,
 }

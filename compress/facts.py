@@ -12,7 +12,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,15 +20,10 @@ import yaml
 
 from compress import charts
 from compress.files import duration, human_bytes
-from compress.recipe_data import PRESETS, SUFFIXES, Data
+from compress.published import base_model, cleaned_recipe, data_name, is_hub_id
+from compress.recipe_data import PRESETS, Data
 from compress.report import SiteRow, bits_per_weight, read_rows
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# Where the Hub's client keeps a model.
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]+)[/\\]?$")
-_LOCAL = ("/", "~", "./", "../", ".\\", "..\\", "\\\\", "file:")
-# An absolute path in the middle of a text.
-_WITHIN = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+-]+){2,}[/\\]?")
 # What an evaluation may leave out.
 _OPTIONAL = (
     "original",
@@ -190,52 +185,19 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _evaluation(path: Path) -> dict[str, Any]:
     values = dict.fromkeys(_OPTIONAL) | _json(path)
-    return values | {"data": _data_name(str(values["data"]))}
-
-
-def _is_path(text: str) -> bool:
-    return text.startswith(_LOCAL) or re.match(r"[A-Za-z]:[\\/]", text) is not None
-
-
-def _data_name(name: str) -> str:
-    """A preset or a Hub id as it is, a file without its folders."""
-    return _last(name) if _is_path(name) or PureWindowsPath(name).suffix.lower() in SUFFIXES else name
-
-
-def _last(text: str) -> str:
-    return PureWindowsPath(text).name or "model"  # splits at both kinds of slash
-
-
-def _public(value: Any) -> Any:
-    """Plain values with every absolute path cut to its last name, within longer texts too."""
-    if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_public(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    whole = _is_path(value) and "\n" not in value
-    return _last(value) if whole else _WITHIN.sub(lambda found: _last(found[0]), value)
+    return values | {"data": data_name(str(values["data"]))}
 
 
 def _recipe(text: str) -> str:
     """A recipe with nothing left out but the folders of local files."""
-    values = yaml.safe_load(text)
-    data = values.get("data")
-    if isinstance(data, dict) and isinstance(data.get("name"), str):
-        data["name"] = _data_name(data["name"])
-    return yaml.safe_dump(_public(values), sort_keys=False, allow_unicode=True, width=100)
+    values = cleaned_recipe(yaml.safe_load(text))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _base(name: Any, revision: Any) -> Base:
     """A name that came with a revision was fetched from the Hub; a folder has none, even where its path looks like an id."""
-    text = str(name or "model")
-    if cached := _CACHED.search(text):
-        hub = f"{cached[1]}/{cached[2]}"
-        return Base(hub, hub, cached[3])
-    if revision and not _is_path(text) and _HUB_ID.fullmatch(text):
-        return Base(text, text, str(revision))
-    return Base(_last(text), None, None)
+    shown, found = base_model(str(name or "model"), str(revision) if revision else None)
+    return Base(shown, shown if found else None, found)
 
 
 def _calibration(identity: dict[str, Any], rows: Sequence[SiteRow]) -> Calibration | None:
@@ -243,8 +205,8 @@ def _calibration(identity: dict[str, Any], rows: Sequence[SiteRow]) -> Calibrati
     if data is None or all(row.tokens is None for row in rows):
         return None
     name = str(data["name"])
-    shown = _data_name(name)
-    hub = PRESETS[name].path if name in PRESETS else name if Data(name=name).suffix is None and _HUB_ID.fullmatch(shown) else None
+    shown = data_name(name)
+    hub = PRESETS[name].path if name in PRESETS else name if Data(name=name).suffix is None and is_hub_id(shown) else None
     return Calibration(shown, hub, data["samples"], data["length"], data["seed"], identity["calibration"])
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
-from compress import card, distributed, memory, packed, report, seal
+from compress import card, distributed, memory, packed, published, report, seal
 from compress import recipe as recipes
 from compress._version import __version__
 from compress.calibration.skeleton import Skeleton
@@ -55,7 +56,7 @@ def run(
     device = distributed.start(plan.device)
     mine = identity(plan, ids)
     if (before := seal.finished(out)) is not None:
-        differ(flatten(before["identity"]), flatten(mine), str(out))
+        differ(flatten(before["identity"]), flatten(_shown(mine)), str(out))
         if distributed.rank() == 0 and not keep_job:
             remove_leftover(job_folder or _job_of(out), mine)
         return Summary(out, before, report.read_rows(out / "report.jsonl"), resumed=True)
@@ -114,6 +115,7 @@ def finish(
     seal.carry(plan.source, folder)
     rows = rows_of(job)
     report.write_rows(folder / "report.jsonl", rows)
+    text = yaml.safe_dump(published.cleaned_recipe(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
     write_text(folder / "recipe.yaml", text)
     seal.write_config(folder, plan.source.config, packed.write_table(specs, guard))
     listen(blocks, blocks, "checking", 0.0)
@@ -125,12 +127,14 @@ def finish(
     listen(blocks, blocks, "loading anew", 0.0)
     limit = verify.TOLERANCE[check["dtype"]]
     loaded = reload.check(ask, folder, check["ids"], check["losses"], check["dtype"], plan.device.type, after, limit)
+    name, revision = published.base_model(plan.source.name, plan.source.revision)
     values = {
         "tool": "compress",
         "version": __version__,
-        "base_model": plan.source.name,
-        "base_revision": plan.source.revision,
-        "identity": mine,
+        "base_model": name,
+        "base_revision": revision,
+        "card": published.card_of(plan.source.folder),
+        "identity": _shown(mine),
         "weights": plan.source.numel,
         "bytes_before": plan.source.nbytes,
         "bytes_after": after,
@@ -140,6 +144,7 @@ def finish(
         "fallbacks": sum(row.fallback is not None for row in rows),
         "seconds": time.time() - started,
         "peak_memory": memory.peak(),
+        "hardware": memory.machine() + ("" if plan.device.type != "cuda" else f", {torch.cuda.get_device_name(plan.device)}"),
         "predicted": predicted,
         "compute_seconds": sum(record.seconds for record in job.records),
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -149,9 +154,16 @@ def finish(
         "files": verify.checksums(folder),
     }
     write_json(folder / seal.SUMMARY, values)
+    if plan.source.revision is None:
+        write_json(folder / published.LOCAL, {"base_model": str(plan.source.folder)})
     card.write(folder)
     seal.publish(folder, out)
     return Summary(out, values, rows)
+
+
+def _shown(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity as others may read it: a recipe names files without their folders."""
+    return {**identity, "recipe": published.cleaned_recipe(identity["recipe"])}
 
 
 def _check(folder: Path, plan: Plan, ids: Tensor, last: Tensor) -> dict[str, Any]:

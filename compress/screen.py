@@ -447,6 +447,18 @@ def show_exports(made: list[dict[str, Any]]) -> None:
         out.print(f"scales in {', '.join(found['scale_dtypes'])}; all values read back as they were")
 
 
+def show_push(found: dict[str, Any]) -> None:
+    """Print what was, or would be, published."""
+    out = _out()
+    where = f"{found['repository']} ({'private' if found['private'] else 'public'})"
+    table = _table(where if found["url"] else f"would go to {where}", "file", "size")
+    for name, size in found["files"].items():
+        table.add_row(name, human_bytes(size))
+    out.print(table)
+    out.print(f"{len(found['files'])} files, {human_bytes(found['bytes'])}")
+    out.print(f"published  {found['url']}" if found["url"] else "nothing was sent", soft_wrap=True)
+
+
 def show_rehearsal(found: dict[str, Any]) -> None:
     """Print what was tried, and what would fail."""
     out = _out()

@@ -170,7 +170,7 @@ def change_config(folder: Path, **values: Any) -> None:
 def test_front_matter_of_a_hub_model(tmp_path: Path) -> None:
     data = {"name": "c4", "samples": 32, "length": 128, "seed": 0}
     folder = checkpoint(
-        tmp_path / "out", dense(), data, base_model="org/tiny-llama", base_revision="abc123", license="apache-2.0"
+        tmp_path / "out", dense(), data, base_model="org/tiny-llama", base_revision="abc123", card={"license": "apache-2.0"}
     )
     text, page = made(folder)
     values = ModelCard.load(folder / "README.md").data.to_dict()

@@ -89,7 +89,8 @@ TABLE: dict[str, Row] = {
     "report": Row("files errors"),
     "charts": Row("report errors"),
     "same_size": Row("report parts.uniform"),
-    "facts": Row("charts report recipe_data files errors", "yaml"),
+    "published": Row("recipe_data", "yaml"),
+    "facts": Row("charts report published recipe_data files errors", "yaml"),
     "card": Row("facts charts report files errors", "jinja2 yaml"),
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
     "job": Row("files errors"),
@@ -145,7 +146,7 @@ TABLE: dict[str, Row] = {
         "evaluate.quality evaluate.speed runtime.linear kernels.weight_only parts.uniform foreign packed weight errors", "torch"
     ),
     "evaluate.*": Row(
-        "evaluate.* prepare packed foreign calibration.* checkpoint container recipe_data memory files errors",
+        "evaluate.* prepare packed foreign calibration.* checkpoint container published recipe_data memory files errors",
         "torch",
         "card",
         "lm_eval transformers",
@@ -159,10 +160,11 @@ TABLE: dict[str, Row] = {
         "gguf_file registry foreign packed seal calibration.families checkpoint container files _version errors", "torch"
     ),
     "run": Row(
-        "pipeline seal job prepare estimate card report recipe packed calibration.skeleton evaluate.* distributed memory files "
-        "_version errors",
-        "torch",
+        "pipeline seal job prepare estimate card published report recipe packed calibration.skeleton evaluate.* distributed "
+        "memory files _version errors",
+        "torch yaml",
     ),
+    "push": Row("published files errors", lazy_third="huggingface_hub"),
     "rehearsal": Row(
         "run pipeline estimate prepare recipe recipe_data calibration.families checkpoint container files errors",
         "torch",

@@ -29,6 +29,7 @@ from compress.files import write_json
 from compress.foreign import open_any
 from compress.packed import PackedSource
 from compress.prepare import DTYPES, pick_device
+from compress.published import LOCAL, cleaned, data_name
 from compress.recipe_data import Data
 
 FILE = "evaluation.json"
@@ -77,8 +78,8 @@ def stored_bytes(source: Source) -> int:
 
 
 def base_of(model: str) -> str | None:
-    """Return the model that a compressed checkpoint names as the one it was made from, if it can be opened."""
-    path = Path(model) / "summary.json"
+    """Return the folder that a compressed checkpoint was made from, if it was made on this machine and the folder is there."""
+    path = Path(model) / LOCAL
     if not path.is_file():
         return None
     base = json.loads(path.read_text(encoding="utf-8")).get("base_model")
@@ -202,5 +203,6 @@ def save(folder: Path, result: Quality) -> None:
 
     if not (folder / "summary.json").is_file():
         raise OutputError(f"{folder}: not a checkpoint that compress wrote; a result can only be saved into one")
-    write_json(folder / FILE, {**result.plain(), "measured": time.strftime("%Y-%m-%d")})
+    values = {**cleaned(result.plain()), "data": data_name(result.data), "measured": time.strftime("%Y-%m-%d")}
+    write_json(folder / FILE, values)
     card.write(folder)

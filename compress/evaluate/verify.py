@@ -18,11 +18,12 @@ from compress.evaluate.streamed import last_hidden, token_losses
 from compress.files import sha256
 from compress.packed import PackedSource
 from compress.prepare import DTYPES, pick_device
+from compress.published import LOCAL
 
 # The recorded losses (nats) come from the same arithmetic; another CPU or a GPU adds up in another order.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 # Written after the checksums, or anew by an evaluation, or only for this machine.
-_UNCHECKED = ("summary.json", "evaluation.json", "README.md", "report.html", ".local.json")
+_UNCHECKED = ("summary.json", "evaluation.json", "README.md", "report.html", LOCAL)
 _SHOWN = 8  # problems in a message
 Listen = Callable[[int, int, str, float], None]
 

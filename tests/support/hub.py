@@ -129,7 +129,7 @@ def hub() -> Iterator[Hub]:
                 if repo in state.files:
                     self.json({"url": f"{state.address}/{repo}", "error": "exists"}, 409)
                     return
-                state.files[repo], state.private[repo] = {}, bool(values.get("private"))
+                state.files[repo], state.private[repo] = {}, bool(values.get("private")) or values.get("visibility") == "private"
                 self.json({"url": f"{state.address}/{repo}", "id": repo})
             elif path == "/api/validate-yaml":
                 self.json({"errors": [], "warnings": []})
