@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def test_a_run_that_fails_leaves_no_process() -> None:
         assert callable(ask)
     with pytest.raises(ValueError, match="closed file"):
         ask({})
+
+
+@pytest.mark.fresh_process
+def test_files_of_the_working_directory_are_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json", "compress", "numpy", "tqdm"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('taken from the working directory')\n")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with reload.fresh_process() as ask:
+        answer = ask({"folder": str(tmp_path / "nothing"), "ids": [1], "dtype": "float32", "device": "cpu"})
+    assert "nothing" in answer["error"]
+    assert "working directory" not in answer["error"]
 
 
 def test_available_memory_is_plausible() -> None:
