@@ -15,6 +15,7 @@ from compress.commands.look import inspect, methods, recipes, verify
 from compress.commands.plan import plan_command
 from compress.commands.prune import prune
 from compress.commands.quantize import quantize, run
+from compress.commands.sweep import sweep_command
 from compress.errors import CompressError
 
 EXIT_CODES = """Exit codes: 0 done; 1 a bug; 2 wrong command line or recipe; 3 a checkpoint that cannot be read;
@@ -66,6 +67,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "prune": prune,
     "run": run,
     "plan": plan_command,
+    "sweep": sweep_command,
     "inspect": inspect,
     "eval": evaluate_command,
     "verify": verify,
