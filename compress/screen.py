@@ -369,6 +369,7 @@ def describe_methods() -> dict[str, Any]:
         found[path] = {
             "about": module.strip().splitlines()[0],
             "needs": [kind.__name__ for kind in method.needs],
+            "needs_by_default": [kind.__name__ for kind in method().needs],
             "options": options,
         }
     return found
@@ -379,6 +380,8 @@ def show_methods(found: dict[str, Any]) -> None:
     out = _out()
     for path, method in found.items():
         needs = f" (needs calibration: {', '.join(method['needs'])})" if method["needs"] else " (needs no data)"
+        if method["needs"] and not method["needs_by_default"]:
+            needs = f" (needs no data; some options need calibration: {', '.join(method['needs'])})"
         out.print(f"[bold]{path}[/bold]{needs}\n  {method['about']}")
         for name, option in method["options"].items():
             choices = f", one of {', '.join(map(str, option['choices']))}" if option["choices"] else ""
