@@ -37,6 +37,7 @@ _PRUNERS: dict[str, tuple[str, Options]] = {
     "magnitude": ("prune/magnitude", {}),
     "ria": ("prune/ria", {}),
     "wanda": ("prune/wanda", {}),
+    "wanda matrix": ("prune/wanda", {"within": "matrix"}),
     "wanda+swaps+update": ("prune/wanda", {"swaps": 20, "update": True}),
     "sparsegpt": ("prune/sparsegpt", {}),
     "sparsegpt+update": ("prune/sparsegpt", {"update": True}),

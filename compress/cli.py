@@ -19,6 +19,7 @@ from compress.commands.prune import prune
 from compress.commands.push import push
 from compress.commands.quantize import quantize, run
 from compress.commands.rehearse import rehearse
+from compress.commands.sweep import sweep_command
 from compress.errors import CompressError
 
 EXIT_CODES = """Exit codes: 0 done; 1 a bug; 2 wrong command line or recipe; 3 a checkpoint that cannot be read;
@@ -73,6 +74,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "rehearse": rehearse,
     "export": export,
     "convert": convert,
+    "sweep": sweep_command,
     "inspect": inspect,
     "eval": evaluate_command,
     "bench": bench_command,

@@ -28,7 +28,8 @@ from compress.folding import fold
 from compress.plan._problem import Choice, Problem
 from compress.prepare import Plan
 from compress.recipe import Recipe
-from compress.sensitivity import Listen, Sensitivity, check, measure, sites_of
+from compress.sensitivity import Sensitivity, check, measure, sites_of
+from compress.streams import Listen
 
 VERSION = 1  # of what a sensitivity file means
 _FRONT = 12  # points of the front

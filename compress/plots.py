@@ -1,11 +1,16 @@
-"""Plots of a plan, by matplotlib: which weight gets how many bits, and divergence against size."""
+"""Plots of plans and sweeps, by matplotlib: which weight gets how many bits, and what is lost against size or setting."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.errors import OutputError, RecipeError
 from compress.planning import Planned
+from compress.sweep import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _KINDS = 24  # rows of the upper plot, at most
 
@@ -52,6 +57,38 @@ def plot(planned: Planned, path: Path) -> None:
     lower.set_ylabel("KL to the original, nats")
     lower.grid(True, which="both", alpha=0.3)
     lower.legend()
+    _save(figure, path)
+
+
+def curve(found: Curve, path: Path) -> None:
+    """Write perplexity and divergence by setting into one file of the kind of its name. Raises RecipeError, OutputError."""
+    from matplotlib.backends import backend_svg  # noqa: F401
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    x = [p.setting if isinstance(p.setting, float | int) else k for k, p in enumerate(found.points)]
+    upper.plot(x, [p.perplexity for p in found.points], "o-", label=found.method)
+    upper.axhline(found.perplexity, color="black", linewidth=1, label="original")
+    if found.knee is not None:
+        upper.axvline(found.knee, color="gray", linestyle=":", label=f"knee at {found.knee:.3g}")
+    upper.set_yscale("log")
+    upper.set_ylabel("perplexity")
+    upper.set_title(f"{found.model}: {found.method} over {found.option}")
+    upper.legend()
+    errors = [p.kl_standard_error or 0.0 for p in found.points]
+    lower.errorbar(x, [p.kl for p in found.points], yerr=errors, fmt="o-")
+    lower.set_yscale("symlog", linthresh=1e-4)
+    lower.set_ylabel("KL to the original, nats")
+    lower.set_xlabel(found.option)
+    if not all(isinstance(p.setting, float | int) for p in found.points):
+        lower.set_xticks(x, [str(p.setting) for p in found.points])
+    for axes in (upper, lower):
+        axes.grid(True, which="both", alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path)
     except ValueError as error:

@@ -253,6 +253,30 @@ def show_planned(found: dict[str, Any]) -> None:
         out.print(f"plot         {found['plot'] or 'none: matplotlib is not installed'}", soft_wrap=True)
 
 
+def show_curve(found: dict[str, Any]) -> None:
+    """Print a sweep."""
+    out = _out()
+    title = f"{found['model']} by {found['method']}: {found['windows']} windows of {found['length']} tokens"
+    table = _table(title, found["option"], "removed", "bits", "KL", "perplexity", "of the original's")
+    for p in found["points"]:
+        table.add_row(
+            f"{p['setting']:g}" if isinstance(p["setting"], float | int) else p["setting"],
+            f"{p['sparsity']:.2%}",
+            f"{p['bits_per_weight']:.3f}",
+            _measured((p["kl"], p["kl_standard_error"])),
+            f"{p['perplexity']:.3f}",
+            f"{p['perplexity'] / found['perplexity']:.3f}",
+        )
+    out.print(table)
+    out.print(f"original   perplexity {found['perplexity']:.3f}")
+    within = found["within_1_percent"]
+    out.print(f"within 1 % {'none of these' if within is None else within}")
+    if found["knee"] is not None:
+        out.print(f"knee       {found['knee']:.3g}")
+    if found["plot"]:
+        out.print(f"plot       {found['plot']}", soft_wrap=True)
+
+
 def _measured(seen: tuple[float, float | None] | None) -> str:
     if seen is None:
         return ""
@@ -492,6 +516,7 @@ def describe_methods() -> dict[str, Any]:
         found[path] = {
             "about": module.strip().splitlines()[0],
             "needs": [kind.__name__ for kind in method.needs],
+            "needs_by_default": [kind.__name__ for kind in method().needs],
             "options": options,
         }
     return found
@@ -502,6 +527,8 @@ def show_methods(found: dict[str, Any]) -> None:
     out = _out()
     for path, method in found.items():
         needs = f" (needs calibration: {', '.join(method['needs'])})" if method["needs"] else " (needs no data)"
+        if method["needs"] and not method["needs_by_default"]:
+            needs = f" (needs no data; some options need calibration: {', '.join(method['needs'])})"
         out.print(f"[bold]{path}[/bold]{needs}\n  {method['about']}")
         for name, option in method["options"].items():
             choices = f", one of {', '.join(map(str, option['choices']))}" if option["choices"] else ""

@@ -29,7 +29,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -37,15 +37,15 @@ import torch
 from torch import Tensor
 
 from compress import memory
-from compress.block import choose, compress_block, observed
+from compress.block import choose, observed
 from compress.calibration.families import Site
-from compress.calibration.observe import batches
 from compress.calibration.skeleton import Skeleton
 from compress.calibration.statistics import Hessian, Statistics
 from compress.candidates import Candidate
 from compress.errors import CalibrationError
 from compress.prepare import Plan
 from compress.recipe import Assignment
+from compress.streams import Listen, Stream, divergence, mean, walk
 
 GRADIENT_TOKENS = 8192  # that go backwards
 PROBE_TOKENS = 8192  # of windows that references are measured on
@@ -54,7 +54,6 @@ REFERENCES = 4
 REFERENCE_STEP = 0.75  # bits per weight between two references, at least
 BACKWARD_TOKENS = 2048  # that pass through a block at a time with their graph
 EXPERT_TOKENS = 64  # weight of the other experts' mean gradient
-Listen = Callable[[int, int, str, float], None]
 
 
 @dataclass(frozen=True)
@@ -138,37 +137,6 @@ class _Asked:
     rows_independent: ClassVar[bool] = True
 
 
-class _Stream:
-    """Hidden states of some windows on the way through the blocks."""
-
-    def __init__(self, skeleton: Skeleton, ids: Tensor, tokens: int) -> None:
-        self.skeleton, self.ids = skeleton, ids
-        self.cuts = [slice(c.start, c.stop) for c in batches(ids.shape[0], ids.shape[1], tokens)]
-        self.hidden = [skeleton.embed(ids[cut]).cpu() for cut in self.cuts]
-
-    def outputs(self, block: int) -> Iterator[Tensor]:
-        """What a filled block makes of them."""
-        for batch in self.hidden:
-            yield self.skeleton.forward(block, batch.to(self.skeleton.device))
-
-    def advance(self, block: int) -> None:
-        """Replace them by the block's outputs."""
-        self.hidden = [output.cpu() for output in self.outputs(block)]
-
-    def branch(self) -> _Stream:
-        """The same states, to go another way."""
-        other = object.__new__(_Stream)
-        other.__dict__.update(self.__dict__, hidden=list(self.hidden))
-        return other
-
-    def logs(self) -> Iterator[Tensor]:
-        """Log probabilities (length - 1, vocabulary) of each window; needs `outer`."""
-        for cut, batch in zip(self.cuts, self.hidden, strict=True):
-            for ids, hidden in zip(self.ids[cut], batch, strict=True):
-                logits = self.skeleton.logits(ids[None], hidden[None].to(self.skeleton.device))
-                yield logits[0, :-1].float().log_softmax(-1)
-
-
 def split(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Windows for the statistics, and the last ones, which references are measured on."""
     windows, length = ids.shape
@@ -221,9 +189,9 @@ class Measurement:
         fit, self.probe_ids = split(ids)
         self.gradient_ids = fit[: max(GRADIENT_TOKENS // ids.shape[1], 1)]
         with self.skeleton.outer():
-            self.fit = _Stream(self.skeleton, fit, plan.recipe.batch_tokens)
-            self.gradient = _Stream(self.skeleton, self.gradient_ids, BACKWARD_TOKENS)
-            self.probe = _Stream(self.skeleton, self.probe_ids, plan.recipe.batch_tokens)
+            self.fit = Stream(self.skeleton, fit, plan.recipe.batch_tokens)
+            self.gradient = Stream(self.skeleton, self.gradient_ids, BACKWARD_TOKENS)
+            self.probe = Stream(self.skeleton, self.probe_ids, plan.recipe.batch_tokens)
             self.skeleton.embed(ids[:1])  # windows go to the head one by one
         self.branches = {c: self.probe.branch() for c in self.references}
         self.kept: list[list[Tensor]] = []  # inputs of each block, for the way back
@@ -240,8 +208,8 @@ class Measurement:
             gradients = self._backward(block, gradients)
         costs = self._costs()
         found = []
-        for c, (mean, error) in measured.items():
-            found.append(Reference(c, sum(row.kl[c] or 0.0 for row in costs), mean, error))
+        for c, (kl, error) in measured.items():
+            found.append(Reference(c, sum(row.kl[c] or 0.0 for row in costs), kl, error))
         exact = all(
             c.build.stored_bits(s.shape) is not None
             for s in self.sites
@@ -327,8 +295,8 @@ class Measurement:
         with self.skeleton.outer():
             for p, *others in zip(self.probe.logs(), *(self.branches[c].logs() for c in self.references), strict=True):
                 for c, q in zip(self.references, others, strict=True):
-                    found[c].append(_divergence(p, q))
-        return {c: _mean(values) for c, values in found.items()}
+                    found[c].append(divergence(p, q))
+        return {c: mean(values) for c, values in found.items()}
 
     def _labels(self) -> list[Tensor]:
         """Gradients of -log p(y) at the last block's output, y drawn from the model's own distribution."""
@@ -407,17 +375,6 @@ class Measurement:
         return rows
 
 
-def _divergence(p: Tensor, q: Tensor) -> float:
-    """Mean KL of log probabilities (positions, vocabulary), nats."""
-    return float((p.exp() * (p - q)).sum(-1).double().mean())
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error."""
-    kl = torch.tensor(values, dtype=torch.float64)
-    return float(kl.mean()), float(kl.std() / len(kl) ** 0.5) if len(kl) > 1 else None
-
-
 def above_deviation(weights: Sequence[Tensor]) -> float:
     """Share of all values of these tensors that lie more than one standard deviation above their mean."""
     count = sum(w.numel() for w in weights)
@@ -439,38 +396,16 @@ def check(plan: Plan, ids: Tensor, methods: Mapping[str, Candidate], room: int, 
     skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
     fit_ids, probe_ids = split(ids)
     with skeleton.outer():
-        fit = _Stream(skeleton, fit_ids, plan.recipe.batch_tokens)
-        original = _Stream(skeleton, probe_ids, plan.recipe.batch_tokens)
+        fit = Stream(skeleton, fit_ids, plan.recipe.batch_tokens)
+        original = Stream(skeleton, probe_ids, plan.recipe.batch_tokens)
         skeleton.embed(ids[:1])
     planned = original.branch()
     steps = {c.label: number for number, c in enumerate(methods.values())}
-    work: dict[int, list[Assignment]] = {}
+    work = []
     for a in plan.assignments:
         if a.site.block is not None:
             mine = methods[a.site.name]
-            work.setdefault(a.site.block, []).append(Assignment(a.site, steps[mine.label], mine.build, None, a.min_tokens))
-    blocks = len(skeleton.blocks)
-    for block in range(blocks):
-        listen(block, blocks, "loading", 0.0)
-        skeleton.load(block)
-        original.advance(block)
-        decoded = {}
-
-        def observe(block: int = block) -> None:
-            for _ in fit.outputs(block):
-                pass
-
-        def say(step: str, share: float, block: int = block) -> None:
-            listen(block, blocks, step, share)
-
-        for name, (weight, _) in compress_block(skeleton, work.get(block, []), observe, room, say):
-            decoded[name] = weight.dequantize()
-        for a in work.get(block, []):
-            skeleton.put(a.site, decoded[a.site.name])
-        listen(block, blocks, "running", 0.0)
-        fit.advance(block)
-        planned.advance(block)
-        skeleton.release(block)
-        memory.give_back()
+            work.append(Assignment(a.site, steps[mine.label], mine.build, None, a.min_tokens))
+    walk(skeleton, work, fit, planned, original, room, listen)
     with skeleton.outer():
-        return _mean([_divergence(p, q) for p, q in zip(original.logs(), planned.logs(), strict=True)])
+        return mean([divergence(p, q) for p, q in zip(original.logs(), planned.logs(), strict=True)])

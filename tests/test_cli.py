@@ -769,6 +769,7 @@ def test_methods(run: Run) -> None:
     assert set(found) >= {"quant/gptq", "quant/rtn"}
     assert found["quant/gptq"]["needs"] == ["Hessian"]
     assert found["quant/rtn"]["needs"] == []
+    assert (found["prune/magnitude"]["needs"], found["prune/magnitude"]["needs_by_default"]) == (["Hessian"], [])
     assert found["quant/gptq"]["options"]["bits"]["default"] == 4
     assert all(method["about"] for method in found.values())
     text = run("methods").out

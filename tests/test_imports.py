@@ -121,9 +121,9 @@ TABLE: dict[str, Row] = {
     ),
     # Planning: what candidates cost is measured as a run would compress, then a planner decides.
     "candidates": Row("recipe registry calibration.families errors", "yaml pydantic"),
+    "streams": Row("block memory recipe report calibration.observe calibration.skeleton", "torch"),
     "sensitivity": Row(
-        "block candidates prepare recipe calibration.families calibration.observe calibration.skeleton calibration.statistics "
-        "memory errors",
+        "streams block candidates prepare recipe calibration.families calibration.skeleton calibration.statistics memory errors",
         "torch",
     ),
     "folding": Row(),
@@ -132,12 +132,13 @@ TABLE: dict[str, Row] = {
         "torch",
     ),
     "planning": Row(
-        "sensitivity candidates folding plan._* prepare recipe registry calibration.data calibration.families _version "
+        "sensitivity streams candidates folding plan._* prepare recipe registry calibration.data calibration.families _version "
         "files errors",
         "torch numpy yaml",
     ),
+    "sweep": Row("streams candidates prepare recipe report calibration.skeleton files errors", "torch"),
     "shares": Row("planning sensitivity candidates distribution prepare recipe errors"),
-    "plots": Row("planning errors", lazy_third="matplotlib"),
+    "plots": Row("planning sweep errors", lazy_third="matplotlib"),
     "seal": Row("packed calibration.families checkpoint container files errors"),
     # A second reader of the format shares nothing with what writes it.
     "evaluate.independent": Row("errors", "numpy"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from roundtrip import assert_round_trip
-from runs import ids_file, steps
+from runs import compress, digests, ids_file, steps
 
 from compress.evaluate.verify import verify
 from compress.inspection import contents
@@ -44,3 +47,25 @@ def test_a_pruned_model_loads_as_it_was_streamed(options: dict[str, Any], tiny: 
 def test_families_and_experts(family: str, tiny: Any, tmp_path: Path) -> None:
     data = ids_file(tmp_path / "ids.npy")
     assert_round_trip(tiny(family), tmp_path, data, steps("prune/magnitude", pattern="2:4", update=True))
+
+
+def test_a_run_that_is_killed_and_started_again_gives_the_same_bytes(tiny: Any, ids: Path, tmp_path: Path) -> None:
+    """Killed at the middle of what an uninterrupted run writes."""
+    folder = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder.parent), str(folder / "support")])}
+    code = (
+        "import sys; from pathlib import Path; from runs import killed_at, steps; event, model, out, data = sys.argv[1:]\n"
+        "killed_at(int(event), Path(model), Path(out), Path(data), steps('prune/alps', pattern='2:4', bits=3, group_size=16), {})"
+    )
+
+    def run(event: int, out: Path) -> int:
+        command = [sys.executable, "-c", code, str(event), str(tiny("llama")), str(out), str(ids)]
+        return subprocess.run(command, env=environment, check=False).returncode
+
+    assert run(0, tmp_path / "whole") == 0
+    events = int((tmp_path / "whole.events").read_text())
+    out = tmp_path / "killed"
+    assert run(events // 2, out) != 0
+    assert not out.exists()
+    compress(tiny("llama"), out, ids, steps("prune/alps", pattern="2:4", bits=3, group_size=16))
+    assert digests(out) == digests(tmp_path / "whole")
