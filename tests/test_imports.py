@@ -81,7 +81,7 @@ TABLE: dict[str, Row] = {
         "calibration.experts calibration.families calibration.skeleton checkpoint errors", "torch", lazy_third="transformers"
     ),
     # The runtime and the evaluation know the stored form, not how it was made.
-    "runtime.linear": Row("kernels.* packed weight errors", "torch"),
+    "runtime.linear": Row("kernels.* packed parts.mixed weight errors", "torch"),
     "runtime.*": Row(
         "runtime.* calibration.experts calibration.families kernels.* packed container weight errors", "torch transformers"
     ),

@@ -44,7 +44,7 @@ class Tiles:
 def reason(spec: Mapping[str, Any]) -> str | None:
     """Say why the kernels do not take the base of a site of this description, or None if they do."""
     base, columns = spec["base"], spec["shape"][1]
-    if base["format"] not in ("bitpack", "table", "two_level"):
+    if base["format"] not in ("bitpack", "table", "two_level", "mixed"):
         return f"format {base['format']} has no kernel"
     size = base["group_size"]
     if size % STEP and size != columns:

@@ -38,6 +38,8 @@ def reason(spec: Mapping[str, Any]) -> str | None:
     base = spec["base"]
     if base["format"] == "table":
         return "a table's values are no integers"
+    if base["format"] == "mixed":
+        return "groups have codes of different widths"
     if base["group_size"] % 32 and base["group_size"] != spec["shape"][1]:
         return f"groups of {base['group_size']} columns; expected a multiple of 32, or one group per row"
     return None

@@ -48,7 +48,7 @@ template <class T, class D> DEVICE void fill_table(u32* to, const float* table, 
 template <class A, class D, int META, int TOKENS>
 KERNEL(THREADS, TOKENS <= 16 ? 2 : 1)
 wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsigned char* meta, const float* table,
-     const float* row_scale, const u16* bias, const float* addend, u16* y, float* workspace, u32* counters, int tokens, int rows, int columns, s64 stride, int tiles,
+     const float* row_scale, const u16* bias, const float* addend, u16* y, float* whole, float* workspace, u32* counters, int tokens, int rows, int columns, s64 stride, int tiles,
      int row_blocks, int tiles_per_split, int record_bits, int steps_per_group, u32 reciprocal, int stages, int entries) {
   SHARED(shared);
   using T = typename Activation<A>::Out;
@@ -271,6 +271,7 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
     if constexpr (WHOLE) value *= load(x_scale + m);
     if (row_scale) value *= load(row_scale + n);
     if (addend) value += load(addend + at);
+    if (whole) return store(whole + at, value);  // float32 for whoever adds more
     if (bias) value += T::low(load(bias + n));
     store(y + at, u16(T::pack(value, 0.0f) & 0xffffu));
   };

@@ -105,7 +105,7 @@ def _plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> tupl
     return tokens, fitting[0], _shared(tokens, fitting[0], tiles.bits, record, lookup, tiles.field), per_split
 
 
-def _rows(x: Tensor, tiles: Tiles) -> Tensor:
+def rows_of(x: Tensor, tiles: Tiles) -> Tensor:
     """x (..., in) as rows that 16-byte copies can read: in the tiles' order, addresses and strides multiples of 8 numbers."""
     if tiles.field != 16:
         raise KernelError("weights are laid out for activations of bytes; expected fields of 16 bits")
@@ -136,7 +136,7 @@ def matmul_tiles(x: Tensor, tiles: Tiles, addend: Tensor | None = None, bias: Te
 
     Reads W from its codes, however many tokens there are. Raises KernelError.
     """
-    rows = _rows(x, tiles)
+    rows = rows_of(x, tiles)
     count, outputs = len(rows), tiles.shape[0]
     y = torch.empty(count, outputs, dtype=x.dtype, device=x.device)
     check_added(x, outputs, addend, bias)
@@ -145,8 +145,19 @@ def matmul_tiles(x: Tensor, tiles: Tiles, addend: Tensor | None = None, bias: Te
     return y.reshape(*x.shape[:-1], outputs)
 
 
-def launch(rows: Tensor, x_scale: Tensor | None, tiles: Tiles, addend: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
-    """Write the product of rows (tokens, in), aligned to 16 bytes, to y: of 16-bit numbers, or of bytes with a scale per row."""
+def launch(
+    rows: Tensor,
+    x_scale: Tensor | None,
+    tiles: Tiles,
+    addend: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    whole: Tensor | None = None,
+) -> None:
+    """Write the product of rows (tokens, in), aligned to 16 bytes, to y: of 16-bit numbers, or of bytes with a scale per row.
+
+    It goes to `whole` (tokens, out) in float32 instead, without the bias, where there is no y; addend may be the same tensor.
+    """
     shape, device = _shape(tiles), _cuda.device(rows.device.index or 0)
     tokens, stages, shared, per_split = _plan(len(rows), tiles, shape, device)
     splits, panels, batches = -(-shape.tiles // per_split), -(-shape.row_blocks // _BLOCKS), -(-len(rows) // tokens)
@@ -154,19 +165,13 @@ def launch(rows: Tensor, x_scale: Tensor | None, tiles: Tiles, addend: Tensor | 
     if splits > 1:
         workspace = torch.empty(batches * panels * splits * _ROWS * tokens, dtype=torch.float32, device=rows.device)
         counters = _cuda.counters(batches * panels, rows.device)
-    kernel = instance("wqmm", y.dtype, tiles.bits, tiles.kind, tiles.table is not None, tokens, tiles.field == 8)
+    assert (y is None) != (whole is None)
+    kernel = instance(
+        "wqmm", rows.dtype if y is None else y.dtype, tiles.bits, tiles.kind, tiles.table is not None, tokens, tiles.field == 8
+    )
     arguments: list[_cuda.Argument] = [rows, x_scale, tiles.codes, tiles.meta, tiles.table, tiles.row_scale, bias, addend, y]
-    arguments += [
-        workspace,
-        counters,
-        len(rows),
-        tiles.shape[0],
-        rows.shape[1],
-        np.int64(rows.stride(0)),
-        shape.tiles,
-        shape.row_blocks,
-    ]
-    arguments += [per_split, shape.record_bits, shape.steps, shape.reciprocal, stages, shape.entries]
+    arguments += [whole, workspace, counters, len(rows), tiles.shape[0], rows.shape[1], np.int64(rows.stride(0)), shape.tiles]
+    arguments += [shape.row_blocks, per_split, shape.record_bits, shape.steps, shape.reciprocal, stages, shape.entries]
     _cuda.launch(kernel, (panels, splits, batches), arguments, shared, rows.device)
 
 
@@ -202,7 +207,7 @@ def dequantize_rows(tiles: Tiles, dtype: torch.dtype, start: int, stop: int) -> 
 
 def matmul_dense(x: Tensor, tiles: Tiles) -> Tensor:
     """x (..., in) times W^T by decoding some rows of W at a time -> (..., out)."""
-    rows = _rows(x, tiles)[:, : tiles.shape[1]]
+    rows = rows_of(x, tiles)[:, : tiles.shape[1]]
     step = max(_DENSE // tiles.shape[1] // _tiles.ROWS, 1) * _tiles.ROWS
     outputs = []
     for start in range(0, tiles.shape[0], step):

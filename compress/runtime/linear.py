@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from compress import packed
 from compress.errors import KernelError
-from compress.kernels import _cuda, _weights, int4_cpu, int8, sparse_rows, torch_reference, weight_only
+from compress.kernels import _cuda, _weights, int4_cpu, int8, mixed, sparse_rows, torch_reference, weight_only
+from compress.parts.mixed import Mixed
 from compress.weight import CompressedWeight
 
 
@@ -34,7 +35,7 @@ class CompressedLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0, device=device), persistent=False)
         self.bias = bias
         self._int4: tuple[Tensor, Tensor] | None = None
-        self._tiles: _weights.Tiles | None = None
+        self._tiles: dict[str, _weights.Tiles] | None = None  # by the name of the codes that they take the place of
         self.activation_bits = 16  # or 8: activations are rounded to integers on the way, see `round_activations`
 
     @classmethod
@@ -50,7 +51,11 @@ class CompressedLinear(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
         found = {leaf: self.get_buffer(leaf) for leaf in self.leaves}
-        return found if self._tiles is None else {**found, "codes": _weights.stored_codes(self._tiles)}
+        return (
+            found
+            if self._tiles is None
+            else {**found, **{leaf: _weights.stored_codes(tiles) for leaf, tiles in self._tiles.items()}}
+        )
 
     def compressed(self) -> CompressedWeight:
         """The weight as numbers."""
@@ -67,15 +72,20 @@ class CompressedLinear(nn.Module):
         """Lay the codes out for the kernels, on the device where they are, and let go of the stored ones."""
         if self._tiles is None:
             base = packed.unpack({"shape": self.spec["shape"], "base": self.spec["base"]}, self._base()).base
-            self._tiles = _weights.prepare(base, self.activation_bits)
-            self.register_buffer("codes", torch.empty(0, dtype=torch.int32, device=self._tiles.codes.device))
+            if isinstance(base, Mixed):
+                self._tiles = {f"codes{tiles.bits}": tiles for tiles in mixed.prepare(base)}
+            else:
+                self._tiles = {"codes": _weights.prepare(base, self.activation_bits)}
+            for leaf, tiles in self._tiles.items():
+                self.register_buffer(leaf, torch.empty(0, dtype=torch.int32, device=tiles.codes.device))
 
     def restore(self) -> None:
         """Take the packed tensors back, as they were stored."""
         if self._tiles is not None:
-            codes = self.tensors["codes"]
+            stored = {leaf: _weights.stored_codes(tiles) for leaf, tiles in self._tiles.items()}
             self._tiles = None
-            self.register_buffer("codes", codes)
+            for leaf, codes in stored.items():
+                self.register_buffer(leaf, codes)
 
     def _base(self) -> dict[str, Tensor]:
         return {leaf: self.get_buffer(leaf) for leaf in packed.layout({"shape": self.spec["shape"], "base": self.spec["base"]})}
@@ -94,8 +104,8 @@ class CompressedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._tiles is not None:
-            destination[prefix + "codes"] = self.tensors["codes"]
+        for leaf, tiles in (self._tiles or {}).items():
+            destination[prefix + leaf] = _weights.stored_codes(tiles)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self.restore()
@@ -136,8 +146,11 @@ class CompressedLinear(nn.Module):
             pieces = (self.get_buffer(f"outliers_{name}") for name in ("pointers", "columns", "values"))
             addend = sparse_rows.product(x, *pieces)
         bias = self.bias if self.bias is not None and self.bias.dtype == x.dtype else None
-        multiply = int8.product if self.activation_bits == 8 else weight_only.product
-        y = multiply(x, self._tiles, addend, bias)
+        if self.spec["base"]["format"] == "mixed":
+            y = mixed.product(x, list(self._tiles.values()), addend, bias)
+        else:
+            multiply = int8.product if self.activation_bits == 8 else weight_only.product
+            y = multiply(x, self._tiles["codes"], addend, bias)
         return y if self.bias is None or bias is not None else y + self.bias
 
     def extra_repr(self) -> str:

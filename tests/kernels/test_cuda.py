@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from examples.mixed import mixed as mixed_part
 from examples.sparse import sparse
 from kernel_parts import Part, activations, close, kinds, uniform
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from compress import operators, prepare
 from compress.calibration.statistics import Hessian
 from compress.evaluate import bench
-from compress.kernels import _cuda, _weights, bit_serial, int8, sparse_rows, weight_only
+from compress.kernels import _cuda, _weights, bit_serial, int8, mixed, sparse_rows, weight_only
 from compress.parts.uniform import Uniform
 from compress.quant.gptq import gptq
 from compress.runtime.linear import CompressedLinear
@@ -231,6 +232,15 @@ def test_products_of_bits(weight_bits: int, bits: int, bipolar: bool, gpu: torch
     y = bit_serial.matmul_bits(x.to(gpu), bit_serial.prepare(on(part, gpu)), bits, bipolar).cpu().double()
     expected = bit_serial.rounded(x, bits, bipolar).double() @ part.dequantize().double().T
     assert float((y - expected).norm() / expected.norm()) < 3e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 200])
+def test_groups_of_different_widths(tokens: int, gpu: torch.device) -> None:
+    part, x = mixed_part(80, [8, 7, 6, 5, 4, 3, 2, 1], 64, True, scattered=True), activations(tokens, 512, BF16)
+    there = replace(part, **{name: value.to(gpu) for name, value in vars(part).items() if isinstance(value, Tensor)})
+    y = mixed.product(x.to(gpu), mixed.prepare(there)).cpu().double()
+    expected = x.double() @ part.dequantize().double().T
+    assert float((y - expected).norm() / expected.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2, 8])

@@ -222,7 +222,7 @@ def test_codes_come_back_from_tiles(name: str) -> None:
     [
         ({"format": "bitpack", "group_size": 8}, 64, "groups of 8 columns"),
         ({"format": "bitpack", "group_size": 40}, 80, "groups of 40 columns"),
-        ({"format": "mixed", "group_size": 32}, 64, "format mixed"),
+        ({"format": "unheard_of", "group_size": 32}, 64, "format unheard_of"),
         ({"format": "two_level", "group_size": 16, "scale_bits": 5, "zero_bits": 3}, 64, "scales of 5"),
     ],
 )

@@ -7,19 +7,27 @@ import copy
 import host_cuda
 import pytest
 import torch
+from examples.mixed import mixed as mixed_part
 from examples.sparse import sparse
 from kernel_parts import Part, kinds
 from torch import Tensor, nn
 
 from compress.errors import KernelError
-from compress.kernels import int8, sparse_rows, weight_only
+from compress.kernels import int8, mixed, sparse_rows, weight_only
+from compress.parts.mixed import Mixed
 from compress.runtime.linear import CompressedLinear, round_activations
 from compress.weight import CompressedWeight
 
-PARTS = {name: part for name, part in kinds().items() if name in ("4 bits", "3 bits, zeros", "4 bits, scattered", "nf4")}
+PARTS: dict[str, Part | Mixed] = {
+    name: part for name, part in kinds().items() if name in ("4 bits", "3 bits, zeros", "4 bits, scattered", "nf4")
+}
 
 
-def linear_of(part: Part, outliers: bool = True) -> CompressedLinear:
+PARTS["mixed"] = mixed_part(48, [1, 3, 4, 3], 48, zero=True)
+PARTS["mixed, scattered"] = mixed_part(48, [8, 2, 4, 2, 2, 2], 32, zero=False, scattered=True)
+
+
+def linear_of(part: Part | Mixed, outliers: bool = True) -> CompressedLinear:
     extra = sparse(*part.shape, 0.05) if outliers else None
     bias = nn.Parameter(torch.randn(part.shape[0]).to(torch.bfloat16), requires_grad=False)
     return CompressedLinear.of(CompressedWeight(part, extra), bias)
@@ -36,7 +44,7 @@ def test_packed_tensors_are_there_for_who_asks(name: str) -> None:
     before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
     whole = linear.compressed().dequantize()
     linear.lay_out()
-    assert linear.get_buffer("codes").numel() == 0  # in memory once
+    assert all(linear.get_buffer(leaf).numel() == 0 for leaf in linear.leaves if leaf.startswith("codes"))  # in memory once
     same(dict(linear.state_dict()), before)
     same(linear.tensors, {leaf: before[leaf] for leaf in linear.leaves})
     assert torch.equal(linear.compressed().dequantize(), whole)
@@ -75,12 +83,13 @@ def test_products(name: str, outliers: bool, monkeypatch: pytest.MonkeyPatch) ->
         return sparse_rows.product_kernel(x.reshape(-1, x.shape[-1]), sparse_rows.Sparse(*pieces, x.shape[-1]))
 
     monkeypatch.setattr(weight_only, "product", on_host)
+    monkeypatch.setattr(mixed, "product", mixed.matmul_tiles)
     monkeypatch.setattr(sparse_rows, "product", sparse_on_host)
     x = torch.randn(2, 3, 192, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     whole = x.double() @ expected.T + linear.bias.double()
     y = linear._product(x)
     assert y.shape == (2, 3, 48)
-    assert len(host.launched) == 1 + outliers
+    assert len(host.launched) == len(linear._tiles) + outliers
     assert float((y.double() - whole).norm() / whole.norm()) < 3e-3
     linear.bias = nn.Parameter(linear.bias.float(), requires_grad=False)  # of another type: added afterwards
     assert float((linear._product(x).double() - whole).norm() / whole.norm()) < 3e-3
@@ -107,22 +116,22 @@ def test_float32_and_gradients_go_to_the_reference() -> None:
 def test_activations_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the kernel as by the reference: x is rounded per token, and the rest is exact up to the result's rounding."""
     model = nn.ModuleList(linear_of(part) for part in PARTS.values())
-    tables = 1
-    assert round_activations(model, 8) == len(PARTS) - tables
+    others = ("nf4", "mixed", "mixed, scattered")
+    assert round_activations(model, 8) == len(PARTS) - len(others)
     x = torch.randn(5, 192, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     for name, linear in zip(PARTS, model, strict=True):
         assert isinstance(linear, CompressedLinear)
-        seen = int8.rounded(x.float()).double() if name != "nf4" else x.double()
+        seen = int8.rounded(x.float()).double() if name not in others else x.double()
         whole = linear.compressed().dequantize().double()
         expected = seen @ whole.T + linear.bias.double()
         by_reference = linear(x.float()).double()
         assert float((by_reference - expected).norm() / expected.norm()) < 1e-5
-        if name == "nf4":
+        if name in others:
             continue
         host_cuda.Host().install(monkeypatch)
         linear.lay_out()
         assert linear._tiles is not None
-        assert linear._tiles.field == 8
+        assert linear._tiles["codes"].field == 8
         monkeypatch.setattr(int8, "product", int8.matmul_tiles)
         y = linear._product(x).double()
         outliers = (x.double() - seen) @ sparse(48, 192, 0.05).dequantize().double().T  # see x as it is
