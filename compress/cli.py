@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from compress._version import __version__
+from compress.commands.diff import diff
+from compress.commands.doctor import doctor
 from compress.commands.evaluate import evaluate_command
 from compress.commands.export import convert, export
 from compress.commands.look import inspect, methods, recipes, verify
@@ -19,7 +21,7 @@ from compress.errors import CompressError
 
 EXIT_CODES = """Exit codes: 0 done; 1 a bug; 2 wrong command line or recipe; 3 a checkpoint that cannot be read;
 4 calibration data; 5 the job folder holds another job; 6 the result cannot be written; 7 verification failed; 8 a kernel;
-130 interrupted."""
+9 `diff` or `doctor` found something; 130 interrupted."""
 
 app = typer.Typer(
     name="compress",
@@ -67,6 +69,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan_command,
     "export": export,
     "convert": convert,
+    "diff": diff,
+    "doctor": doctor,
     "inspect": inspect,
     "eval": evaluate_command,
     "verify": verify,

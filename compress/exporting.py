@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import gguf_file, registry, seal
+from compress import gguf_file, packed, registry, seal
 from compress._version import __version__
 from compress.calibration.families import FAMILIES, INFERRED, Family, parameter_name
 from compress.checkpoint import INDEX, SINGLE, Source
@@ -23,7 +23,7 @@ from compress.container import DTYPE_NAMES, DTYPES, Entry, read_tensor, write_st
 from compress.errors import FormatError, OutputError, RecipeError, VerificationError
 from compress.files import fsync_folder, sha256, write_json, write_text, writing
 from compress.foreign import open_any
-from compress.packed import PackedSource, short
+from compress.packed import PackedSource
 
 RECORD = "export.json"
 SHARD = 5 * 10**9  # bytes of a file
@@ -120,7 +120,10 @@ def prepare(model: str | PackedSource, name: str) -> Exporting:
         table = form.config(schemes, dense, head)
     except FormatError as error:
         raise FormatError(f"{source.folder}: {error}") from error
-    return Exporting(source, form, scale, schemes, {**source.config, **({"quantization_config": table} if table else {})})
+    config = (
+        packed.config_with(source.config, table) if form.name == "native" else {**source.config, "quantization_config": table}
+    )
+    return Exporting(source, form, scale, schemes, config)
 
 
 def _names_fit(source: PackedSource, family: Family, form: Any) -> None:
@@ -322,7 +325,7 @@ def stored(source: PackedSource) -> dict[str, int]:
     """How many sites are stored in which way, in a few words each."""
     counts: dict[str, int] = {}
     for spec in source.table.values():
-        counts[short(spec)] = counts.get(short(spec), 0) + 1
+        counts[packed.short(spec)] = counts.get(packed.short(spec), 0) + 1
     return counts
 
 

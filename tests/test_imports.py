@@ -134,6 +134,11 @@ TABLE: dict[str, Row] = {
     "exporting": Row(
         "gguf_file registry foreign packed seal calibration.families checkpoint container files _version errors", "torch"
     ),
+    "difference": Row("foreign packed parts.uniform calibration.families checkpoint errors", "torch"),
+    "diagnosis": Row(
+        "gguf_file foreign packed targets calibration.families calibration.skeleton checkpoint container files errors",
+        "torch",
+    ),
     "run": Row(
         "pipeline seal job prepare estimate card report recipe packed calibration.skeleton evaluate.* distributed memory files "
         "_version errors",
@@ -141,7 +146,9 @@ TABLE: dict[str, Row] = {
     ),
     # What people see. The command line starts without anything heavy.
     "screen": Row(
-        "files memory errors", "rich", lazy_own="registry recipe prepare estimate run inspection evaluate.quality facts targets"
+        "files memory errors",
+        "rich",
+        lazy_own="registry recipe prepare estimate run inspection evaluate.quality facts targets difference diagnosis",
     ),
     "options": Row("", "typer"),
     "commands.*": Row("commands._shared options errors", "typer", lazy_own="*"),

@@ -231,7 +231,7 @@ def test_a_checkpoint_from_elsewhere_becomes_native(made: Callable[..., Path], t
 def test_a_refusal_names_site_reason_and_way_out(made: Callable[..., Path], tmp_path: Path) -> None:
     message = (
         r"model\.layers\.0\.self_attn\.k_proj: has codes that need 8 bits; awq holds codes of up to 4 bits, .*"
-        r"12 of 22 sites do not fit.*export to compressed-tensors or gptq"
+        r"12 of 22 sites do not fit.*export to compressed-tensors or gguf or gptq"
     )
     with pytest.raises(FormatError, match=message):
         export(made("two widths, with the head"), "awq", tmp_path / "out")
