@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from compress import gguf_file, packed, targets
-from compress.calibration.families import Claims, claim, find, parameter_name, tied, vocabulary
+from compress.calibration.families import Claims, claim, find, matches, parameter_name, tied, vocabulary
 from compress.calibration.skeleton import Skeleton
 from compress.checkpoint import INDEX, SINGLE, Source
 from compress.container import Entry, read_header, read_tensor
@@ -255,6 +255,10 @@ def _model(source: Source, found: Diagnosis) -> None:
         more = f" ({len(wrong)} tensors have other shapes)" if len(wrong) > 1 else ""
         advice = "config.json of one model with weights of another? Fetch both from one place"
         found.add("error", "model", f"{source.folder}: {what}{more}; {advice}")
+    if extra := _extra(claims, skeleton):
+        what = f"{len(extra)} tensors have no place in the model of config.json, such as {', '.join(extra[:_SHOWN])}"
+        advice = "they are kept byte for byte and never loaded; prediction heads and towers are such, others should not be there"
+        found.add("note", "model", f"{source.folder}: {what}; {advice}")
     missing = _missing(bare, claims, skeleton)
     if missing:
         what = f"{len(missing)} parameters of the model have no tensor, such as {', '.join(missing[:_SHOWN])}"
@@ -278,6 +282,13 @@ def _wrong_shapes(source: Source, claims: Claims, skeleton: Skeleton) -> Iterato
         parameter = known.get(parameter_name(claims.family, name))
         if parameter is not None and list(parameter.shape) != list(source.entries[name].shape):
             yield name, list(source.entries[name].shape), list(parameter.shape)
+
+
+def _extra(claims: Claims, skeleton: Skeleton) -> list[str]:
+    """Copied tensors that no parameter or buffer of the model takes."""
+    known = {name for name, _ in (*skeleton.model.named_parameters(), *skeleton.model.named_buffers())}
+    aside = claims.family.aside
+    return [n for n in claims.copied if parameter_name(claims.family, n) not in known and not matches(n, aside)]
 
 
 def _missing(source: Source, claims: Claims, skeleton: Skeleton) -> list[str]:

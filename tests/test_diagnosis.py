@@ -174,11 +174,7 @@ CASES: dict[str, tuple[str, Change, str]] = {
     ),
     "missing head": ("dense", tensors(lambda t: t.pop("lm_head.weight")), "model: .*no tensor, such as lm_head.weight"),
     "missing linear": ("dense", tensors(lambda t: t.pop(f"{UP}.weight")), "model: .*has mlp.gate_proj but not mlp.up_proj"),
-    "unknown tensor": (
-        "dense",
-        put("model.surprise.weight", torch.ones(3)),
-        "no rule claims 1 tensors.*model.surprise",
-    ),
+    "unknown tensor": ("dense", put("model.layers.1.surprise", torch.ones(3)), "no rule claims 1 tensors.*layers.1.surprise"),
     "wrong shape": (
         "dense",
         put(f"{UP}.weight", torch.ones(96, 32)),
@@ -246,6 +242,14 @@ def test_what_is_only_a_warning(kind: str, change: Change, expected: str, kinds:
     found = doctor(tmp_path / "copy")
     assert found.healthy
     assert expected in "\n".join(p.message for p in found.problems if p.severity == "warning")
+
+
+def test_tensors_that_the_model_does_not_load_are_named(kinds: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(kinds["dense"], tmp_path / "copy")
+    put("audio_tower.conv.weight", torch.ones(3, 2, 2))(tmp_path / "copy")
+    found = doctor(tmp_path / "copy")
+    assert found.healthy
+    assert "1 tensors have no place in the model of config.json, such as audio_tower.conv.weight" in found.problems[0].message
 
 
 def test_runtimes(kinds: dict[str, Path]) -> None:

@@ -291,17 +291,27 @@ def test_everything_else_goes_along(tiny: Tiny, tmp_path: Path) -> None:
     found = load_file(model / "model.safetensors")
     found["mtp.layers.0.proj.weight"] = torch.randn(8, 8)
     found["model.layers.3.extra.weight"] = torch.randn(4, 4).to(torch.float8_e4m3fn)
+    found["audio_tower.conv.weight"] = torch.randn(3, 2, 2)
+    found["audio_tower.steps"] = torch.arange(3)
     container.save(model / "model.safetensors", found)
-    for name in ("tokenizer.model", "LICENSE", "chat_template.jinja", "special_tokens_map.json"):
+    (model / "additional_chat_templates").mkdir()
+    side = ("tokenizer.model", "LICENSE", "chat_template.jinja", "special_tokens_map.json", "modeling_mine.py", "vocab.bpe")
+    side += ("additional_chat_templates/tools.jinja", "preprocessor_config.json")
+    for name in side:
         (model / name).write_bytes(name.encode() + b"\x00\xff")
     run(model, tmp_path / "native", None, [rtn()])
     (tmp_path / "native" / "evaluation.json").write_text("{}")
     export(tmp_path / "native", "compressed-tensors", tmp_path / "out")
     out = Source.open(tmp_path / "out")
-    for name in ("mtp.layers.0.proj.weight", "model.layers.3.extra.weight", "model.norm.weight"):
+    native = Source.open(tmp_path / "native")
+    others = [name for name in found if not name.startswith("model.layers.") or "norm" in name or "extra" in name]
+    assert {"mtp.layers.0.proj.weight", "model.layers.3.extra.weight", "audio_tower.steps", "model.norm.weight"} <= set(others)
+    for name in others:
+        assert b"".join(container.stream_entry(native.entries[name])) == found[name].view(torch.uint8).numpy().tobytes(), name
         raw = b"".join(container.stream_entry(out.entries[name]))
         assert raw == found[name].view(torch.uint8).numpy().tobytes(), name
-    for name in ("tokenizer.model", "LICENSE", "chat_template.jinja", "special_tokens_map.json", "generation_config.json"):
+    for name in (*side, "generation_config.json"):
+        assert (tmp_path / "native" / name).read_bytes() == (model / name).read_bytes()
         assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not {"evaluation.json", "summary.json", "report.jsonl", "report.html"} & names
