@@ -24,6 +24,7 @@ from compress.errors import FormatError, OutputError, RecipeError, VerificationE
 from compress.files import fsync_folder, sha256, write_json, write_text, writing
 from compress.foreign import open_any
 from compress.packed import PackedSource
+from compress.parts.table import Table
 
 RECORD = "export.json"
 SHARD = 5 * 10**9  # bytes of a file
@@ -150,18 +151,16 @@ def _scale(source: PackedSource, form: Any) -> str | None:
 
 
 def _holds(source: PackedSource, site: str, dtype: str) -> bool:
-    name = source.table[site]["base"].get("scale", "BF16")
-    if name == dtype:
+    """Whether a type of floats holds all scales of a site; half of a scale, which some grids get, is refused when written."""
+    base = source.table[site]["base"]
+    kind = DTYPES[dtype]
+    if base["format"] == "table":
+        part = source.compressed(site).base
+        return isinstance(part, Table) and bool((part.scales().to(kind).double() == part.scales().double()).all())
+    if base["format"] != "bitpack" or base.get("scale", "BF16") == dtype:
         return True
-    entries = [entry for entry in source.entries_of(site) if entry.name.endswith(("scale", "scales"))]
-    kind = {"F16": torch.float16, "BF16": torch.bfloat16}[dtype]
-    # Half of a scale, which some grids get, is exact wherever the scale is, but for the least numbers: refused when written.
-    return all(bool((t.to(kind).double() == t.double()).all()) for t in map(_read_scale, entries))
-
-
-def _read_scale(entry: Entry) -> Tensor:
-    tensor = read_tensor(entry)
-    return tensor.float() if tensor.itemsize < 4 else tensor
+    scales = [read_tensor(entry) for entry in source.entries_of(site) if entry.name.endswith(("scale", "scales"))]
+    return all(bool((scale.to(kind).double() == scale.double()).all()) for scale in scales)
 
 
 def _dense(source: PackedSource, family: Family) -> list[str]:

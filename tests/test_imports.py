@@ -132,7 +132,8 @@ TABLE: dict[str, Row] = {
     "targets": Row("registry export._llama_cpp packed calibration.families checkpoint errors"),
     "gguf_file": Row("export._* export.gguf packed seal calibration.families _version errors", "torch", lazy_third="gguf"),
     "exporting": Row(
-        "gguf_file registry foreign packed seal calibration.families checkpoint container files _version errors", "torch"
+        "gguf_file registry foreign packed parts.table seal calibration.families checkpoint container files _version errors",
+        "torch",
     ),
     "difference": Row("foreign packed parts.uniform calibration.families checkpoint errors", "torch"),
     "diagnosis": Row(

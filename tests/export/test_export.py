@@ -34,6 +34,9 @@ def rtn(match: str = "*.*", bits: int = 4, **options: Any) -> dict[str, Any]:
     return {"match": match, "method": "quant/rtn", "options": {"bits": bits, "group_size": 32, **options}}
 
 
+FLOATS = {"datatype": "mxfp4", "compensate": False}
+
+
 def quiet(*_: Any) -> None:
     pass
 
@@ -223,6 +226,25 @@ def test_a_checkpoint_from_elsewhere_becomes_native(made: Callable[..., Path], t
     model = compress.load(str(tmp_path / "native"), dtype=torch.float32)
     site = "model.layers.0.mlp.up_proj"
     assert torch.equal(model.get_submodule(site).compressed().dequantize(), part.dequantize())
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("low", [False, True])
+def test_floats_of_four_bits_are_wider_integers(name: str, low: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """E2M1 times a power of two; scales that float16 does not hold are written in bfloat16, where a layout has that."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny("llama", hidden_size=128), model)
+    if low:
+        found = load_file(model / "model.safetensors")
+        found["model.layers.1.mlp.up_proj.weight"][:, :32] *= 2.0**-30
+        container.save(model / "model.safetensors", found)
+    run(model, tmp_path / "native", None, [{"match": "*.up_proj", "method": "quant/floating", "options": FLOATS}])
+    made = export(tmp_path / "native", name, tmp_path / "out")
+    assert made["scale_dtypes"] == (["BF16"] if low or name == "compressed-tensors" else ["F16"])
+    assert made["widened"] == {("4 -> 5 bits" if name == "compressed-tensors" else "4 -> 8 bits"): 3}
+    first, second = open_any(tmp_path / "native"), open_any(tmp_path / "out")
+    for site in PackedSource.open_packed(tmp_path / "native").table:
+        assert torch.equal(first.tensor(f"{site}.weight"), second.tensor(f"{site}.weight"))
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
