@@ -11,6 +11,8 @@ import typer
 
 from compress._version import __version__
 from compress.commands.bench import bench_command
+from compress.commands.diff import diff
+from compress.commands.doctor import doctor
 from compress.commands.evaluate import evaluate_command
 from compress.commands.export import convert, export
 from compress.commands.look import inspect, methods, recipes, verify
@@ -24,7 +26,7 @@ from compress.errors import CompressError
 
 EXIT_CODES = """Exit codes: 0 done; 1 a bug; 2 wrong command line or recipe; 3 a checkpoint that cannot be read;
 4 calibration data; 5 the job folder holds another job; 6 the result cannot be written; 7 verification failed; 8 a kernel;
-130 interrupted."""
+9 `diff` or `doctor` found something; 130 interrupted."""
 
 app = typer.Typer(
     name="compress",
@@ -75,6 +77,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "convert": convert,
     "sweep": sweep_command,
+    "diff": diff,
+    "doctor": doctor,
     "inspect": inspect,
     "eval": evaluate_command,
     "bench": bench_command,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import gguf_file, registry, seal
+from compress import gguf_file, packed, registry, seal
 from compress._version import __version__
 from compress.calibration.families import FAMILIES, INFERRED, Family, parameter_name
 from compress.checkpoint import INDEX, SINGLE, Source
@@ -23,7 +23,8 @@ from compress.container import DTYPE_NAMES, DTYPES, Entry, read_tensor, write_st
 from compress.errors import FormatError, OutputError, RecipeError, VerificationError
 from compress.files import fsync_folder, sha256, write_json, write_text, writing
 from compress.foreign import open_any
-from compress.packed import PackedSource, short
+from compress.packed import PackedSource
+from compress.parts.table import Table
 
 RECORD = "export.json"
 SHARD = 5 * 10**9  # bytes of a file
@@ -120,7 +121,10 @@ def prepare(model: str | PackedSource, name: str) -> Exporting:
         table = form.config(schemes, dense, head)
     except FormatError as error:
         raise FormatError(f"{source.folder}: {error}") from error
-    return Exporting(source, form, scale, schemes, {**source.config, **({"quantization_config": table} if table else {})})
+    config = (
+        packed.config_with(source.config, table) if form.name == "native" else {**source.config, "quantization_config": table}
+    )
+    return Exporting(source, form, scale, schemes, config)
 
 
 def _names_fit(source: PackedSource, family: Family, form: Any) -> None:
@@ -147,18 +151,16 @@ def _scale(source: PackedSource, form: Any) -> str | None:
 
 
 def _holds(source: PackedSource, site: str, dtype: str) -> bool:
-    name = source.table[site]["base"].get("scale", "BF16")
-    if name == dtype:
+    """Whether a type of floats holds all scales of a site; half of a scale, which some grids get, is refused when written."""
+    base = source.table[site]["base"]
+    kind = DTYPES[dtype]
+    if base["format"] == "table":
+        part = source.compressed(site).base
+        return isinstance(part, Table) and bool((part.scales().to(kind).double() == part.scales().double()).all())
+    if base["format"] != "bitpack" or base.get("scale", "BF16") == dtype:
         return True
-    entries = [entry for entry in source.entries_of(site) if entry.name.endswith(("scale", "scales"))]
-    kind = {"F16": torch.float16, "BF16": torch.bfloat16}[dtype]
-    # Half of a scale, which some grids get, is exact wherever the scale is, but for the least numbers: refused when written.
-    return all(bool((t.to(kind).double() == t.double()).all()) for t in map(_read_scale, entries))
-
-
-def _read_scale(entry: Entry) -> Tensor:
-    tensor = read_tensor(entry)
-    return tensor.float() if tensor.itemsize < 4 else tensor
+    scales = [read_tensor(entry) for entry in source.entries_of(site) if entry.name.endswith(("scale", "scales"))]
+    return all(bool((scale.to(kind).double() == scale.double()).all()) for scale in scales)
 
 
 def _dense(source: PackedSource, family: Family) -> list[str]:
@@ -322,7 +324,7 @@ def stored(source: PackedSource) -> dict[str, int]:
     """How many sites are stored in which way, in a few words each."""
     counts: dict[str, int] = {}
     for spec in source.table.values():
-        counts[short(spec)] = counts.get(short(spec), 0) + 1
+        counts[packed.short(spec)] = counts.get(packed.short(spec), 0) + 1
     return counts
 
 

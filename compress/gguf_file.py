@@ -218,3 +218,31 @@ def check(
                 raise VerificationError(
                     f"{member.name}: reads back with other values than {name}; the result is not published, please report this"
                 )
+
+
+def examine(path: Path) -> list[str]:
+    """Return what is wrong with a GGUF file: what cannot be read, what llama.cpp would miss, values that are not finite."""
+    gguf = library()
+    try:
+        reader = gguf.GGUFReader(str(path))
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        return [f"cannot be read ({error}); expected a GGUF file. Fetch it again"]
+    found = []
+    architecture = reader.fields.get("general.architecture")
+    needed = ["general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens"]
+    if architecture is not None:
+        needed += [f"{architecture.contents()}.block_count", f"{architecture.contents()}.embedding_length"]
+    if lacking := [key for key in needed if key not in reader.fields]:
+        found.append(f"has no {', '.join(lacking)}, which llama.cpp needs; export or convert it again")
+    names = {tensor.name for tensor in reader.tensors}
+    if architecture is not None and not lacking:
+        count = reader.fields[f"{architecture.contents()}.block_count"].contents()
+        empty = [number for number in range(count) if not any(name.startswith(f"blk.{number}.") for name in names)]
+        if empty:
+            found.append(f"has no tensors of block {empty[0]}, of {count} blocks; fetch it again")
+    if "token_embd.weight" not in names:
+        found.append("has no token_embd.weight; fetch it again")
+    for tensor in reader.tensors:
+        if not torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).isfinite().all():
+            found.append(f"{tensor.name} holds NaN or infinity; fetch it again")
+    return found

@@ -28,6 +28,10 @@ from compress.weight import CompressedWeight
 
 METHOD = "compress"
 FORMAT_VERSION = 1
+# The weight file that config.json names: there is none, so a loader that does not know the format stops and says this name. Ours
+# takes the entry out before files are looked for.
+IMPORT_FIRST = "import-compress-first.safetensors"
+FILE_KEY = "transformers_weights"
 Spec = dict[str, Any]
 _MAX_SITES = 500_000  # what a table may unfold to, so that a hostile one cannot fill the memory
 _MAX_AXIS = 2**31 - 1
@@ -272,6 +276,11 @@ def write_table(specs: Mapping[str, Spec], guard: str | None) -> dict[str, Any]:
     return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "guard": guard, "specs": distinct, "sites": sites}
 
 
+def config_with(config: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json of a checkpoint in the native format, given that of the original and the table of its sites."""
+    return {**config, FILE_KEY: IMPORT_FIRST, "quantization_config": dict(table)}
+
+
 def _belongs(tensor: str, table: Mapping[str, Spec]) -> bool:
     """Whether a site is made of a tensor of the original: a linear's own weight, or one tensor of all experts."""
     owner, _, leaf = tensor.rpartition(".")
@@ -343,7 +352,8 @@ class PackedSource(Source):
                 raise FormatError(
                     f"{folder}: {name} is not described; the config does not belong to these weights. Fetch both again"
                 )
-        dense = {key: value for key, value in plain.config.items() if key != "quantization_config"}
+        ours = {"quantization_config"} | ({FILE_KEY} if plain.config.get(FILE_KEY) == IMPORT_FIRST else set())
+        dense = {key: value for key, value in plain.config.items() if key not in ours}
         everything = {**entries, **virtual}
         return cls(plain.folder, plain.name, dense, everything, plain.revision, table=table, packed=packed)
 

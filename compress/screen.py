@@ -19,6 +19,8 @@ from compress import memory
 from compress.files import duration, human_bytes
 
 if TYPE_CHECKING:
+    from compress.diagnosis import Diagnosis
+    from compress.difference import Difference
     from compress.estimate import Estimate
     from compress.evaluate.bench import Bench
     from compress.evaluate.quality import Quality
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 
 Listen = Callable[[int, int, str, float], None]
 _PIPED = 160  # columns where there is no terminal
-_NUMBERS = ("count", "bits", "size", "before", "after", "original", "model", "predicted KL", "measured KL", "weights")
+_NUMBERS = (
+    *("count", "largest", "relative", "codes that differ", "bits", "size", "before", "after", "original", "model"),
+    *("predicted KL", "measured KL", "weights"),
+)
 # Where a step of a block begins and how much of the block's time it is likely to take.
 _STEPS = {
     "loading": (0.0, 0.02),
@@ -498,6 +503,41 @@ def show_rehearsal(found: dict[str, Any]) -> None:
     for stage in found["stages"]:
         if stage["problem"]:
             out.print(f"would fail: {stage['problem']}", soft_wrap=True, markup=False)
+
+
+def show_difference(found: Difference) -> None:
+    """Print what differs between two checkpoints."""
+    from compress.difference import grouped
+
+    out = _out()
+    rows = grouped(found)
+    table = _table("", "name", "count", "verdict", "A", "B", "largest", "relative", "codes that differ")
+    for row in rows:
+        if row["verdict"] == "same":
+            continue
+        numbers = ["" if row[key] is None else f"{row[key]:.3g}" for key in ("largest", "relative")]
+        codes = "" if row["codes"] is None else f"{row['codes']:.2%}"
+        table.add_row(row["name"], str(row["count"]), row["verdict"], row["first"], row["second"], *numbers, codes)
+    out.print(f"A  {found.first}\nB  {found.second}", soft_wrap=True)
+    if table.row_count:
+        out.print(table)
+    for key, (a, b) in found.config.items():
+        out.print(f"config.json  {key}: {a!r} in A, {b!r} in B", soft_wrap=True, markup=False)
+    same = sum(row["count"] for row in rows if row["verdict"] in ("same", "stored differently"))
+    total = len(found.rows)
+    out.print(f"{same} of {total} tensors have the same values" + ("" if same < total else ": the checkpoints are the same"))
+
+
+def show_diagnosis(found: Diagnosis) -> None:
+    """Print what was found in a checkpoint."""
+    out = _out()
+    out.print(f"{found.folder}: {found.kind}", soft_wrap=True, markup=False)
+    for problem in found.problems:
+        out.print(f"{problem.severity:8} {problem.stage:10} {problem.message}", soft_wrap=True, markup=False)
+    for name, what in found.runtimes.items():
+        out.print(f"runtime  {name:13} {what}", soft_wrap=True, markup=False)
+    errors = sum(problem.severity == "error" for problem in found.problems)
+    out.print("nothing is wrong" if found.healthy else f"{errors} error{'s' if errors > 1 else ''}")
 
 
 def describe_methods() -> dict[str, Any]:

@@ -128,7 +128,7 @@ def write_shards(folder: Path, entries: list[Entry], limit: int) -> dict[str, li
 
 def write_config(folder: Path, config: Mapping[str, Any], table: Mapping[str, Any]) -> None:
     """Write the source's config with the table of compressed sites; last, because a folder without it is not a checkpoint."""
-    write_json(folder / "config.json", {**config, "quantization_config": dict(table)})
+    write_json(folder / "config.json", packed.config_with(config, table))
 
 
 def carry(source: Source, folder: Path, leave: Iterable[str] = ()) -> None:

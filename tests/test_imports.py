@@ -158,7 +158,13 @@ TABLE: dict[str, Row] = {
     "targets": Row("registry export._llama_cpp packed calibration.families checkpoint errors"),
     "gguf_file": Row("export._* export.gguf packed seal calibration.families _version errors", "torch", lazy_third="gguf"),
     "exporting": Row(
-        "gguf_file registry foreign packed seal calibration.families checkpoint container files _version errors", "torch"
+        "gguf_file registry foreign packed parts.table seal calibration.families checkpoint container files _version errors",
+        "torch",
+    ),
+    "difference": Row("foreign packed parts.uniform calibration.families checkpoint errors", "torch"),
+    "diagnosis": Row(
+        "gguf_file foreign packed targets calibration.families calibration.skeleton checkpoint container files errors",
+        "torch",
     ),
     "run": Row(
         "pipeline seal job prepare estimate card published report recipe packed calibration.skeleton evaluate.* distributed "
@@ -175,7 +181,8 @@ TABLE: dict[str, Row] = {
     "screen": Row(
         "files memory errors",
         "rich",
-        lazy_own="registry recipe prepare estimate run inspection same_size evaluate.quality evaluate.bench facts targets",
+        lazy_own="registry recipe prepare estimate run inspection same_size evaluate.quality evaluate.bench facts targets difference "
+        "diagnosis",
     ),
     "options": Row("", "typer"),
     "commands.*": Row("commands._shared options errors", "typer", lazy_own="*", lazy_third="torch"),

@@ -469,10 +469,9 @@ def _dispose(source: Source, claims: Claims, copy: tuple[str, ...], drop: tuple[
         if match and int(match[1]) < blocks:
             rules += [matches(within, family.keep)]
         else:
-            # Blocks beyond the config's count are prediction heads that the model class does not load; they go along.
-            rules += [
-                (matches(name, (*family.outer, *family.aside, f"{family.head}.*", "mtp.*")) and name not in made) or bool(match)
-            ]
+            # Outside the blocks nothing is compressed but the head: embeddings, and what the model class does not load, such as
+            # prediction heads (blocks beyond the config's count, `mtp.*`) and towers, go along byte for byte.
+            rules += [name not in made and not matches(name, family.drop)]
         rules += [matches(name, family.drop)]
         if matches(name, drop) or matches(name, copy):
             rules = [False, matches(name, copy), matches(name, drop)]

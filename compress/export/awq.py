@@ -22,6 +22,7 @@ from compress.parts.uniform import Uniform
 from compress.weight import CompressedWeight
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output within a word, by field
+_ALL_EIGHT = 0x88888888 - (1 << 32)  # a word of zero codes in the middle of the grid
 _INVERSE = tuple(ORDER.index(n) for n in range(8))
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -79,7 +80,7 @@ class Awq:
             "quant_method": self.name,
             "bits": 4,
             "group_size": next(iter(partial), -1),
-            "zero_point": any(found.zero for found in schemes.values()),
+            "zero_point": True,  # they are always stored; kernels of some readers are for that only
             "version": "gemm",
             "modules_to_not_convert": sorted(dense),
         }
@@ -105,7 +106,7 @@ class Awq:
             group = columns if size == -1 else size
             _names.whole_groups(site, columns, group, [x for x in ("qzeros", "scales") if f"{site}.{x}" not in entries])
             scale = _names.scale_of(entries[f"{site}.scales"][0], site)
-            zero = bool(config.get("zero_point", True))
+            zero = bool((read(f"{site}.qzeros") != _ALL_EIGHT).any())  # if not, the grid is symmetric
             found[site] = Scheme((rows, columns), 4, group, zero, scale=scale)
         return found
 
@@ -120,7 +121,7 @@ class Awq:
         codes = _interleave(_grid.fields(tensors["qweight"], 4, rows), _INVERSE).T.contiguous()
         zero = _interleave(_grid.fields(tensors["qzeros"], 4, rows), _INVERSE).T.contiguous()
         if not scheme.zero and not bool((zero == 8).all()):
-            raise FormatError("zero_point is false, but zero points are not 8; the config does not fit the weights")
+            raise FormatError("zero points are not 8, as they were when the checkpoint was opened; the file has changed")
         scale = tensors["scales"].T.contiguous()
         return CompressedWeight(Uniform(codes, scale, 4, scheme.group_size, zero if scheme.zero else None))
 

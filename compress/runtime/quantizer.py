@@ -144,6 +144,12 @@ class CompressQuantizer(HfQuantizer):
     requires_calibration = True  # a dense checkpoint is compressed by `compress quantize`, not while it is loaded
     _single_experts = False
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Take out the name of the file that is not there, before files are looked for."""
+        if getattr(config, packed.FILE_KEY, None) == packed.IMPORT_FIRST:
+            setattr(config, packed.FILE_KEY, None)
+        return super().update_attn_implementation(config)  # type: ignore[no-untyped-call]
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
         table = packed.read_table(config)

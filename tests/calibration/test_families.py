@@ -149,6 +149,22 @@ def test_a_tensor_that_no_rule_claims_is_an_error_until_the_recipe_names_it(tiny
     assert "model.layers.1.extra.weight" in claim(source, find(source), drop=("*.extra.*",)).dropped
 
 
+def test_tensors_outside_the_blocks_go_along_whatever_they_are(tiny: Tiny, tmp_path: Path) -> None:
+    """Towers and heads that the model class does not know; a rule of the recipe or the family still wins."""
+    extra = {
+        "audio_tower.conv.weight": torch.ones(2, 3, 4),
+        "rotary_emb.steps": torch.ones(2),
+        "x.rotary_emb.inv_freq": torch.ones(2),
+    }
+    source = Source.open(changed(tiny("llama"), tmp_path / "tower", lambda t: t.update(extra)))
+    claims = claim(source, find(source))
+    assert {"audio_tower.conv.weight", "rotary_emb.steps"} <= set(claims.copied)
+    assert claims.dropped == ["x.rotary_emb.inv_freq"]
+    assert "audio_tower.conv.weight" in claim(source, find(source), drop=("audio_tower.*",)).dropped
+    every = {site.tensor for site in claims.sites} | set(claims.copied) | set(claims.dropped)
+    assert every == set(source.entries)
+
+
 def test_prediction_heads_beyond_the_last_block_go_along_byte_for_byte(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     extra = {"model.layers.3.eh_proj.weight": torch.randn(4, 4), "mtp.head.weight": torch.randn(2, 2)}
     folder = changed(tiny("deepseek_v3"), tmp_path / "mtp", lambda t: t.update(extra))

@@ -34,6 +34,9 @@ def rtn(match: str = "*.*", bits: int = 4, **options: Any) -> dict[str, Any]:
     return {"match": match, "method": "quant/rtn", "options": {"bits": bits, "group_size": 32, **options}}
 
 
+FLOATS = {"datatype": "mxfp4", "compensate": False}
+
+
 def quiet(*_: Any) -> None:
     pass
 
@@ -225,13 +228,32 @@ def test_a_checkpoint_from_elsewhere_becomes_native(made: Callable[..., Path], t
     assert torch.equal(model.get_submodule(site).compressed().dequantize(), part.dequantize())
 
 
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("low", [False, True])
+def test_floats_of_four_bits_are_wider_integers(name: str, low: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """E2M1 times a power of two; scales that float16 does not hold are written in bfloat16, where a layout has that."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny("llama", hidden_size=128), model)
+    if low:
+        found = load_file(model / "model.safetensors")
+        found["model.layers.1.mlp.up_proj.weight"][:, :32] *= 2.0**-30
+        container.save(model / "model.safetensors", found)
+    run(model, tmp_path / "native", None, [{"match": "*.up_proj", "method": "quant/floating", "options": FLOATS}])
+    made = export(tmp_path / "native", name, tmp_path / "out")
+    assert made["scale_dtypes"] == (["BF16"] if low or name == "compressed-tensors" else ["F16"])
+    assert made["widened"] == {("4 -> 5 bits" if name == "compressed-tensors" else "4 -> 8 bits"): 3}
+    first, second = open_any(tmp_path / "native"), open_any(tmp_path / "out")
+    for site in PackedSource.open_packed(tmp_path / "native").table:
+        assert torch.equal(first.tensor(f"{site}.weight"), second.tensor(f"{site}.weight"))
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
 def test_a_refusal_names_site_reason_and_way_out(made: Callable[..., Path], tmp_path: Path) -> None:
     message = (
         r"model\.layers\.0\.self_attn\.k_proj: has codes that need 8 bits; awq holds codes of up to 4 bits, .*"
-        r"12 of 22 sites do not fit.*export to compressed-tensors or gptq"
+        r"12 of 22 sites do not fit.*export to compressed-tensors or gguf or gptq"
     )
     with pytest.raises(FormatError, match=message):
         export(made("two widths, with the head"), "awq", tmp_path / "out")
@@ -291,17 +313,27 @@ def test_everything_else_goes_along(tiny: Tiny, tmp_path: Path) -> None:
     found = load_file(model / "model.safetensors")
     found["mtp.layers.0.proj.weight"] = torch.randn(8, 8)
     found["model.layers.3.extra.weight"] = torch.randn(4, 4).to(torch.float8_e4m3fn)
+    found["audio_tower.conv.weight"] = torch.randn(3, 2, 2)
+    found["audio_tower.steps"] = torch.arange(3)
     container.save(model / "model.safetensors", found)
-    for name in ("tokenizer.model", "LICENSE", "chat_template.jinja", "special_tokens_map.json"):
+    (model / "additional_chat_templates").mkdir()
+    side = ("tokenizer.model", "LICENSE", "chat_template.jinja", "special_tokens_map.json", "modeling_mine.py", "vocab.bpe")
+    side += ("additional_chat_templates/tools.jinja", "preprocessor_config.json")
+    for name in side:
         (model / name).write_bytes(name.encode() + b"\x00\xff")
     run(model, tmp_path / "native", None, [rtn()])
     (tmp_path / "native" / "evaluation.json").write_text("{}")
     export(tmp_path / "native", "compressed-tensors", tmp_path / "out")
     out = Source.open(tmp_path / "out")
-    for name in ("mtp.layers.0.proj.weight", "model.layers.3.extra.weight", "model.norm.weight"):
+    native = Source.open(tmp_path / "native")
+    others = [name for name in found if not name.startswith("model.layers.") or "norm" in name or "extra" in name]
+    assert {"mtp.layers.0.proj.weight", "model.layers.3.extra.weight", "audio_tower.steps", "model.norm.weight"} <= set(others)
+    for name in others:
+        assert b"".join(container.stream_entry(native.entries[name])) == found[name].view(torch.uint8).numpy().tobytes(), name
         raw = b"".join(container.stream_entry(out.entries[name]))
         assert raw == found[name].view(torch.uint8).numpy().tobytes(), name
-    for name in ("tokenizer.model", "LICENSE", "chat_template.jinja", "special_tokens_map.json", "generation_config.json"):
+    for name in (*side, "generation_config.json"):
+        assert (tmp_path / "native" / name).read_bytes() == (model / name).read_bytes()
         assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not {"evaluation.json", "summary.json", "report.jsonl", "report.html"} & names

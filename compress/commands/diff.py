@@ -1,0 +1,32 @@
+"""`compress diff`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from compress.commands._shared import progress
+from compress.options import Json, Quiet
+
+
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A checkpoint: dense, ours, GPTQ, AWQ or compressed-tensors.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what differs between two checkpoints, weight by weight.
+
+    Missing weights, shapes, how they are stored, the largest and the relative difference of values, and the share of codes that
+    differ. Ends with 0 where all values are the same, however they are stored, and with 9 where they are not.
+    """
+    from compress import screen
+    from compress.difference import difference
+
+    with progress(quiet or json_) as listen:
+        found = difference(first, second, listen)
+    print(json.dumps(found.plain(), indent=2)) if json_ else screen.show_difference(found)
+    if not found.same:
+        raise typer.Exit(9)
