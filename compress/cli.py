@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from compress._version import __version__
+from compress.commands.compare import compare
 from compress.commands.evaluate import evaluate_command
 from compress.commands.look import inspect, methods, recipes, verify
 from compress.commands.plan import plan_command
@@ -69,6 +70,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "rehearse": rehearse,
     "inspect": inspect,
     "eval": evaluate_command,
+    "compare": compare,
     "verify": verify,
     "push": push,
     "methods": methods,

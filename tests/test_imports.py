@@ -78,8 +78,10 @@ TABLE: dict[str, Row] = {
     "report": Row("files errors"),
     "charts": Row("report errors"),
     "published": Row("recipe_data", "yaml"),
+    "treemap": Row("files"),
+    "front": Row("charts files errors"),
     "facts": Row("charts report published recipe_data files errors", "yaml"),
-    "card": Row("facts charts report files errors", "jinja2 yaml"),
+    "card": Row("treemap front _version facts charts report files errors", "jinja2 yaml"),
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
     "job": Row("files errors"),
     "prepare": Row("calibration.data calibration.families recipe checkpoint distributed _version errors", "torch"),
@@ -127,7 +129,7 @@ TABLE: dict[str, Row] = {
         "evaluate.* prepare packed calibration.* checkpoint container published recipe_data memory files errors",
         "torch",
         "card",
-        "lm_eval transformers",
+        "lm_eval transformers yaml",
     ),
     "inspection": Row("evaluate.quality calibration.families packed checkpoint errors"),
     "run": Row(
