@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from compress import charts, facts
+from compress import charts, facts, front, treemap
+from compress._version import __version__
 from compress.facts import Checkpoint
 from compress.files import duration, human_bytes, write_text
 
@@ -92,9 +93,22 @@ def write(folder: Path) -> None:
     drawn = {
         "bars": charts.bars(c.summary["bytes_before"], c.summary["bytes_after"], c.compressed_bytes),
         "panels": charts.error_panels(c.rows),
-        "maps": [chart for chart in (charts.bits_map(c.rows), charts.expert_map(c.rows)) if chart is not None],
+        "maps": [
+            chart
+            for chart in (charts.bits_map(c.rows), charts.outlier_map(c.rows), charts.expert_map(c.rows))
+            if chart is not None
+        ],
+        "boxes": treemap.treemap(facts.parts_of(c, folder)),
+        "predicted": facts.predicted(c),
         "worst": facts.worst_first(c.rows)[:SHOWN],
     }
     page = _environment(markdown=False).get_template("report.html.jinja").render(values | drawn)
     write_text(folder / CARD, f"---\n{matter}---\n\n{body}")
     write_text(folder / REPORT, page)
+
+
+def write_comparison(entries: list[front.Entry], path: Path) -> None:
+    """Write the page of several checkpoints."""
+    template = _environment(markdown=False).get_template("compare.html.jinja")
+    values = {"entries": entries, "notices": front.notices(entries), "chart": front.chart(entries), "version": __version__}
+    write_text(path, template.render(values))

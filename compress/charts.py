@@ -258,6 +258,32 @@ def expert_map(rows: Sequence[SiteRow]) -> HeatMap | None:
     return heat_map("Calibration tokens by expert", caption, names, columns, cells, "of an even share", legend)
 
 
+def outlier_map(rows: Sequence[SiteRow]) -> HeatMap | None:
+    """The share of weights stored beside the grid, by kind and block; None where no method looks for such."""
+    found: dict[tuple[str, int | None], list[float]] = {}
+    for row in rows:
+        if isinstance(share := row.notes.get("outliers"), int | float):
+            found.setdefault((row.kind, row.block), []).append(float(share))
+    if not found or not any(any(shares) for shares in found.values()):
+        return None
+    shares = {key: sum(values) / len(values) for key, values in found.items()}
+    most = max(shares.values())
+    names, blocks = list(dict.fromkeys(kind for kind, _ in shares)), blocks_of(row for row in rows if "outliers" in row.notes)
+    order = {block: i for i, block in enumerate(blocks)}
+    cells = {
+        (names.index(kind), order[block]): Cell(
+            0 if not share else 1 + min(int(share / most * (LEVELS - 1)), LEVELS - 2),
+            f"{kind}, {_place(block)}: {share:.3%} of the weights",
+            f"{share:.2%}",
+        )
+        for (kind, block), share in shares.items()
+    }
+    step = most / (LEVELS - 1)
+    legend = [(0, "none"), *((i, f"{(i - 1) * step:.2%} to {i * step:.2%}") for i in range(1, LEVELS))]
+    caption = "Weights that fit no grid and are stored one by one."
+    return heat_map("Outliers by kind and block", caption, names, [name_of(b) for b in blocks], cells, "of the weights", legend)
+
+
 @dataclass(frozen=True)
 class _Scale:
     """A logarithmic axis from one of 1, 2, 5, 10, ... to another, shared by all panels."""

@@ -11,6 +11,7 @@ import typer
 
 from compress._version import __version__
 from compress.commands.bench import bench_command
+from compress.commands.compare import compare
 from compress.commands.diff import diff
 from compress.commands.doctor import doctor
 from compress.commands.evaluate import evaluate_command
@@ -82,6 +83,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "eval": evaluate_command,
     "bench": bench_command,
+    "compare": compare,
     "verify": verify,
     "push": push,
     "methods": methods,

@@ -10,7 +10,7 @@ import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -294,6 +294,64 @@ def notices(c: Checkpoint) -> list[Notice]:
 
 def _count(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A quantity of a run that was predicted, and what it came to."""
+
+    name: str
+    said: str
+    measured: str
+    ratio: float | None  # measured over predicted
+
+
+def predicted(c: Checkpoint) -> list[Predicted]:
+    """What was said before the run beside what was measured; empty for checkpoints of older versions."""
+    said = c.summary.get("predicted")
+    if not said:
+        return []
+    s = c.summary
+
+    def row(name: str, before: float | None, after: float, text: Callable[[float], str]) -> list[Predicted]:
+        return [] if not before else [Predicted(name, text(before), text(after), after / before)]
+
+    return [
+        *row("time", said["seconds"], s["seconds"], duration),
+        *row("peak memory", said["memory"], s["peak_memory"], human_bytes),
+        *row("bytes of all tensors", said["bytes_after"], s["bytes_after"], lambda count: f"{int(count):,}"),
+    ]
+
+
+def parts_of(c: Checkpoint, folder: Path) -> list[tuple[str, int, bool, str]]:
+    """Label, bytes, whether compressed, and a note, of all that the weight files hold: kinds of weights, and copied tensors."""
+    kinds_: dict[str, list[SiteRow]] = {}
+    for row in c.rows:
+        kinds_.setdefault(row.kind, []).append(row)
+    found = [
+        (name, sum(row.stored_bits for row in members) // 8, True, f" ({_count(len(members), 'matrix', 'matrices')})")
+        for name, members in kinds_.items()
+    ]
+    sites = {row.site for row in c.rows}
+    copied: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        for name, size in _stored(path).items():
+            owner = name.rpartition(".")[0]
+            if owner not in sites or name.endswith(".bias"):
+                copied.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(size)
+    if copied:
+        found += [(name, sum(sizes), False, f" ({_count(len(sizes), 'tensor')})") for name, sizes in copied.items()]
+    else:
+        found.append(("everything else", c.summary["bytes_after"] - c.compressed_bytes, False, ""))
+    return found
+
+
+def _stored(path: Path) -> dict[str, int]:
+    """Bytes by tensor of a file of weights that this package wrote."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {name: v["data_offsets"][1] - v["data_offsets"][0] for name, v in header.items() if name != "__metadata__"}
 
 
 def worst_first(rows: Sequence[SiteRow]) -> list[SiteRow]:

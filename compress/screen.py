@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -486,6 +487,23 @@ def show_push(found: dict[str, Any]) -> None:
     out.print(table)
     out.print(f"{len(found['files'])} files, {human_bytes(found['bytes'])}")
     out.print(f"published  {found['url']}" if found["url"] else "nothing was sent", soft_wrap=True)
+
+
+def show_comparison(found: dict[str, Any]) -> None:
+    """Print checkpoints by size, with a star at those that no other beats."""
+    out = _out()
+    table = _table("divergence against size", "checkpoint", "size", "bits", "measured KL", "agreement", "stored")
+    for entry in found["checkpoints"]:
+        kl = "" if entry["kl"] is None else f"{entry['kl']:.5f}{_between(entry['kl_interval'], '.5f')}"
+        agreement = "" if entry["agreement"] is None else f"{entry['agreement']:.2%}"
+        name, bits = entry["name"] + (" *" if entry["best"] else ""), f"{entry['bits_per_compressed_weight']:.3f}"
+        table.add_row(name, human_bytes(entry["bytes"]), bits, escape(kl), agreement, ", ".join(entry["methods"]))
+    out.print(table)
+    out.print("* no other is both smaller and nearer to the original")
+    for notice in found["notices"]:
+        out.print(notice, markup=False)
+    if found["page"]:
+        out.print(f"page       {found['page']}", soft_wrap=True)
 
 
 def show_rehearsal(found: dict[str, Any]) -> None:

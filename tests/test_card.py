@@ -253,7 +253,7 @@ def test_every_figure_is_shown(tmp_path: Path) -> None:
 def test_both_are_well_formed_and_fetch_nothing(tmp_path: Path) -> None:
     rows = [*dense(), site("lm_head", None, "lm_head"), *moe(2, 4)]
     page = Page(made(checkpoint(tmp_path / "out", rows))[1])
-    assert page.count("svg") == 5 + 2  # five kinds in blocks, two maps
+    assert page.count("svg") == 5 + 2 + 1  # five kinds in blocks, two maps, the treemap
     for _, attributes in page.seen:
         assert not {"src", "srcset", "data"} & set(attributes)
     assert "url(" not in (tmp_path / "out" / "report.html").read_text()
@@ -348,7 +348,7 @@ def test_any_error_can_be_drawn(tmp_path: Path, error: float) -> None:
 def test_nothing_compressed(tmp_path: Path) -> None:
     text, page = made(checkpoint(tmp_path / "out", []))
     assert "nothing compressed" in text
-    assert "0-bit" not in text and Page(page).count("svg") == 0
+    assert "0-bit" not in text and Page(page).count("svg") == 1  # the treemap
 
 
 def test_a_large_mixture_stays_a_small_file(tmp_path: Path) -> None:

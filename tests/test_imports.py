@@ -90,8 +90,10 @@ TABLE: dict[str, Row] = {
     "charts": Row("report errors"),
     "same_size": Row("report parts.uniform"),
     "published": Row("recipe_data", "yaml"),
+    "treemap": Row("files"),
+    "front": Row("charts files errors"),
     "facts": Row("charts report published recipe_data files errors", "yaml"),
-    "card": Row("facts charts report files errors", "jinja2 yaml"),
+    "card": Row("treemap front _version facts charts report files errors", "jinja2 yaml"),
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
     "job": Row("files errors"),
     "prepare": Row(
@@ -150,7 +152,7 @@ TABLE: dict[str, Row] = {
         "evaluate.* prepare packed foreign calibration.* checkpoint container published recipe_data memory files errors",
         "torch",
         "card",
-        "lm_eval transformers",
+        "lm_eval transformers yaml",
     ),
     "inspection": Row("evaluate.quality calibration.families packed foreign checkpoint errors"),
     # A checkpoint that is there, in another layout.
@@ -181,8 +183,8 @@ TABLE: dict[str, Row] = {
     "screen": Row(
         "files memory errors",
         "rich",
-        lazy_own="registry recipe prepare estimate run inspection same_size evaluate.quality evaluate.bench facts targets difference "
-        "diagnosis",
+        lazy_own="registry recipe prepare estimate run inspection same_size evaluate.quality evaluate.bench facts targets "
+        "difference diagnosis",
     ),
     "options": Row("", "typer"),
     "commands.*": Row("commands._shared options errors", "typer", lazy_own="*", lazy_third="torch"),

@@ -23,6 +23,11 @@ def evaluate_command(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Load the model and measure tokens per second.")] = True,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder or YAML file of tasks as lm-eval reads them, or the name of one of its own. May be repeated."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task; all if not given.")] = None,
     save: Annotated[bool, typer.Option("--save", help="Put the result into the checkpoint's report and model card.")] = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -40,7 +45,7 @@ def evaluate_command(
         raise RecipeError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     values = data_values(data, samples, length, seed, None)
     with progress(quiet or json_) as listen:
-        result = evaluation.evaluate(model, original, parse_data(values), device, dtype, speed, listen)
+        result = evaluation.evaluate(model, original, parse_data(values), device, dtype, speed, listen, tasks or [], limit)
     if save:
         evaluation.save(Path(model), result)
     print(json.dumps(result.plain(), indent=2)) if json_ else screen.show_quality(result)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from compress.calibration.observe import batches
 from compress.calibration.skeleton import Skeleton
 from compress.checkpoint import Source
 from compress.errors import CheckpointError, OutputError
+from compress.evaluate import tasks
 from compress.evaluate.intervals import Interval, interval, resampled_means
 from compress.evaluate.speed import tokens_per_second
 from compress.evaluate.streamed import open_skeleton
@@ -168,8 +169,19 @@ def _summed_up(windows: Tensor) -> dict[str, Any]:
     return result
 
 
-def evaluate(model: str, original: str | None, data: Data, device: str, dtype: str, speed: bool, listen: Listen) -> Quality:
-    """Measure a checkpoint on a text. Raises CheckpointError, CalibrationError, RecipeError."""
+def evaluate(
+    model: str,
+    original: str | None,
+    data: Data,
+    device: str,
+    dtype: str,
+    speed: bool,
+    listen: Listen,
+    wanted: Sequence[str] = (),
+    limit: int | None = None,
+) -> Quality:
+    """Measure a checkpoint on a text, and on tasks. Raises CheckpointError, CalibrationError, RecipeError."""
+    tasks.split(wanted)  # what is not there is said before hours are spent
     where, kind = pick_device(device), DTYPES[dtype]
     source = open_any(model)
     original = original or base_of(model)
@@ -178,6 +190,19 @@ def evaluate(model: str, original: str | None, data: Data, device: str, dtype: s
         raise CheckpointError(f"{original}: has another vocabulary than {model}; give the model it was made from")
     ids = load_ids(data, source.folder, vocabulary(source), context_length(source), fewer=True)
     values = compare(source, before, ids, kind, where, listen)
+    if wanted:
+        listen(1, 1, "tasks", 0.0)
+        mine = tasks.scores(str(source.folder), wanted, where, limit)
+        theirs = tasks.scores(str(before.folder), wanted, where, limit) if before is not None else {}
+        values["tasks"] = {
+            name: {
+                "metric": score["metric"],
+                "model": score["value"],
+                "before": theirs[name]["value"] if name in theirs else None,
+                "standard_error": score["standard_error"],
+            }
+            for name, score in mine.items()
+        }
     if speed:
         listen(1, 1, "timing", 0.0)
         values["tokens_per_second"] = tokens_per_second(str(source.folder), where)

@@ -74,7 +74,7 @@ def fresh_process() -> Iterator[Ask]:
     environment |= {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as said:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START],  # -P: files that lie in the working directory are no modules
+            [sys.executable, "-P", "-c", _START],  # -P: nothing is imported from the folder it runs in
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,

@@ -1,0 +1,103 @@
+"""Tasks, by lm-eval: what perplexity does not show, such as whether a model still finds a fact in its prompt.
+
+Tasks are files, a folder of YAML with data beside it, so that they run offline; names of lm-eval's own tasks work where their
+data can be fetched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.errors import CalibrationError, RecipeError
+
+_METRICS = ("acc_norm", "acc", "exact_match", "f1", "rouge", "bleu")  # which of a task's metrics is shown, the first it has
+Scores = dict[str, dict[str, Any]]
+
+
+def split(wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the folders that hold tasks, and the names of tasks: of a folder all that its YAML files name."""
+    import yaml
+
+    folders, names = [], []
+    for item in wanted:
+        path = Path(item)
+        if not path.exists():
+            if os.sep in item or path.suffix in (".yaml", ".yml"):
+                raise RecipeError(f"--tasks {item}: no such file or folder; expected task files in YAML, or names of lm-eval's")
+            names.append(item)
+            continue
+        files = [path] if path.is_file() else sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+        found = []
+        for file in files:
+            try:
+                values = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise RecipeError(f"--tasks {file}: cannot be read ({error}); expected a task of lm-eval in YAML") from error
+            if isinstance(values, dict) and isinstance(values.get("task"), str):
+                found.append(values["task"])
+        if not found:
+            raise RecipeError(f"--tasks {item}: holds no task; expected YAML files with `task:`, as lm-eval reads them")
+        folders.append(str(path if path.is_dir() else path.parent))
+        names += found
+    return folders, names
+
+
+def scores(model: str, wanted: Sequence[str], device: torch.device, limit: int | None = None, batch: int = 8) -> Scores:
+    """Return metric, value and standard error of each task, for the checkpoint in a folder. Raises RecipeError."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise RecipeError(f"--tasks: lm-eval is not installed ({error}); pip install 'compress[eval]'") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folders, names = split(wanted)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model).eval()
+    loaded.to(device)
+    adapter = HFLM(pretrained=loaded, tokenizer=AutoTokenizer.from_pretrained(model), batch_size=batch)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    places = [place for path in folders for place in (str(Path(path).absolute()),)]
+    try:
+        # It prints while it works; what goes to standard output here is for whoever reads ours.
+        with contextlib.redirect_stdout(io.StringIO()), _within(places):
+            manager = TaskManager(include_path=places or None, include_defaults=len(names) > 0 and not places)
+            found = simple_evaluate(
+                model=adapter, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=100, verbosity="ERROR"
+            )
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(f"--tasks {', '.join(wanted)}: lm-eval cannot run them ({first}); check the task files") from error
+    return {name: _primary(values) for name, values in sorted(found["results"].items())}
+
+
+@contextlib.contextmanager
+def _within(places: Sequence[str]) -> Any:
+    """Be in the folder of the tasks, where one is given: their YAML names data beside it."""
+    before = os.getcwd()
+    if len(places) == 1:
+        os.chdir(places[0])
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _primary(values: dict[str, Any]) -> dict[str, Any]:
+    """The metric of a task that is shown, with its value and standard error."""
+    known = {key.partition(",")[0]: (key, value) for key, value in values.items() if isinstance(value, float | int)}
+    known = {name: pair for name, pair in known.items() if not name.endswith("_stderr")}
+    metric = next((name for name in _METRICS if name in known), next(iter(known), ""))
+    if not metric:
+        return {"metric": "none", "value": float("nan"), "standard_error": None}
+    key, value = known[metric]
+    error = values.get(key.replace(metric, f"{metric}_stderr", 1))
+    return {"metric": metric, "value": float(value), "standard_error": float(error) if isinstance(error, float | int) else None}
