@@ -15,6 +15,7 @@ from compress.commands.export import convert, export
 from compress.commands.look import inspect, methods, recipes, verify
 from compress.commands.plan import plan_command
 from compress.commands.quantize import quantize, run
+from compress.commands.retrain import retrain
 from compress.errors import CompressError
 
 EXIT_CODES = """Exit codes: 0 done; 1 a bug; 2 wrong command line or recipe; 3 a checkpoint that cannot be read;
@@ -65,6 +66,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "run": run,
     "plan": plan_command,
+    "retrain": retrain,
     "export": export,
     "convert": convert,
     "inspect": inspect,

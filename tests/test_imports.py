@@ -90,7 +90,7 @@ TABLE: dict[str, Row] = {
     "card": Row("facts charts report files errors", "jinja2 yaml"),
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
     "job": Row("files errors"),
-    "prepare": Row("calibration.data calibration.families recipe checkpoint distributed _version errors", "torch"),
+    "prepare": Row("calibration.data calibration.families recipe recipe_data checkpoint distributed _version errors", "torch"),
     "block": Row(
         "calibration.families calibration.observe calibration.skeleton calibration.statistics method recipe report weight "
         "distributed errors",
@@ -103,9 +103,16 @@ TABLE: dict[str, Row] = {
         "torch",
     ),
     "estimate": Row("prepare block recipe calibration.families packed memory files errors", "torch"),
+    "students": Row("packed job report weight calibration.families checkpoint container files errors", "torch"),
+    # The whole model, which methods of retraining see as they see a block.
+    "retraining": Row(
+        "students recipe retrain._blockwise retrain._moving calibration.families calibration.skeleton calibration.statistics "
+        "files errors",
+        "torch",
+    ),
     "pipeline": Row(
-        "block block_methods weight job calibration.hidden calibration.observe calibration.skeleton packed recipe report "
-        "container distributed files errors",
+        "students block block_methods weight job calibration.hidden calibration.observe calibration.skeleton packed recipe "
+        "report container distributed files errors",
         "torch",
     ),
     # Planning: what candidates cost is measured as a run would compress, then a planner decides.
@@ -136,7 +143,8 @@ TABLE: dict[str, Row] = {
     # A checkpoint that is there, in another layout.
     "exporting": Row("registry foreign packed seal calibration.families checkpoint container files _version errors", "torch"),
     "run": Row(
-        "pipeline seal job prepare estimate card report recipe packed calibration.skeleton evaluate.* distributed memory files "
+        "pipeline retraining students seal job prepare estimate card report recipe packed calibration.skeleton evaluate.* "
+        "distributed memory files "
         "_version errors",
         "torch",
     ),
