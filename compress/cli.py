@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from compress._version import __version__
+from compress.commands.cut import cut
 from compress.commands.evaluate import evaluate_command
 from compress.commands.export import convert, export
 from compress.commands.look import inspect, methods, recipes, verify
@@ -66,6 +67,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "run": run,
     "plan": plan_command,
+    "cut": cut,
     "retrain": retrain,
     "export": export,
     "convert": convert,

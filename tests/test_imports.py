@@ -148,6 +148,15 @@ TABLE: dict[str, Row] = {
         "_version errors",
         "torch",
     ),
+    # Whole heads, channels and blocks: a plain checkpoint comes out.
+    "importance": Row("", "torch"),
+    "smaller": Row("importance calibration.families checkpoint errors"),
+    "cutting": Row(
+        "importance smaller seal job prepare recipe_data calibration.* checkpoint container evaluate.* memory files _version "
+        "errors",
+        "torch",
+        lazy_third="transformers",
+    ),
     # What people see. The command line starts without anything heavy.
     "screen": Row(
         "files memory errors", "rich", lazy_own="registry recipe prepare estimate run inspection evaluate.quality facts"

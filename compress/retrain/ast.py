@@ -59,8 +59,9 @@ def group_sums(columns: int, group: int) -> Tensor:
 def best_left(removed: Tensor, square: Tensor, group: int) -> Tensor:
     """Return S (out, in / group) of least |removed - S P|^2 weighted by the mean squares of the inputs' channels (in,)."""
     weight = square.clamp_min(float(square.mean()) * 1e-6 + torch.finfo(square.dtype).tiny)
-    above = (removed * weight).unflatten(1, (-1, group)).sum(2)
-    return above / weight.unflatten(0, (-1, group)).sum(1)
+    above: Tensor = (removed * weight).unflatten(1, (-1, group)).sum(2)
+    below: Tensor = weight.unflatten(0, (-1, group)).sum(1)
+    return above / below
 
 
 class Adapting:
