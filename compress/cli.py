@@ -12,6 +12,7 @@ import typer
 from compress._version import __version__
 from compress.commands.bench import bench_command
 from compress.commands.compare import compare
+from compress.commands.cut import cut
 from compress.commands.diff import diff
 from compress.commands.doctor import doctor
 from compress.commands.evaluate import evaluate_command
@@ -22,6 +23,7 @@ from compress.commands.prune import prune
 from compress.commands.push import push
 from compress.commands.quantize import quantize, run
 from compress.commands.rehearse import rehearse
+from compress.commands.retrain import retrain
 from compress.commands.sweep import sweep_command
 from compress.errors import CompressError
 
@@ -75,6 +77,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
     "plan": plan_command,
     "rehearse": rehearse,
+    "cut": cut,
+    "retrain": retrain,
     "export": export,
     "convert": convert,
     "sweep": sweep_command,

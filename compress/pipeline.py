@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,11 +16,12 @@ from compress.block_methods import Surroundings
 from compress.calibration.hidden import Hidden
 from compress.calibration.observe import batches
 from compress.calibration.skeleton import Skeleton
-from compress.container import bytes_of, read_tensor
+from compress.container import read_tensor
 from compress.files import sha256
 from compress.job import Job, Record
 from compress.recipe import Assignment, StageAssignment
 from compress.report import SiteRow
+from compress.students import digest
 from compress.weight import CompressedWeight
 
 SNAPSHOT_SECONDS = 120.0  # hidden states in memory are stored this often; blocks since then are replayed after a crash
@@ -186,7 +186,7 @@ class Run:
         for site, (weight, row) in self._found(block, around):
             mine, specs[site] = packed.pack(weight)
             tensors |= {f"{site}.{leaf}": tensor for leaf, tensor in mine.items()}
-            rows.append(replace(row, sha256=_digest(weight)))
+            rows.append(replace(row, sha256=digest(weight)))
         others = around.others if distributed.rank() == 0 else {}
         if not specs and not others:
             return None, rows
@@ -308,14 +308,6 @@ class Run:
             self._one(block)
         assert self.hidden is not None
         return self.hidden.read(0) if self.end is None and self.batches else self.end
-
-
-def _digest(weight: CompressedWeight) -> str:
-    """SHA-256 of a weight's values before they are packed, which whoever decodes the file can compare."""
-    result = hashlib.sha256(bytes_of(weight.exact().cpu()))
-    for factor in weight.low_rank.factors() if weight.low_rank is not None else ():
-        result.update(bytes_of(factor.cpu().contiguous()))
-    return result.hexdigest()
 
 
 def rows_of(job: Job) -> list[SiteRow]:

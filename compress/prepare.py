@@ -15,6 +15,7 @@ from compress.calibration.families import Claims, claim, context_length, find, s
 from compress.checkpoint import Source
 from compress.errors import RecipeError
 from compress.recipe import Assignment, Recipe, StageAssignment
+from compress.recipe_data import Data
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,12 +30,15 @@ class Plan:
     assignments: list[Assignment]
     transforms: list[StageAssignment]
     tuning: list[StageAssignment]
+    retraining: list[StageAssignment]
     dtype: torch.dtype
     device: torch.device
 
     @property
     def calibrated(self) -> bool:
         """Whether a method needs to see data."""
+        if self.retraining and self.recipe.data is not None:
+            return True
         needy = any(o.needs or o.scope == "block" for a in self.assignments for o in (a.method, a.fallback) if o is not None)
         return needy or bool(self.transforms) or bool(self.tuning)
 
@@ -81,11 +85,17 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
     chosen = pick_device(device)
     before = recipes.stages(recipe.transforms, "transforms", assignments)
     after = recipes.stages(recipe.tuning, "tuning", assignments)
-    return Plan(source, claims, recipe, assignments, before, after, pick_dtype(recipe.dtype, source, chosen), chosen)
+    last = recipes.stages(recipe.retraining, "retraining", assignments)
+    return Plan(source, claims, recipe, assignments, before, after, last, pick_dtype(recipe.dtype, source, chosen), chosen)
 
 
-def calibration(plan: Plan) -> Tensor:
-    """Return the token ids (samples, length) to run through the model: the recipe's data, or some at random if none is needed."""
+def calibration(plan: Plan, data: Data | None = None) -> Tensor:
+    """Return the token ids (samples, length) to run through the model: the recipe's data, or some at random if none is needed.
+
+    With `data`, those of other data for the same model.
+    """
+    if data is not None:
+        return load_ids(data, plan.source.folder, vocabulary(plan.source), context_length(plan.source))
     if not plan.calibrated:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, vocabulary(plan.source), (1, 32), generator=generator)
@@ -127,8 +137,8 @@ def effective(plan: Plan, ids: Tensor) -> Recipe:
     data = plan.recipe.data
     if data is not None and plan.calibrated:
         data = data.model_copy(update={"samples": ids.shape[0], "length": ids.shape[1]})
-    changed = {"steps": steps, "data": data if plan.calibrated else None}
-    for place, found in (("transforms", plan.transforms), ("tuning", plan.tuning)):
+    changed: dict[str, Any] = {"steps": steps, "data": data if plan.calibrated else None}
+    for place, found in (("transforms", plan.transforms), ("tuning", plan.tuning), ("retraining", plan.retraining)):
         spelt = [s.method.model_dump(mode="json") for s in found]
         given = zip(getattr(plan.recipe, place), spelt, strict=True)
         changed[place] = tuple(stage.model_copy(update={"options": values}) for stage, values in given)

@@ -19,7 +19,7 @@ from compress.errors import RecipeError
 from compress.recipe_data import Data
 
 SHRINK = "shrink"
-_STAGE_KINDS = {"transforms": ("transform",), "tuning": ("tune", "retrain")}
+_STAGE_KINDS = {"transforms": ("transform",), "tuning": ("tune", "retrain"), "retraining": ("retrain",)}
 
 
 class _Strict(BaseModel):
@@ -70,6 +70,16 @@ class Stage(_Strict):
         return (self.match,) if isinstance(self.match, str) else self.match
 
 
+class Retrain(Stage):
+    """Training of the whole compressed model on what the original predicts, on the weights whose disk names match."""
+
+    steps: Annotated[int, Field(ge=1)] = 200
+    batch: Annotated[int, Field(ge=1)] = 8  # windows of text that a step looks at
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # of both models' predictions
+    labels: Annotated[float, Field(ge=0)] = 0.0  # how much the cross-entropy of the text counts beside the divergence
+    data: Data | None = None  # the recipe's if None
+
+
 class Recipe(_Strict):
     """Everything that decides the bytes of a result, apart from the source."""
 
@@ -77,6 +87,7 @@ class Recipe(_Strict):
     transforms: tuple[Stage, ...] = ()  # of a block before it is calibrated, in this order
     steps: tuple[Step, ...]
     tuning: tuple[Stage, ...] = ()  # adjustments of a block's compressed weights, in this order
+    retraining: tuple[Retrain, ...] = ()  # training of the whole compressed model, in this order
     data: Data | None = None
     copy_: tuple[str, ...] = Field(default=(), alias="copy")  # globs of tensors to copy although no family rule names them
     drop: tuple[str, ...] = ()  # globs of tensors to leave out
@@ -90,7 +101,7 @@ class Recipe(_Strict):
         parse_size(value)
         return value
 
-    @field_validator("transforms", "tuning")
+    @field_validator("transforms", "tuning", "retraining")
     @classmethod
     def _right_kind(cls, value: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
         known = registry.methods(_STAGE_KINDS[str(info.field_name)])

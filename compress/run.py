@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,18 +14,19 @@ import torch
 import yaml
 from torch import Tensor
 
-from compress import card, distributed, memory, packed, published, report, seal
+from compress import card, distributed, memory, packed, published, report, retraining, seal, students
 from compress import recipe as recipes
 from compress._version import __version__
 from compress.calibration.skeleton import Skeleton
-from compress.errors import VerificationError
+from compress.errors import CheckpointError, RecipeError, VerificationError
 from compress.estimate import Estimate, check_disk, predictions
 from compress.evaluate import reload, verify
 from compress.evaluate.streamed import last_hidden, token_losses
 from compress.files import write_json, write_text
 from compress.job import Job, differ, flatten, remove_leftover
 from compress.pipeline import Run, Settings, Work, rows_of
-from compress.prepare import Plan, effective, identity
+from compress.prepare import Plan, calibration, effective, identity
+from compress.students import Student
 
 CHECK_TOKENS = 128  # of the batch whose result is recorded
 Listen = Callable[[int, int, str, float], None]
@@ -62,6 +64,8 @@ def run(
         return Summary(out, before, report.read_rows(out / "report.jsonl"), resumed=True)
     folder = job_folder or _job_of(out)
     check_disk(expected, folder)
+    if plan.retraining and distributed.world() > 1:
+        raise RecipeError("retraining: is done in one process; take it out, and run `compress retrain` afterwards")
     skeleton = Skeleton(
         plan.source, plan.claims, plan.dtype, device
     )  # before the folder: a config that builds no model leaves none
@@ -75,6 +79,9 @@ def run(
     seed = plan.recipe.data.seed if plan.recipe.data is not None else 0
     work = Work(plan.assignments, plan.transforms, plan.tuning, plan.compares, seed)
     end = Run(skeleton, work, ids, plan.recipe.batch_tokens, job, settings, listen).all_blocks()
+    if plan.retraining:
+        parts = [job.parts / name for record in job.records for name in sorted(record.parts)]
+        end = _retrained(skeleton, plan, ids, job, Student.of_parts(parts), rows_of(job), 0, listen)
     summary = None
     if leader:
         assert end is not None, "rank 0 has the first batch"
@@ -85,6 +92,83 @@ def run(
             job.remove()
     distributed.barrier()
     return summary or Summary(out, {}, rows_of(job))
+
+
+def retrain(
+    plan: Plan,
+    ids: Tensor,
+    start: packed.PackedSource,
+    out: Path,
+    listen: Listen,
+    job_folder: Path | None = None,
+    keep_job: bool = False,
+    anew: bool = True,
+) -> Summary:
+    """Do the last stage of a plan's retraining to a compressed checkpoint of its source. Raises CompressError."""
+    started = time.time()
+    memory.return_large()
+    before = seal.finished(start.folder)
+    if before is None:
+        raise CheckpointError(f"{start.folder}: is empty; give a checkpoint that compress wrote")
+    files = hashlib.sha256(json.dumps(before["files"], sort_keys=True).encode()).hexdigest()
+    mine = {**identity(plan, ids), "start": files}
+    folder = job_folder or _job_of(out)
+    if (there := seal.finished(out)) is not None:
+        differ(flatten(there["identity"]), flatten(mine), str(out))
+        if not keep_job:
+            remove_leftover(folder, mine)
+        return Summary(out, there, report.read_rows(out / "report.jsonl"), resumed=True)
+    skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
+    student = Student.of_checkpoint(start, plan.source, plan.claims)
+    text = recipes.dump(effective(plan, ids))
+    job = Job.open(folder, mine, text)
+    rows = report.read_rows(start.folder / "report.jsonl")
+    end = _retrained(skeleton, plan, ids, job, student, rows, len(plan.retraining) - 1, listen)
+    with reload.fresh_process() if anew else reload.not_at_all() as ask:
+        summary = finish(plan, job, mine, text, ids[:1, :CHECK_TOKENS], end.cpu(), out, started, listen, ask)
+    if not keep_job:
+        job.remove()
+    return summary
+
+
+def _retrained(
+    skeleton: Skeleton,
+    plan: Plan,
+    ids: Tensor,
+    job: Job,
+    student: Student,
+    rows: list[report.SiteRow],
+    first: int,
+    listen: Listen,
+) -> Tensor:
+    """Train a student in the stages from `first` on and put it into the job; return its last block's output for one batch."""
+    blocks = len(skeleton.blocks)
+    seed = plan.recipe.data.seed if plan.recipe.data is not None else 0
+
+    def say(step: str, share: float) -> None:
+        listen(blocks, blocks, step, share)
+
+    wanted = effective(plan, ids).retraining
+    for number in range(first, len(plan.retraining)):
+        settings = wanted[number]
+        given = calibration(plan, settings.data) if settings.data is not None else ids
+        mine = retraining.identity_of(settings, given, student)
+        with skeleton.whole_model():
+            training = retraining.Training(
+                skeleton, student, plan.retraining[number], settings, given, plan.recipe.batch_tokens, seed
+            )
+            student, notes = training.run(job.folder / f"retraining-{number}.pt", mine, say)
+        job.records = students.records(student, rows, f"{settings.method} of the whole model", notes, job)
+        rows = rows_of(job)
+    with skeleton.outer():
+        hidden = skeleton.embed(ids[:1, :CHECK_TOKENS])
+    for block in range(blocks):
+        sites = [site.name for site in skeleton.sites[block] if site.name in student.weights]
+        skeleton.load(block, {name: student.weights[name].dequantize() for name in sites})
+        skeleton.put_others(block, {n: v for n, v in student.others.items() if skeleton.holds(block, n)})
+        hidden = skeleton.forward(block, hidden)
+        skeleton.release(block)
+    return hidden
 
 
 def _job_of(out: Path) -> Path:

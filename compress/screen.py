@@ -460,6 +460,22 @@ def show_findings(target: str, found: Sequence[Finding]) -> None:
         print(f"warning: {target}: {finding.message}", file=sys.stderr)
 
 
+def show_cut(folder: str, made: dict[str, Any]) -> None:
+    """Print what was cut."""
+    out = _out()
+    table = _table(folder + (" (was there already)" if made.get("resumed") else ""), "", "before", "after")
+    table.add_row("size", human_bytes(made["bytes_before"]), human_bytes(made["bytes_after"]))
+    table.add_row("weights", f"{made['weights']:,}", f"{made['weights_after']:,}")
+    for key, value in made["before"].items():
+        if value:
+            table.add_row(key.replace("_", " "), str(value), str(made["after"][key]))
+    out.print(table)
+    if gone := [block for block in range(made["before"]["blocks"]) if block not in made["blocks"]]:
+        out.print(f"blocks that are gone: {', '.join(map(str, gone))}")
+    out.print(f"{made['seconds']:.1f} s, {human_bytes(made['peak_memory'])} peak memory")
+    out.print(f'load with  AutoModelForCausalLM.from_pretrained("{folder}")', soft_wrap=True, markup=False)
+
+
 def show_exports(made: list[dict[str, Any]]) -> None:
     """Print what was exported."""
     out = _out()

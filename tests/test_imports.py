@@ -97,7 +97,9 @@ TABLE: dict[str, Row] = {
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
     "job": Row("files errors"),
     "prepare": Row(
-        "calibration.data calibration.families recipe checkpoint distributed _version errors", "torch", "kernels.calibration"
+        "calibration.data calibration.families recipe recipe_data checkpoint distributed _version errors",
+        "torch",
+        "kernels.calibration",
     ),
     "block": Row(
         "calibration.families calibration.observe calibration.skeleton calibration.statistics method recipe report weight "
@@ -110,6 +112,13 @@ TABLE: dict[str, Row] = {
         "calibration.statistics recipe weight distributed errors",
         "torch",
     ),
+    "students": Row("packed job report weight calibration.families checkpoint container files errors", "torch"),
+    # The whole model, which methods of retraining see as they see a block.
+    "retraining": Row(
+        "students recipe retrain._blockwise retrain._moving calibration.families calibration.skeleton calibration.statistics "
+        "files errors",
+        "torch",
+    ),
     "sizes": Row("seal recipe packed calibration.families checkpoint container errors"),
     "timing": Row("prepare block calibration.families calibration.statistics errors", "torch scipy"),
     "estimate": Row(
@@ -117,8 +126,8 @@ TABLE: dict[str, Row] = {
         "torch",
     ),
     "pipeline": Row(
-        "block block_methods weight job calibration.hidden calibration.observe calibration.skeleton packed recipe report "
-        "container distributed files errors",
+        "students block block_methods weight job calibration.hidden calibration.observe calibration.skeleton packed recipe "
+        "report container distributed files errors",
         "torch",
     ),
     # Planning: what candidates cost is measured as a run would compress, then a planner decides.
@@ -169,11 +178,20 @@ TABLE: dict[str, Row] = {
         "torch",
     ),
     "run": Row(
-        "pipeline seal job prepare estimate card published report recipe packed calibration.skeleton evaluate.* distributed "
-        "memory files _version errors",
+        "pipeline retraining students seal job prepare estimate card published report recipe packed calibration.skeleton "
+        "evaluate.* distributed memory files _version errors",
         "torch yaml",
     ),
     "push": Row("published files errors", lazy_third="huggingface_hub"),
+    # Whole heads, channels and blocks: a plain checkpoint comes out.
+    "importance": Row("", "torch"),
+    "smaller": Row("importance calibration.families checkpoint errors"),
+    "cutting": Row(
+        "importance smaller seal job prepare recipe_data calibration.* checkpoint container evaluate.* memory files _version "
+        "errors",
+        "torch",
+        lazy_third="transformers",
+    ),
     "rehearsal": Row(
         "run pipeline estimate prepare recipe recipe_data calibration.families checkpoint container files errors",
         "torch",

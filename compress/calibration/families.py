@@ -57,6 +57,24 @@ class Scaling:
     where: tuple[tuple[str, Any], ...] = ()
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The heads of attention, which can be cut: rows of what makes queries, keys and values, columns of what reads heads."""
+
+    queries: str = "self_attn.q_proj"
+    keys: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
+    output: str = "self_attn.o_proj"
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels between two layers of a block, which can be cut: rows of the first linears, columns of the last."""
+
+    inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    output: str = "mlp.down_proj"
+    setting: str = "intermediate_size"  # of config.json
+
+
 _ATTENTION_SCALINGS = (
     Scaling("input_layernorm", _ATTENTION[0]),
     Scaling("self_attn.v_proj", _ATTENTION[1], "values"),
@@ -84,6 +102,8 @@ class Family:
     keep: tuple[str, ...] = _NORMS  # globs of block tensors that are copied byte for byte
     experts: Experts | None = None
     scalings: tuple[Scaling, ...] = ()  # where scales can move from one tensor to others; none are known if it is empty
+    heads: Heads | None = None  # what `compress cut` may cut; None: not at all
+    channels: Channels | None = None
     norm_offset: float = 0.0  # norms multiply by this plus their weight
     blocks: str = "model.layers"
     outer: tuple[str, ...] = ("model.embed_tokens.weight", "model.norm.weight")  # globs outside the blocks, copied
@@ -117,13 +137,14 @@ class Site:
 
 
 _USUAL_EXPERTS = Experts()
+_CUTS: Any = {"heads": Heads(), "channels": Channels()}
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", keep=(*_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.*_proj.bias"), scalings=_SCALINGS),
-        Family("mistral", scalings=_SCALINGS),
-        Family("qwen2", keep=(*_NORMS, *_QKV_BIASES), scalings=_SCALINGS),
-        Family("qwen3", keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias"), scalings=_SCALINGS),
+        Family("llama", keep=(*_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.*_proj.bias"), scalings=_SCALINGS, **_CUTS),
+        Family("mistral", scalings=_SCALINGS, **_CUTS),
+        Family("qwen2", keep=(*_NORMS, *_QKV_BIASES), scalings=_SCALINGS, **_CUTS),
+        Family("qwen3", keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias"), scalings=_SCALINGS, **_CUTS),
         Family("gemma2", keep=(*_NORMS, *_GEMMA_NORMS), scalings=_GEMMA_SCALINGS, norm_offset=1.0, tied=True),
         Family(
             "gemma3_text",
@@ -166,6 +187,7 @@ FAMILIES = {
                 Scaling("final_layer_norm", ("fc1",), where=(("do_layer_norm_before", True),)),
                 Scaling("fc1", ("fc2",), where=(("activation_function", "relu"),)),
             ),
+            channels=Channels(("fc1",), "fc2", "ffn_dim"),  # no heads: their size follows from their number
             blocks="model.decoder.layers",
             tied=True,
             outer=("model.decoder.embed_*.weight", "model.decoder.final_layer_norm.*", "model.decoder.project_*.weight"),

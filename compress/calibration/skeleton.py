@@ -300,6 +300,44 @@ class Skeleton:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Within this block of code all blocks are filled, and embeddings, the last norm and the head."""
+        with self.outer():
+            for number in range(len(self.blocks)):
+                self.load(number)
+            try:
+                yield
+            finally:
+                for number in range(len(self.blocks)):
+                    self.release(number)
+
+    def parameter_names(self) -> dict[str, str]:
+        """The copied tensors that are parameters of the model: disk name -> name of the parameter."""
+        known = {name for name, _ in self.model.named_parameters()}
+        names = {name: parameter_name(self.family, name) for name in self.claims.copied}
+        return {name: inside for name, inside in names.items() if inside in known and not matches(name, self.family.aside)}
+
+    def whole(
+        self, ids: Tensor, weights: Mapping[Site, Tensor] | None = None, others: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Token ids (samples, length) -> logits (samples, length, vocabulary), with some weights (out, in) and other tensors (by
+        disk name) replaced; gradients pass through. Needs `whole_model`.
+        """
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        given: dict[str, Tensor] = {}
+        for site, weight in (weights or {}).items():
+            module: Any = self.linear(site)
+            turned = weight.T if type(module).__name__ == "Conv1D" else weight
+            given[f"{paths[id(module)]}.weight"] = turned.to(module.weight.dtype)
+        names = self.parameter_names()
+        for name, value in (others or {}).items():
+            if name in names:
+                given[names[name]] = value.to(self.model.get_parameter(names[name]).dtype)
+        call = {"input_ids": ids.to(self.device), "use_cache": False}
+        result: Tensor = torch.func.functional_call(self.model, given, (), call).logits
+        return result
+
     def _inside(self, number: int, name: str) -> str:
         """Disk name of a tensor of a block -> path of the parameter within the block."""
         return parameter_name(self.family, name).removeprefix(f"{self.path}.{number}.")
@@ -310,6 +348,10 @@ class Skeleton:
         names = [base + rest for rest in self._copied.get(str(number), [])]
         found = {name: parameters.get(self._inside(number, name)) for name in names}
         return {name: value.detach().float() for name, value in found.items() if value is not None and value.is_floating_point()}
+
+    def holds(self, number: int, name: str) -> bool:
+        """Whether a block has a parameter for a tensor of this disk name."""
+        return name.startswith(f"{self.family.blocks}.{number}.") and not matches(name, self.family.aside)
 
     def put_others(self, number: int, others: Mapping[str, Tensor]) -> None:
         """Give parameters of a filled block the values of tensors by disk name, instead of the source's."""

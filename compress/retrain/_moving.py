@@ -101,7 +101,7 @@ class Vector(_Leaves):
         return self.start + self.unit * self.leaves["p"]
 
 
-def _rest(weight: CompressedWeight) -> Tensor | None:
+def rest_of(weight: CompressedWeight) -> Tensor | None:
     """The sum of what is not the base (out, in)."""
     others = [part.dequantize() for role, part in weight.parts.items() if role in ("outliers", "low_rank")]
     return sum(others[1:], others[0]) if others else None
@@ -114,7 +114,7 @@ class Kept(_Leaves):
         assert isinstance(weight.base, Dense)
         self.weight, self.variant = weight, variant
         self.start = replace(weight, outliers=None, low_rank=None).dequantize()
-        self.rest = _rest(weight)
+        self.rest = rest_of(weight)
         self.keep = torch.ones_like(self.start, dtype=torch.bool) if weight.keep is None else weight.keep.mask()
         self.relative = variant == "full"
         if variant == "full":

@@ -23,7 +23,7 @@ from compress.errors import CheckpointError
 from compress.evaluate import independent
 from compress.parts.low_rank import LowRank
 from compress.parts.sparse import Sparse
-from compress.pipeline import _digest
+from compress.students import digest as _digest
 from compress.weight import CompressedWeight
 from examples import low_rank
 

@@ -1,0 +1,53 @@
+"""`compress cut`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from compress.commands._shared import data_values, progress
+from compress.errors import RecipeError
+from compress.options import DataName, Device, Json, Length, Model, NoReload, Output, Quiet, Revision, Samples, Seed
+
+
+def cut(
+    model: Model,
+    output: Output,
+    heads: Annotated[float, typer.Option(help="Share of the heads to cut, as many of each KV group.")] = 0.0,
+    kv_groups: Annotated[float, typer.Option("--kv-groups", help="Share of the KV groups to cut, with all their heads.")] = 0.0,
+    channels: Annotated[float, typer.Option(help="Share of the channels between the layers of an MLP to cut.")] = 0.0,
+    blocks: Annotated[int, typer.Option(min=0, help="Number of blocks to cut.")] = 0,
+    score: Annotated[str, typer.Option(help="fisher, taylor, lora (from gradients), wanda or magnitude.")] = "fisher",
+    repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Least squares on what reads the rest.")] = True,
+    data: DataName = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    json_: Json = False,
+    device: Device = "auto",
+    no_reload: NoReload = False,
+    revision: Revision = None,
+    quiet: Quiet = False,
+) -> None:
+    """Take heads, channels or whole blocks out of a model; the result is a plain checkpoint with another config.
+
+    compress cut MODEL -o OUT --channels 0.25 --data text.jsonl
+    """
+    from typing import Any, cast, get_args
+
+    from compress import cutting, screen
+    from compress.importance import Score
+    from compress.recipe import parse_data
+    from compress.smaller import Wish
+
+    if score not in get_args(Score):
+        raise RecipeError(f"--score {score}: expected one of {', '.join(get_args(Score))}")
+    wish = Wish(heads, kv_groups, channels, blocks, cast(Any, score), repair)
+    values = data_values(data, samples, length, seed, None)
+    if "name" not in values:
+        raise RecipeError("--data: missing; give a text to find out what is needed least: a file, a preset or a dataset's name")
+    with progress(quiet or json_) as listen:
+        made = cutting.cut(model, output, wish, parse_data(values), device, listen, not no_reload, revision)
+    print(json.dumps(made, indent=2)) if json_ else screen.show_cut(str(output), made)

@@ -1,0 +1,98 @@
+"""Which heads, channels and blocks a model needs least, and what makes up for them.
+
+Gates     every channel c that a head or a channel hands on gets a factor of 1. With L the sum over a window's tokens of the
+          cross-entropy, dL/d gate_c = sum_i w_ic dL/dw_ic of the linear that reads it: what a first-order expansion says of
+          setting the channel to 0, without a gradient by any weight. A group of channels (a head, or all heads of a KV group) has
+          the sum of theirs.
+Scores    taylor     mean over windows of |sum|                      first order
+          fisher     mean over windows of (sum)^2                    second order, by the Fisher information
+          lora       |sum| of the mean over windows                  what LoRAPrune (arXiv 2305.18403) estimates from factors
+          wanda      sum_c |w_:c|^2 H_cc                             what the group gives to the output, no gradient
+          magnitude  sum_c |w_:c|^2                                  no data
+Blocks    influence 1 - cos(h_in, h_out), mean over tokens (ShortGPT, arXiv 2403.03853).
+Repair    with K kept, V = W H_:K (H_KK + damping)^-1: the least squares on what is left, for all rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Score = Literal["fisher", "taylor", "lora", "wanda", "magnitude"]
+GRADIENTS = ("fisher", "taylor", "lora")
+DAMP = 0.01
+Names = tuple[int, str]  # block, and the linear within it that reads the channels
+
+
+def gate_gradients(
+    linears: Mapping[Names, nn.Module], widths: Mapping[Names, int], windows: Iterable[Tensor], logits: Callable[[Tensor], Tensor]
+) -> Iterable[dict[Names, Tensor]]:
+    """Yield for every window of token ids (1, length) the gradients (in,) by gates before these linears of its summed loss."""
+    gates = {name: torch.ones(width, requires_grad=True) for name, width in widths.items()}
+
+    def gated(name: Names) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda _, rows: (rows[0] * gates[name].to(rows[0]), *rows[1:])
+
+    handles = [linears[name].register_forward_pre_hook(gated(name)) for name in gates]
+    try:
+        for ids in windows:
+            with torch.enable_grad():
+                found = logits(ids).float()[:, :-1].flatten(0, 1)
+                lost = torch.nn.functional.cross_entropy(found, ids[:, 1:].flatten().to(found.device), reduction="sum")
+            yield dict(zip(gates, torch.autograd.grad(lost, list(gates.values())), strict=True))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def group_scores(gradients: Iterable[dict[Names, Tensor]], sizes: Mapping[Names, int], score: Score) -> dict[Names, Tensor]:
+    """Return the scores (groups,) of groups of `sizes` neighbouring channels, given their gradients (in,) window by window."""
+    total: dict[Names, Tensor] = {}
+    count = 0
+    for found in gradients:
+        count += 1
+        for name, gradient in found.items():
+            summed = gradient.double().unflatten(0, (-1, sizes[name])).sum(1)
+            term = {"fisher": summed.square(), "taylor": summed.abs(), "lora": summed}[score]
+            total[name] = total[name] + term if name in total else term
+    return {name: value.abs() / max(count, 1) for name, value in total.items()}
+
+
+def weight_scores(weight: Tensor, hessian: Tensor | None, size: int) -> Tensor:
+    """Return the scores (groups,) of groups of `size` columns of weight (out, in), by their inputs' hessian (in, in) if given."""
+    squares = weight.double().square().sum(0)
+    if hessian is not None:
+        squares = squares * hessian.diagonal().double()
+    summed: Tensor = squares.unflatten(0, (-1, size)).sum(1)
+    return summed
+
+
+def kept_of(scores: Tensor, count: int, sets: int = 1) -> Tensor:
+    """Return the `count` groups of the highest scores (groups,), of equal ones the first, in order; with `sets` of each set."""
+    rows = scores.view(sets, -1)
+    order = torch.argsort(rows, dim=1, descending=True, stable=True)[:, : count // sets]
+    first = torch.arange(sets, device=scores.device).unsqueeze(1) * rows.shape[1]
+    return (order.sort(1).values + first).flatten()
+
+
+def spread(groups: Tensor, size: int) -> Tensor:
+    """Return the channels of groups of `size` neighbours."""
+    return (groups.unsqueeze(1) * size + torch.arange(size, device=groups.device)).flatten()
+
+
+def repaired(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:
+    """Return the columns (out, kept) that give the outputs of weight (out, in) best from what is kept of its inputs."""
+    full = hessian.double()
+    full = full + DAMP * full.diagonal().mean().clamp_min(1e-30) * torch.eye(len(full), dtype=full.dtype, device=full.device)
+    right = (weight.double() @ full)[:, kept]
+    factor = torch.linalg.cholesky(full[kept][:, kept])
+    return torch.cholesky_solve(right.T, factor).T.float()
+
+
+def influence(before: Tensor, after: Tensor) -> Tensor:
+    """Return 1 - cos of hidden states (samples, length, width) before and after a block, summed over tokens in float64."""
+    cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+    return (1 - cosine).sum()

@@ -1,0 +1,92 @@
+"""A compressed model in memory: read from parts or from a checkpoint, and written into the parts of a job again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress import packed
+from compress.calibration.families import Claims
+from compress.checkpoint import Source
+from compress.container import bytes_of, read_tensor
+from compress.errors import CheckpointError
+from compress.files import sha256
+from compress.job import Job, Record
+from compress.report import SiteRow
+from compress.weight import CompressedWeight
+
+
+@dataclass(frozen=True)
+class Student:
+    """What stands for the original's tensors: compressed weights by site, and other tensors that differ, by disk name."""
+
+    weights: dict[str, CompressedWeight]
+    others: dict[str, Tensor]
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[Path]) -> Student:
+        """Read the parts of a job."""
+        weights: dict[str, CompressedWeight] = {}
+        others: dict[str, Tensor] = {}
+        for path in parts:
+            weights |= packed.read_part(path)
+            others |= {name: read_tensor(entry) for name, entry in packed.part_others(path).items()}
+        return cls(weights, others)
+
+    @classmethod
+    def of_checkpoint(cls, source: packed.PackedSource, original: Source, claims: Claims) -> Student:
+        """Read a compressed checkpoint of an original. Raises CheckpointError where it was made from another model."""
+        shapes = {site.name: site.shape for site in claims.sites}
+        for name, spec in source.table.items():
+            if shapes.get(name) != tuple(spec["shape"]):
+                raise CheckpointError(
+                    f"{source.folder}: {name} is {spec['shape']}, in the original {shapes.get(name, 'there is none')}; give the "
+                    "model that it was made from with --original"
+                )
+        others = {}
+        for name in claims.copied:
+            if name not in source.entries or source.entries[name].shape != original.entries[name].shape:
+                raise CheckpointError(f"{source.folder}: {name} is not as in {original.folder}; give the model it was made from")
+            value = source.tensor(name)
+            if bytes_of(value) != bytes_of(original.tensor(name)):
+                others[name] = value
+        return cls({name: source.compressed(name) for name in source.table}, others)
+
+
+def digest(weight: CompressedWeight) -> str:
+    """SHA-256 of a weight's values before they are packed, which whoever decodes the file can compare."""
+    result = hashlib.sha256(bytes_of(weight.exact().cpu()))
+    for factor in weight.low_rank.factors() if weight.low_rank is not None else ():
+        result.update(bytes_of(factor.cpu().contiguous()))
+    return result.hexdigest()
+
+
+def records(student: Student, rows: Iterable[SiteRow], path: str, notes: Mapping[str, Any], job: Job) -> list[Record]:
+    """Write a student into parts, a file for each block, and return what stands for the job's own records of blocks."""
+    by_block: dict[int | None, list[SiteRow]] = {}
+    for row in rows:
+        by_block.setdefault(row.block, []).append(row)
+    found = []
+    others = dict(student.others)
+    last = max(number for number in by_block if number is not None) if set(by_block) != {None} else -1
+    for block, members in by_block.items():
+        tensors: dict[str, Tensor] = {}
+        specs: dict[str, Any] = {}
+        now = []
+        for row in members:
+            weight = student.weights[row.site]
+            leaves, specs[row.site] = packed.pack(weight)
+            tensors |= {f"{row.site}.{leaf}": tensor for leaf, tensor in leaves.items()}
+            sizes = replace(row, bits_per_weight=weight.bits_per_weight, stored_bits=weight.stored_bits, sha256=digest(weight))
+            now.append(replace(sizes, notes=row.notes | {path: dict(notes)}).plain())
+        number = last + 1 if block is None else block
+        name = f"retrained-{number:05d}.safetensors"
+        packed.write_part(job.parts / name, tensors, specs, others)
+        others = {}  # all of them lie in the first part
+        found.append(Record(number, {name: sha256(job.parts / name)}, False, now))
+    return found
