@@ -222,6 +222,7 @@ def explain(error: ValidationError, known: Sequence[str] | None = None, prefix: 
     lines = []
     for item in error.errors():
         place = prefix + ".".join(str(p) for p in item["loc"] if p not in _CHOICES or item["type"] == "extra_forbidden")
+        place = place.rstrip(".")  # what is wrong with all options together
         message = item["msg"].removeprefix("Value error, ")
         for theirs, ours in _WORDS.items():
             message = message.replace(theirs, ours)

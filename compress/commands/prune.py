@@ -76,6 +76,8 @@ def prune(
     """Prune a model, and quantize it in the same pass with --bits.
 
     compress prune MODEL -o OUT --sparsity 0.6 --data text.jsonl
+
+    Two of every four weights, in 4 bits:
     compress prune MODEL -o OUT --pattern 2:4 --bits 4 --data text.jsonl
     """
     options = {

@@ -42,6 +42,8 @@ def sweep_command(
     """Measure a method over a range of settings, in one go and without writing a checkpoint.
 
     compress sweep MODEL --method magnitude --sparsity 0:0.9:0.1 --data text.jsonl
+
+    Bits of a quantizer, kept in a file with a plot beside it:
     compress sweep MODEL --method gptq --bits 2:8:1 --data text.jsonl -o curve.json
     """
     from compress import planning, plots, prepare, screen

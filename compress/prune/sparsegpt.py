@@ -43,7 +43,7 @@ _REFINEMENTS = 2
 
 @dataclass(eq=False)
 class Unrounded:
-    """A grid of all numbers."""
+    """A grid of all numbers, whose codes are the numbers."""
 
     scale: Tensor  # (1, out) ones
     inverse: Tensor  # (1, out)
@@ -53,12 +53,12 @@ class Unrounded:
         return lambda scaled, group: None
 
     def encode(self, steps: Tensor, groups: Tensor) -> Tensor:
-        """There are no codes."""
-        return torch.zeros_like(steps)
+        """Return the steps."""
+        return steps
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """There are no codes."""
-        raise NotImplementedError
+        """Return the codes."""
+        return codes.to(dtype)
 
     def storable(self, scale: Tensor) -> Tensor:
         """Every scale can be stored."""
@@ -135,7 +135,7 @@ def sparsegpt(
         if factor.plain:
             unseen = torch.zeros_like(unseen)
         towards = weight.T.contiguous()
-        delta, codes = towards.clone(), torch.empty_like(towards, dtype=torch.uint8)
+        delta, codes = towards.clone(), torch.empty_like(towards, dtype=dtype if bits is None else torch.uint8)
         keep = torch.ones_like(towards)
         chooser = Chooser(factor, unseen, keep, target)
         length = _run_length(columns, target, block, size if bits else None)
@@ -151,7 +151,7 @@ def sparsegpt(
         sweep.run(0, columns)
         mask = keep.T.bool()
         if not isinstance(grids, Levels) or bits is None:
-            return mask, towards.T.masked_fill(~mask, 0.0), None, factor
+            return mask, codes.T.contiguous(), None, factor
         if not factor.plain:
             refine(weight.T.contiguous(), factor.hessian, grids, delta, codes, _REFINEMENTS, _INNER, keep)
         grid = grids.grid(bits)
