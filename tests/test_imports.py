@@ -82,6 +82,7 @@ TABLE: dict[str, Row] = {
     ),
     # The runtime and the evaluation know the stored form, not how it was made.
     "runtime.linear": Row("kernels.* packed parts.mixed weight errors", "torch"),
+    "runtime.experts": Row("calibration.experts runtime.linear kernels.* errors", "torch"),
     "runtime.*": Row(
         "runtime.* calibration.experts calibration.families kernels.* packed container weight errors", "torch transformers"
     ),

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from compress.calibration.families import Experts
 from compress.errors import CheckpointError
 
+# Products of all experts at once: the matrix's name, rows sorted by expert, where those of each begin, the most that one can
+# have; None where experts have to run one by one.
+Products = Callable[[str, Tensor, Tensor, int], Tensor | None]
 MakeLinear = Callable[[int, str, int, int], nn.Module | None]  # expert, name, in, out; None: stays part of the fused tensor
 
 
@@ -45,6 +48,7 @@ class ExpertLoop(nn.Module):
             delattr(experts, name)
             if name.endswith("_bias") or name in fused:  # biases stay joined, as they are on disk
                 self.register_parameter(name, parameter)
+        self.products: Products | None = None  # set where the model runs, if anything is faster than experts in turn
         # A bound method, so that the emptied module is kept without becoming a child with state of its own.
         self.apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
 
@@ -71,6 +75,8 @@ class ExpertLoop(nn.Module):
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """hidden (tokens, width), index and weights (tokens, experts per token) -> (tokens, width)."""
+        if self.products is not None and (together := self._together(hidden, index, weights, self.products)) is not None:
+            return together
         output = torch.zeros_like(hidden)
         # One sort brings the tokens of each expert together; within an expert they keep their order.
         flat = index.flatten()
@@ -87,6 +93,32 @@ class ExpertLoop(nn.Module):
             output.index_add_(0, mine, result.to(output.dtype))
             start += count
         return output
+
+    def _together(self, hidden: Tensor, index: Tensor, weights: Tensor, products: Products) -> Tensor | None:
+        """The same with the products of all experts at once, and nothing read back from the device; None if that cannot be."""
+        flat, most = index.flatten(), hidden.shape[0]
+        order = torch.argsort(flat, stable=True)
+        experts = flat[order]
+        starts = torch.searchsorted(experts, torch.arange(self.num_experts + 1, device=flat.device, dtype=flat.dtype)).int()
+        own = experts.clamp(max=self.num_experts - 1)
+        rows = hidden[order // index.shape[1]]
+        outputs = []
+        for name in self.layout.inputs:
+            if (one := products(name, rows, starts, most)) is None:
+                return None
+            outputs.append(one)
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if (bias := getattr(self, f"{self.layout.inputs[0]}_bias", None)) is not None:
+            joined = joined + bias[own]
+        if (result := products(self.layout.output, self.apply_gate(joined), starts, most)) is None:
+            return None
+        if (bias := getattr(self, f"{self.layout.output}_bias", None)) is not None:
+            result = result + bias[own]
+        # An index beyond the last expert is that of none.
+        scales = torch.where(experts < self.num_experts, weights.flatten()[order], 0)
+        places = torch.argsort(order)
+        scaled = (result * scales.unsqueeze(1))[places].view(*index.shape, -1)
+        return scaled.sum(1, dtype=torch.float32).to(hidden.dtype)
 
 
 def _sizes(experts: nn.Module, transposed: bool) -> tuple[int, tuple[int, int]]:

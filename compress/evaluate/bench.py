@@ -213,7 +213,7 @@ def of_model(folder: str) -> list[CompressedWeight]:
         raise RecipeError(f"{folder}: not compressed; give a checkpoint that compress wrote, or --shapes OUTxIN")
     first: dict[str, str] = {}
     for site, spec in source.table.items():
-        first.setdefault(f"{spec['shape']} {spec['base']} {'outliers' in spec}", site)
+        first.setdefault(f"{spec['shape']} {spec['base']} {sorted(spec)}", site)
     return [source.compressed(site) for site in first.values()]
 
 

@@ -124,11 +124,22 @@ def value(argument: Argument) -> np.generic:
     return np.int32(argument)
 
 
-def launch(kernel: Kernel, grid: tuple[int, int, int], arguments: Sequence[Argument], shared: int, where: torch.device) -> None:
-    """Launch a kernel on torch's current stream of a device, with `shared` bytes of shared memory. Raises KernelError."""
+def launch(
+    kernel: Kernel,
+    grid: tuple[int, int, int],
+    arguments: Sequence[Argument],
+    shared: int,
+    where: torch.device,
+    reads: Sequence[Tensor] = (),
+) -> None:
+    """Launch a kernel on torch's current stream of a device, with `shared` bytes of shared memory. Raises KernelError.
+
+    `reads` are tensors that the kernel knows by addresses in other tensors alone.
+    """
     index = torch.cuda.current_device() if where.index is None else where.index
-    if any(isinstance(a, Tensor) and a.device != torch.device("cuda", index) for a in arguments):
-        places = sorted({str(a.device) for a in arguments if isinstance(a, Tensor)})
+    tensors = [a for a in (*arguments, *reads) if isinstance(a, Tensor)]
+    if any(tensor.device != torch.device("cuda", index) for tensor in tensors):
+        places = sorted({str(tensor.device) for tensor in tensors})
         raise KernelError(f"{kernel.name}: tensors are on {', '.join(places)}; expected all of them on cuda:{index}")
     if max(grid[1:]) > 65535 or shared > device(index).shared:
         limit = device(index).shared

@@ -48,8 +48,9 @@ template <class T, class D> DEVICE void fill_table(u32* to, const float* table, 
 template <class A, class D, int META, int TOKENS>
 KERNEL(THREADS, TOKENS <= 16 ? 2 : 1)
 wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsigned char* meta, const float* table,
-     const float* row_scale, const u16* bias, const float* addend, u16* y, float* whole, float* workspace, u32* counters, int tokens, int rows, int columns, s64 stride, int tiles,
-     int row_blocks, int tiles_per_split, int record_bits, int steps_per_group, u32 reciprocal, int stages, int entries) {
+     const float* row_scale, const u16* bias, const float* addend, u16* y, float* whole, float* workspace, u32* counters,
+     const u64* experts, const int* starts, int batches, int tokens, int rows, int columns, s64 stride, int tiles, int row_blocks,
+     int tiles_per_split, int record_bits, int steps_per_group, u32 reciprocal, int stages, int entries) {
   SHARED(shared);
   using T = typename Activation<A>::Out;
   using S = Stage<A, D, META, TOKENS>;
@@ -57,7 +58,18 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
   constexpr bool SHIFTS = Record<META>::SHIFTS;
   constexpr int NT = TOKENS / 8;
   const int lane = lane_id(), warp = warp_id(), g = lane >> 2, c = lane & 3;
-  const int first_block = blockIdx.x * BLOCKS, first_token = blockIdx.z * TOKENS;
+  const int first_block = blockIdx.x * BLOCKS;
+  int first_token = blockIdx.z % batches * TOKENS;
+  if (experts) {  // four numbers for each: addresses of codes, records and scales of rows, and which rows of x are its
+    const u64* mine = experts + 4 * (blockIdx.z / batches);
+    codes = reinterpret_cast<const u32*>(load(mine));
+    meta = reinterpret_cast<const unsigned char*>(load(mine + 1));
+    row_scale = reinterpret_cast<const float*>(load(mine + 2));
+    const u64 expert = load(mine + 3);
+    first_token += load(starts + expert);
+    tokens = load(starts + expert + 1);
+    if (first_token >= tokens) return;
+  }
   const int begin = blockIdx.y * tiles_per_split;
   const int end = begin + tiles_per_split < tiles ? begin + tiles_per_split : tiles;
   const int records = 1 << record_bits, stage_bytes = S::bytes(records);

@@ -30,8 +30,8 @@ from compress.kernels._weights import RECORD, STEP, Tiles, decode, prepare, reas
 CROSSOVER = 129
 TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 TOKENS = (8, 16, 32, 64)  # of a block
-_WARPS, _BLOCKS = 8, 2
-_ROWS = _BLOCKS * _tiles.ROWS
+_WARPS, BLOCKS = 8, 2
+_ROWS = BLOCKS * _tiles.ROWS
 _DENSE = 1 << 27  # numbers of W decoded at a time, 256 MB
 
 
@@ -51,7 +51,7 @@ class _Shape:
         return 1 << self.record_bits
 
 
-def _shape(tiles: Tiles) -> _Shape:
+def shape_of(tiles: Tiles) -> _Shape:
     high, wide = _tiles.padded(tiles.shape)
     whole = tiles.steps >= wide // STEP
     record_bits = 0 if whole or tiles.steps % 4 == 0 else 1 if tiles.steps % 2 == 0 else 2
@@ -78,11 +78,11 @@ def _table_bytes(bits: int, lookup: bool) -> int:
 
 def _shared(tokens: int, stages: int, bits: int, record: int, lookup: bool, field: int) -> int:
     """Bytes of shared memory of `wqmm`: the table and the warps' rings, or the sums that take their place."""
-    stage = tokens * 8 * field + _BLOCKS * (128 * bits + record)
+    stage = tokens * 8 * field + BLOCKS * (128 * bits + record)
     return max(_table_bytes(bits, lookup) + _WARPS * stages * stage, _WARPS * tokens * (_ROWS + 1) * 4 + 16)
 
 
-def _plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> tuple[int, int, int, int]:
+def plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> tuple[int, int, int, int]:
     """Choose tokens of a block, stages of a ring, bytes of shared memory and tiles per block. Raises KernelError."""
     record, lookup = shape.records * RECORD[tiles.kind], tiles.table is not None
     largest = next((n for n in TOKENS if n >= count), TOKENS[-1])
@@ -98,7 +98,7 @@ def _plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> tupl
             break
     else:
         raise KernelError(f"{tiles.kind} of {tiles.bits} bits: a block does not fit {device.shared} bytes of shared memory")
-    panels = -(-shape.row_blocks // _BLOCKS)
+    panels = -(-shape.row_blocks // BLOCKS)
     blocks = panels * -(-count // tokens)
     splits = max(1, min(resident * device.processors // blocks, shape.tiles // _WARPS))
     per_split = -(-shape.tiles // splits)
@@ -158,9 +158,9 @@ def launch(
 
     It goes to `whole` (tokens, out) in float32 instead, without the bias, where there is no y; addend may be the same tensor.
     """
-    shape, device = _shape(tiles), _cuda.device(rows.device.index or 0)
-    tokens, stages, shared, per_split = _plan(len(rows), tiles, shape, device)
-    splits, panels, batches = -(-shape.tiles // per_split), -(-shape.row_blocks // _BLOCKS), -(-len(rows) // tokens)
+    shape, device = shape_of(tiles), _cuda.device(rows.device.index or 0)
+    tokens, stages, shared, per_split = plan(len(rows), tiles, shape, device)
+    splits, panels, batches = -(-shape.tiles // per_split), -(-shape.row_blocks // BLOCKS), -(-len(rows) // tokens)
     workspace = counters = None
     if splits > 1:
         workspace = torch.empty(batches * panels * splits * _ROWS * tokens, dtype=torch.float32, device=rows.device)
@@ -170,8 +170,18 @@ def launch(
         "wqmm", rows.dtype if y is None else y.dtype, tiles.bits, tiles.kind, tiles.table is not None, tokens, tiles.field == 8
     )
     arguments: list[_cuda.Argument] = [rows, x_scale, tiles.codes, tiles.meta, tiles.table, tiles.row_scale, bias, addend, y]
-    arguments += [whole, workspace, counters, len(rows), tiles.shape[0], rows.shape[1], np.int64(rows.stride(0)), shape.tiles]
-    arguments += [shape.row_blocks, per_split, shape.record_bits, shape.steps, shape.reciprocal, stages, shape.entries]
+    arguments += [whole, workspace, counters, None, None, batches, len(rows), tiles.shape[0], rows.shape[1]]
+    arguments += [
+        np.int64(rows.stride(0)),
+        shape.tiles,
+        shape.row_blocks,
+        per_split,
+        shape.record_bits,
+        shape.steps,
+        shape.reciprocal,
+        stages,
+        shape.entries,
+    ]
     _cuda.launch(kernel, (panels, splits, batches), arguments, shared, rows.device)
 
 
@@ -183,7 +193,7 @@ def dequantize_rows(tiles: Tiles, dtype: torch.dtype, start: int, stop: int) -> 
         )
     if tiles.field != 16:
         raise KernelError("weights are laid out for activations of bytes; expected fields of 16 bits")
-    shape, where = _shape(tiles), tiles.codes.device
+    shape, where = shape_of(tiles), tiles.codes.device
     w = torch.empty(stop - start, tiles.shape[1], dtype=dtype, device=where)
     if w.numel():
         lookup = tiles.table is not None

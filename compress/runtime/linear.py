@@ -68,6 +68,13 @@ class CompressedLinear(nn.Module):
             return f"a part {others[0]} has no kernel"
         return _cuda.obstacle(where) or (int8 if self.activation_bits == 8 else _weights).reason(self.spec)
 
+    @property
+    def plain_tiles(self) -> _weights.Tiles | None:
+        """The base as the kernels read it, if it has been laid out and is all there is."""
+        if self._tiles is None or self.bias is not None or set(self.spec) != {"shape", "base"}:
+            return None
+        return self._tiles.get("codes")
+
     def lay_out(self) -> None:
         """Lay the codes out for the kernels, on the device where they are, and let go of the stored ones."""
         if self._tiles is None:

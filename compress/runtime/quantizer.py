@@ -21,6 +21,7 @@ from compress.calibration.experts import ExpertLoop, MakeLinear
 from compress.calibration.families import FAMILIES, INFERRED, Family, parameter_name
 from compress.container import read_header
 from compress.errors import FormatError
+from compress.runtime.experts import ExpertProducts
 from compress.runtime.linear import CompressedLinear
 
 FUSED = ("gate_up_proj", "down_proj")  # the 3-D parameters of all experts of a block
@@ -105,7 +106,9 @@ def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | N
                 experts.setdefault(path, {})
     for path, specs in experts.items():
         assert layout is not None
-        model.set_submodule(path, ExpertLoop(_module_at(model, path, path), layout, _make(specs, model.dtype, layout.fused)))
+        loop = ExpertLoop(_module_at(model, path, path), layout, _make(specs, model.dtype, layout.fused))
+        loop.products = ExpertProducts(loop)
+        model.set_submodule(path, loop)
         for number, name in specs:
             _module_at(model, f"{path}.{number}.{name}", f"{path}.{number}.{name}")
     if guard is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from compress import operators, prepare
 from compress.calibration.statistics import Hessian
 from compress.evaluate import bench
-from compress.kernels import _cuda, _weights, bit_serial, int8, mixed, sparse_rows, weight_only
+from compress.kernels import _cuda, _weights, bit_serial, experts, int8, mixed, sparse_rows, weight_only
 from compress.parts.uniform import Uniform
 from compress.quant.gptq import gptq
 from compress.runtime.linear import CompressedLinear
@@ -241,6 +241,19 @@ def test_groups_of_different_widths(tokens: int, gpu: torch.device) -> None:
     y = mixed.product(x.to(gpu), mixed.prepare(there)).cpu().double()
     expected = x.double() @ part.dequantize().double().T
     assert float((y - expected).norm() / expected.norm()) < 5e-3
+
+
+def test_experts_together(gpu: torch.device) -> None:
+    parts = [uniform(80, 256, 3 + e % 2, 64, seed=e) for e in range(6)]
+    groups = experts.group({e: _weights.prepare(on(part, gpu)) for e, part in enumerate(parts)})
+    counts = [5, 0, 1, 40, 0, 9]
+    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=gpu)
+    x = torch.randn(sum(counts), 256, generator=torch.Generator().manual_seed(0)).to(BF16)
+    y = experts.matmul(x.to(gpu), starts, groups, max(counts)).cpu()
+    begin = 0
+    for count, part in zip(counts, parts, strict=True):
+        close(y[begin : begin + count], x[begin : begin + count], part)
+        begin += count
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2, 8])

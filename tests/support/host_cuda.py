@@ -96,6 +96,7 @@ class Host:
         arguments: Sequence[_cuda.Argument],
         shared: int,
         where: torch.device,
+        reads: Sequence[Tensor] = (),
     ) -> None:
         """As `_cuda.launch`; what went wrong in a kernel is raised as KernelError."""
         assert where.type == "cpu"
@@ -108,7 +109,7 @@ class Host:
         kinds = [size < 0 for size in expected]  # pointers
         assert [abs(size) for size in expected] == [v.itemsize for v in values], f"{kernel.name}: {expected}"
         assert kinds == [a is None or isinstance(a, Tensor) for a in arguments], f"{kernel.name}: pointers and numbers differ"
-        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        tensors = [a for a in (*arguments, *reads) if isinstance(a, Tensor)]
         spans = [bound for t in tensors for bound in _span(t)]
         loaded.launch.restype = ctypes.c_char_p
         message = loaded.launch(
