@@ -133,7 +133,7 @@ TABLE: dict[str, Row] = {
     "gguf_file": Row("export._* export.gguf packed seal calibration.families _version errors", "torch", lazy_third="gguf"),
     "exporting": Row(
         "gguf_file registry foreign packed parts.table seal calibration.families checkpoint container files _version errors",
-        "torch",
+        "torch yaml",
     ),
     "difference": Row("foreign packed parts.uniform calibration.families checkpoint errors", "torch"),
     "diagnosis": Row(
