@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import gguf_file, packed, registry, seal
+from compress import export_card, gguf_file, packed, registry, seal
 from compress._version import __version__
 from compress.calibration.families import FAMILIES, INFERRED, Family, parameter_name
 from compress.checkpoint import INDEX, SINGLE, Source
@@ -246,7 +246,7 @@ def export(work: Exporting, out: Path, listen: Listen, limit: int = SHARD) -> di
 
         more = _write_gguf(work, folder, step) if work.form.name == "gguf" else _write_folder(work, folder, limit, step)
         summary = _summary(work, identity, more)
-        write_text(folder / "README.md", card(work, summary, out.name))
+        write_text(folder / "README.md", export_card.text(work.source, summary, out.name))
         write_json(folder / RECORD, summary)
         publish(folder, out)
     return summary
@@ -336,27 +336,6 @@ def widened(work: Exporting) -> dict[str, int]:
         if after is not None and before is not None and after > before:
             counts[f"{before} -> {after} bits"] = counts.get(f"{before} -> {after} bits", 0) + 1
     return counts
-
-
-_LOADERS = {
-    "compressed-tensors": "transformers (with the package compressed-tensors), vLLM, SGLang",
-    "gptq": "vLLM, SGLang, GPTQModel, transformers (with the packages optimum and gptqmodel)",
-    "awq": "vLLM, SGLang, GPTQModel, transformers (with the package gptqmodel)",
-    "native": "transformers, after `import compress`",
-    "gguf": "llama.cpp and what is built on it; transformers, which decodes it (`gguf_file=`)",
-}
-
-
-def card(work: Exporting, summary: dict[str, Any], name: str) -> str:
-    """Return the README of an export."""
-    rows = "\n".join(f"- {count} weights: {how}" for how, count in summary["stored"].items())
-    wider = "".join(f"\nCodes are stored wider than they are ({how}, {n} weights)." for how, n in summary["widened"].items())
-    return (
-        f"---\ntags: [compress, {summary['format']}, quantized]\n---\n\n# {name}\n\n"
-        f"A {work.source.model_type} checkpoint in the layout of {summary['format']}, exported by compress {__version__} "
-        f"without a change of any value.\n\n{rows}\n{wider}\n\n{summary['bits_per_weight']:.3f} bits per weight over all "
-        f"tensors; scales in {', '.join(summary['scale_dtypes'])}.\n\nReaders: {_LOADERS[summary['format']]}.\n"
-    )
 
 
 def finished(out: Path) -> dict[str, Any] | None:

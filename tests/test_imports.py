@@ -169,8 +169,10 @@ TABLE: dict[str, Row] = {
     # What runtimes can load, from descriptions alone.
     "targets": Row("registry export._llama_cpp packed calibration.families checkpoint errors"),
     "gguf_file": Row("export._* export.gguf packed seal calibration.families _version errors", "torch", lazy_third="gguf"),
+    "export_card": Row("checkpoint _version errors", "yaml"),
     "exporting": Row(
-        "gguf_file registry foreign packed parts.table seal calibration.families checkpoint container files _version errors",
+        "export_card gguf_file registry foreign packed parts.table seal calibration.families checkpoint container files "
+        "_version errors",
         "torch",
     ),
     "difference": Row("foreign packed parts.uniform calibration.families checkpoint errors", "torch"),

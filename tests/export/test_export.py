@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from runs import compress as run
 from safetensors.torch import load_file
 from tiny import VOCABULARY
@@ -323,6 +324,8 @@ def test_everything_else_goes_along(tiny: Tiny, tmp_path: Path) -> None:
         (model / name).write_bytes(name.encode() + b"\x00\xff")
     run(model, tmp_path / "native", None, [rtn()])
     (tmp_path / "native" / "evaluation.json").write_text("{}")
+    card = tmp_path / "native" / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\nbase_model: org/name\n", 1))
     export(tmp_path / "native", "compressed-tensors", tmp_path / "out")
     out = Source.open(tmp_path / "out")
     native = Source.open(tmp_path / "native")
@@ -343,6 +346,9 @@ def test_everything_else_goes_along(tiny: Tiny, tmp_path: Path) -> None:
     assert not any(name.endswith(".weight") and out.entries[name].nbytes == 0 for name in out.entries), (
         "no guard in other layouts"
     )
+    matter = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
+    assert (matter["license"], matter["base_model"]) == ("mit", "org/name")
+    assert matter["tags"] == ["compress", "compressed-tensors", "quantized"]
     digests = json.loads((tmp_path / "out" / "export.json").read_text())["files"]
     assert digests == {n: hashlib.sha256((tmp_path / "out" / n).read_bytes()).hexdigest() for n in digests}
 

@@ -1,0 +1,46 @@
+"""The README of an export: how it is stored, who reads it, and what the Hub knows of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress._version import __version__
+from compress.checkpoint import Source
+
+_LOADERS = {
+    "compressed-tensors": "transformers (with the package compressed-tensors), vLLM, SGLang",
+    "gptq": "vLLM, SGLang, GPTQModel, transformers (with the packages optimum and gptqmodel)",
+    "awq": "vLLM, SGLang, GPTQModel, transformers (with the package gptqmodel)",
+    "native": "transformers, after `import compress`",
+    "gguf": "llama.cpp and what is built on it; transformers, which decodes it (`gguf_file=`)",
+}
+
+
+_KEPT = ("base_model", "base_model_relation", "license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+
+
+def _matter(folder: Path) -> dict[str, Any]:
+    """The front matter of a checkpoint's card: what the Hub knows of a model goes along with its weights."""
+    try:
+        parts = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        values = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def text(source: Source, summary: dict[str, Any], name: str) -> str:
+    """Return the README of an export, given its record."""
+    rows = "\n".join(f"- {count} weights: {how}" for how, count in summary["stored"].items())
+    wider = "".join(f"\nCodes are stored wider than they are ({how}, {n} weights)." for how, n in summary["widened"].items())
+    kept = {key: value for key, value in _matter(source.folder).items() if key in _KEPT}
+    matter = yaml.safe_dump({**kept, "tags": ["compress", summary["format"], "quantized"]}, sort_keys=False, allow_unicode=True)
+    return (
+        f"---\n{matter}---\n\n# {name}\n\n"
+        f"A {source.model_type} checkpoint in the layout of {summary['format']}, exported by compress {__version__} "
+        f"without a change of any value.\n\n{rows}\n{wider}\n\n{summary['bits_per_weight']:.3f} bits per weight over all "
+        f"tensors; scales in {', '.join(summary['scale_dtypes'])}.\n\nReaders: {_LOADERS[summary['format']]}.\n"
+    )
