@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from compress._version import __version__
+from compress.commands.bisect import bisect
 from compress.commands.compare import compare
 from compress.commands.evaluate import evaluate_command
 from compress.commands.look import inspect, methods, recipes, verify
@@ -71,6 +72,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "eval": evaluate_command,
     "compare": compare,
+    "bisect": bisect,
     "verify": verify,
     "push": push,
     "methods": methods,

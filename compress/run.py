@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from compress import card, distributed, memory, packed, published, report, seal
 from compress import recipe as recipes
 from compress._version import __version__
 from compress.calibration.skeleton import Skeleton
-from compress.errors import VerificationError
+from compress.errors import CalibrationError, VerificationError
 from compress.estimate import Estimate, check_disk, predictions
 from compress.evaluate import reload, verify
 from compress.evaluate.streamed import last_hidden, token_losses
@@ -73,18 +74,34 @@ def run(
     if leader:
         job.check_parts()
     seed = plan.recipe.data.seed if plan.recipe.data is not None else 0
-    work = Work(plan.assignments, plan.transforms, plan.tuning, plan.compares, seed)
-    end = Run(skeleton, work, ids, plan.recipe.batch_tokens, job, settings, listen).all_blocks()
+    calibrated, held, limit = _held(plan, ids)
+    work = Work(plan.assignments, plan.transforms, plan.tuning, plan.compares, seed, held, limit)
+    through = Run(skeleton, work, calibrated, plan.recipe.batch_tokens, job, settings, listen)
+    end = through.all_blocks()
     summary = None
     if leader:
         assert end is not None, "rank 0 has the first batch"
         with reload.fresh_process() if settings.reload else reload.not_at_all() as ask:
-            batch, last = ids[:1, :CHECK_TOKENS], end[:1, :CHECK_TOKENS].cpu()
-            summary = finish(plan, job, mine, text, batch, last, out, started, listen, ask, predictions(expected))
+            batch, last = calibrated[:1, :CHECK_TOKENS], end[:1, :CHECK_TOKENS].cpu()
+            summary = finish(plan, job, mine, text, batch, last, out, started, listen, ask, predictions(expected), through.cached)
         if not keep_job:
             job.remove()
     distributed.barrier()
     return summary or Summary(out, {}, rows_of(job))
+
+
+def _held(plan: Plan, ids: Tensor) -> tuple[Tensor, Tensor | None, float]:
+    """Keep the last windows from the calibration where a recipe asks for the running check; return both and the limit."""
+    watch = plan.recipe.watch
+    if watch is None:
+        return ids, None, math.inf
+    if not plan.calibrated:
+        return ids, ids, watch.limit  # random tokens, which nothing is fitted to
+    if len(ids) <= watch.windows:
+        raise CalibrationError(
+            f"watch.windows: {watch.windows} of {len(ids)} windows of calibration would be kept from it; use fewer, or more data"
+        )
+    return ids[: -watch.windows], ids[-watch.windows :], watch.limit
 
 
 def _job_of(out: Path) -> Path:
@@ -103,6 +120,7 @@ def finish(
     listen: Listen,
     ask: reload.Ask | None = None,
     predicted: dict[str, Any] | None = None,
+    cached: dict[str, int] | None = None,
 ) -> Summary:
     """Write the checkpoint inside the job folder, read it back by two ways, load it anew, and give it its name."""
     blocks = len(job.records)
@@ -146,6 +164,8 @@ def finish(
         "peak_memory": memory.peak(),
         "hardware": memory.machine() + ("" if plan.device.type != "cuda" else f", {torch.cuda.get_device_name(plan.device)}"),
         "predicted": predicted,
+        "cache": cached,
+        "watched": [record.difference for record in job.records if record.difference is not None],
         "compute_seconds": sum(record.seconds for record in job.records),
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "check": check,

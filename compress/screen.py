@@ -272,6 +272,10 @@ def show_summary(summary: Summary, quality: Quality | None) -> None:
             else (f"{said['files_after']:,} bytes of weight files predicted, {files:,} written")
         )
         out.print(f"predicted  {duration(said['seconds'])}, {human_bytes(said['memory'])} peak memory; {right}")
+    if v.get("cache"):
+        out.print(
+            f"cache      {v['cache']['found']} passes of the calibration over a block skipped, {v['cache']['made']} made and kept"
+        )
     out.print(f"checked    {_checked(v)}", soft_wrap=True)
     out.print(f"report     {summary.out / 'report.html'}", soft_wrap=True)
     out.print(f'load with  import compress; AutoModelForCausalLM.from_pretrained("{summary.out}")', soft_wrap=True)
@@ -385,6 +389,20 @@ def show_comparison(found: dict[str, Any]) -> None:
         out.print(notice, markup=False)
     if found["page"]:
         out.print(f"page       {found['page']}", soft_wrap=True)
+
+
+def show_bisection(found: dict[str, Any]) -> None:
+    """Print what was tried, and what hurts most."""
+    out = _out()
+    table = _table("divergence with some of the weights dense", "made dense", "weights", "measured KL")
+    for trial in found["trials"]:
+        table.add_row(trial["what"], str(trial["sites"]), f"{trial['kl']:.5f}")
+    out.print(table)
+    for what, kl in ((found["block"], found["block_kl"]), (found["site"], found["site_kl"])):
+        share = 1 - kl / found["kl"] if found["kl"] > 0 else 0.0
+        out.print(
+            f"hurts most: {what}, without which {kl:.5f} nats of {found['kl']:.5f} are left ({share:.0%} less)", soft_wrap=True
+        )
 
 
 def show_rehearsal(found: dict[str, Any]) -> None:

@@ -61,6 +61,7 @@ TABLE: dict[str, Row] = {
     "calibration.data": Row("calibration.documents recipe_data errors", "torch numpy", lazy_third="transformers jinja2"),
     "calibration.hidden": Row("container files errors", "torch"),
     "calibration.observe": Row("calibration.statistics errors", "torch"),
+    "calibration.cache": Row("calibration.observe calibration.statistics container files errors", "torch"),
     "calibration.families": Row("packed checkpoint container errors", "torch", lazy_own="calibration.inference"),
     "calibration.experts": Row("calibration.families errors", "torch"),
     "calibration.skeleton": Row(
@@ -103,7 +104,8 @@ TABLE: dict[str, Row] = {
         "torch",
     ),
     "pipeline": Row(
-        "block block_methods weight job calibration.hidden calibration.observe calibration.skeleton packed recipe report "
+        "block block_methods weight job _version calibration.cache calibration.data calibration.hidden calibration.observe "
+        "calibration.skeleton packed recipe report "
         "container distributed files errors",
         "torch",
     ),

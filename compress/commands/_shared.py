@@ -72,6 +72,20 @@ def made_recipe(
     return recipe_module.parse(recipe_module.change(values, settings or []), name or "command line")
 
 
+def watched(recipe: Recipe, windows: int | None) -> Recipe:
+    """A recipe with the running check over so many windows, without it for 0; as it is for None."""
+    from compress.recipe import Watch
+
+    if windows is None:
+        return recipe
+    if windows < 0:
+        raise RecipeError(f"--watch {windows}: expected a number of windows, 0 for none")
+    if windows == 0:
+        return recipe.model_copy(update={"watch": None})
+    limit = {} if recipe.watch is None else {"limit": recipe.watch.limit}
+    return recipe.model_copy(update={"watch": Watch(windows=windows, **limit)})
+
+
 def parse_room(memory: str) -> int:
     from compress.recipe import parse_size
 
@@ -96,6 +110,7 @@ def run_recipe(
     evaluate: str | None,
     quiet: bool,
     no_reload: bool = False,
+    cache: Path | None = None,
 ) -> None:
     import torch
 
@@ -119,7 +134,7 @@ def run_recipe(
         return
     leader = distributed.leads()
     with progress(quiet or json_ or not leader) as listen:
-        settings = RunSettings(offload=offload, memory=room, reload=not no_reload)
+        settings = RunSettings(offload=offload, memory=room, reload=not no_reload, cache=cache)
         summary = runs.run(plan, ids, output, settings, listen, expected, job, keep_job)
     result = None
     if measured is not None and leader:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.commands._shared import data_values, made_recipe, parse_room, progress, run_recipe
+from compress.commands._shared import data_values, made_recipe, parse_room, progress, run_recipe, watched
 from compress.errors import RecipeError
 from compress.options import (
     Bpw,
+    CacheFolder,
     ChatTemplate,
     DataName,
     Device,
@@ -33,6 +34,7 @@ from compress.options import (
     Seed,
     Settings,
     Size,
+    Watch,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ def quantize(
     chat_template: ChatTemplate = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe to start from: a file, or a name from `compress recipes`.")] = None,
     settings: Settings = None,
+    watch: Watch = None,
+    cache: CacheFolder = None,
     dry_run: DryRun = False,
     json_: Json = False,
     device: Device = "auto",
@@ -92,7 +96,10 @@ def quantize(
         made = _planned(model, values, budget, output.parent, method, settings, device, dtype, memory, revision, quiet or json_)
     else:
         made = made_recipe(recipe, method, given, values, dtype, settings)
-    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload)
+    made = watched(made, watch)
+    run_recipe(
+        model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload, cache
+    )
 
 
 def run(
@@ -105,6 +112,8 @@ def run(
     seed: Seed = None,
     chat_template: ChatTemplate = None,
     settings: Settings = None,
+    watch: Watch = None,
+    cache: CacheFolder = None,
     dry_run: DryRun = False,
     json_: Json = False,
     device: Device = "auto",
@@ -123,7 +132,10 @@ def run(
     compress run gptq-3bit MODEL -o OUT --data text.jsonl
     """
     made = made_recipe(recipe, None, {}, data_values(data, samples, length, seed, chat_template), dtype, settings)
-    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload)
+    made = watched(made, watch)
+    run_recipe(
+        model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload, cache
+    )
 
 
 def _planned(
