@@ -201,6 +201,21 @@ def show_plan(found: dict[str, Any]) -> None:
         out.print(f"warning    {warning}", soft_wrap=True)
 
 
+def show_outlook(found: dict[str, Any]) -> None:
+    """Print which budgets are possible."""
+    out = _out()
+    table = _table(f"{found['model']}: every weight by one candidate", "bits", "size", "weights", "memory", "all weights by")
+    for row in found["candidates"]:
+        about = "" if row["exact"] else "about "
+        size, memory_ = about + human_bytes(row["bytes"]), human_bytes(row["memory"])
+        table.add_row(f"{row['bits_per_weight']:.4f}", size, f"{row['weights']:,}", memory_, row["candidate"])
+    out.print(table)
+    smallest, largest = human_bytes(found["smallest"]), human_bytes(found["largest"])
+    out.print(f"possible   {smallest} to {largest}, from {human_bytes(found['bytes_before'])}; nothing was read but headers")
+    if found["possible"] is False:
+        out.print("warning    the budget is below what any candidate takes; ask for more, or give smaller --candidates")
+
+
 def show_planned(found: dict[str, Any]) -> None:
     """Print a plan of bits, what it was chosen from, and how far its predictions can be trusted."""
     out = _out()

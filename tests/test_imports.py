@@ -122,6 +122,7 @@ TABLE: dict[str, Row] = {
         "files errors",
         "torch numpy yaml",
     ),
+    "outlook": Row("planning prepare estimate sizes recipe errors"),
     "plots": Row("planning errors", lazy_third="matplotlib"),
     "seal": Row("packed calibration.families checkpoint container files errors"),
     # A second reader of the format shares nothing with what writes it.
