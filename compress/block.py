@@ -25,6 +25,14 @@ Done = tuple[CompressedWeight, SiteRow]
 
 
 @dataclass(frozen=True)
+class Cache:
+    """Where the statistics of some taps of a block are read from (None: they are not there) and kept."""
+
+    read: Callable[[list[Tap]], dict[str, Stats] | None]
+    write: Callable[[list[Tap], dict[str, Stats]], None]
+
+
+@dataclass(frozen=True)
 class Unit:
     """The sites of a block that read one tap: what one rank compresses with one set of statistics."""
 
@@ -99,6 +107,7 @@ def observed(
     run: Callable[[], None],
     budget: int,
     listen: Callable[[str, float], None],
+    cache: Cache | None = None,
 ) -> Iterator[tuple[Unit, Stats, Stats]]:
     """Yield the units of one filled block that are this rank's, each with its statistics and those pooled over experts.
 
@@ -112,8 +121,11 @@ def observed(
     schedule = passes(watched, budget) or [[]]
     for number, group in enumerate(schedule):
         listen("calibrating", number / len(schedule))
-        collected = observe(group, run, skeleton.device) if group else {}
+        kept = cache.read(group) if cache is not None and group else None
+        collected = kept if kept is not None else observe(group, run, skeleton.device) if group else {}
         _reduce(collected, owner)
+        if cache is not None and group and kept is None:
+            cache.write(group, collected)
         pooled |= {tap: stats for tap, stats in collected.items() if tap not in owner}
         ready = [tap for tap in collected if tap in owner] if number + 1 < len(schedule) else list(left)
         for index, tap in enumerate(ready):
@@ -130,13 +142,14 @@ def compress_block(
     budget: int,
     listen: Callable[[str, float], None],
     read: Callable[[Site], Tensor] | None = None,
+    cache: Cache | None = None,
 ) -> Iterator[tuple[str, Done]]:
     """Compress the sites of one filled block that are this rank's, and yield each with its report row; see `observed`.
 
     `read` gives the weight (out, in) of a site in float32: the source's if None.
     """
     read = read or (lambda site: skeleton.weight(site).to(skeleton.device).float())
-    for unit, stats, pooled in observed(skeleton, assignments, run, budget, listen):
+    for unit, stats, pooled in observed(skeleton, assignments, run, budget, listen, cache):
         yield from _compress_unit(read, unit, stats, pooled)
 
 

@@ -11,6 +11,7 @@ import typer
 
 from compress._version import __version__
 from compress.commands.bench import bench_command
+from compress.commands.bisect import bisect
 from compress.commands.compare import compare
 from compress.commands.cut import cut
 from compress.commands.diff import diff
@@ -88,6 +89,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate_command,
     "bench": bench_command,
     "compare": compare,
+    "bisect": bisect,
     "verify": verify,
     "push": push,
     "methods": methods,

@@ -36,6 +36,7 @@ class Record:
     hidden: bool = False  # the hidden states after it are on disk
     rows: list[dict[str, Any]] = field(default_factory=list)  # report rows of its sites
     seconds: float = 0.0
+    difference: float | None = None  # of the held-out windows' hidden states from the original's, over their norm
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -27,6 +27,15 @@ Offload = Annotated[bool, typer.Option("--offload", help="Keep the calibration's
 Memory = Annotated[str, typer.Option(help="Room for statistics; a block that needs more is calibrated in several passes.")]
 JobFolder = Annotated[Path | None, typer.Option("--job", help="Where progress is kept; OUTPUT.job if not given.")]
 KeepJob = Annotated[bool, typer.Option("--keep-job", help="Do not remove the job folder in the end.")]
+CacheFolder = Annotated[
+    Path | None, typer.Option("--cache", help="Folder where statistics are kept for other recipes, which skip what they find.")
+]
+Watch = Annotated[
+    int | None,
+    typer.Option(
+        help="Windows kept from the calibration that are followed while it runs; stops when the model has broken. 0: none."
+    ),
+]
 NoReload = Annotated[
     bool, typer.Option("--no-reload", help="Do not load the result with transformers in a fresh process in the end.")
 ]

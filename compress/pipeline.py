@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress import block_methods, distributed, packed
-from compress.block import Done, compress_block
+from compress._version import __version__
+from compress.block import Cache, Done, compress_block
 from compress.block_methods import Surroundings
+from compress.calibration.cache import StatisticsCache
+from compress.calibration.data import fingerprint
 from compress.calibration.hidden import Hidden
 from compress.calibration.observe import batches
 from compress.calibration.skeleton import Skeleton
 from compress.container import read_tensor
+from compress.errors import CalibrationError
 from compress.files import sha256
 from compress.job import Job, Record
 from compress.recipe import Assignment, StageAssignment
@@ -35,6 +42,7 @@ class Settings:
     offload: bool = False  # hidden states on disk
     memory: int = 4 << 30  # bytes of statistics at a time
     snapshot_seconds: float = SNAPSHOT_SECONDS
+    cache: Path | None = None  # folder of statistics, for other recipes
     reload: bool = True  # load the result in a fresh process in the end
 
 
@@ -47,6 +55,8 @@ class Work:
     tuning: list[StageAssignment] = field(default_factory=list)
     compares: bool = False  # whether a method needs what the original model gives
     seed: int = 0
+    held: Tensor | None = None  # windows (samples, length) that are kept from the calibration and watched
+    limit: float = math.inf  # of the relative difference of their hidden states
 
     def of(self, stages: list[StageAssignment], block: int) -> list[StageAssignment]:
         """Stages with their members in one block."""
@@ -80,8 +90,24 @@ class Run:
         self.hidden: Hidden | None = None
         self.original: Hidden | None = None  # the original model's hidden states, where a method compares
         self.targets: Hidden | None = None  # those after the block that is being compressed
+        self.watched: list[Hidden] = []  # held-out windows: behind compressed blocks, and behind the original's
         self.end: Tensor | None = None  # output of the last block for the first batch
         self._saved = time.monotonic()
+        self.cache: StatisticsCache | None = None
+        if settings.cache is not None:
+            self.cache = StatisticsCache(settings.cache, self._inputs(batch_tokens))
+
+    def _inputs(self, batch_tokens: int) -> dict[str, Any]:
+        """What statistics depend on beside the blocks before them."""
+        skeleton = self.skeleton
+        return {
+            "source": skeleton.source.fingerprint(),
+            "calibration": fingerprint(self.ids),
+            "dtype": str(skeleton.dtype),
+            "device": skeleton.device.type,
+            "batch_tokens": batch_tokens,
+            "versions": [__version__, torch.__version__],
+        }
 
     def _name(self, block: int, what: str = "") -> str:
         return f"after-{block:05d}{what}.{distributed.rank()}of{distributed.world()}.bin"
@@ -91,6 +117,36 @@ class Run:
 
     def _ids(self, batch: int) -> Tensor:
         return self.ids[self.batches[batch].start : self.batches[batch].stop]
+
+    def _watch(self) -> None:
+        """Send the held-out windows through the embeddings."""
+        if self.todo.held is not None:
+            with self.skeleton.outer():
+                first = self.skeleton.embed(self.todo.held)
+            self.watched = [Hidden([len(first)], first.shape[1], first.shape[2], first.dtype, None) for _ in range(2)]
+            for hidden in self.watched:
+                hidden.update(iter([first]), "")
+
+    def _watch_through(self, block: int, which: int) -> None:
+        """Send the held-out windows through a filled block: the compressed one (0) or the original (1)."""
+        if self.watched:
+            hidden = self.watched[which]
+            hidden.update(iter([self.skeleton.forward(block, hidden.read(0).to(self.skeleton.device))]), "")
+
+    def _difference(self, block: int) -> float | None:
+        """How far the held-out windows are from the original behind a block. Raises CalibrationError for a broken model."""
+        if not self.watched:
+            return None
+        mine, original = (hidden.read(0).double() for hidden in self.watched)
+        found = float((mine - original).norm() / original.norm().clamp_min(1e-30))
+        if not found <= self.todo.limit:  # also where it is not a number
+            raise CalibrationError(
+                f"block {block}: on held-out windows the compressed model's hidden states differ from the original's by "
+                f"{found:.3g} of their norm; expected at most {self.todo.limit:g} (watch.limit). The model has broken: use more "
+                "bits or another method for this block, or look for activations that overflow. Nothing was published; "
+                "--watch 0 goes on without this check"
+            )
+        return found
 
     def _embed(self, name: str = "embedded") -> Hidden:
         """Run the embeddings; every batch size is seen, so that blocks know their masks and positions."""
@@ -159,9 +215,12 @@ class Run:
         records = self.job.records
         self.hidden = self._embed()
         self.original = self._embed("embedded.original") if self.todo.compares else None
+        self._watch()
         start = 0
         for record in reversed(records):
             here = record.hidden and self.hidden.restore(self.job.hidden / self._name(record.block))
+            for number, hidden in enumerate(self.watched):
+                here = here and hidden.restore(self.job.hidden / self._name(record.block, f".watched{number}"))
             if here and self.original is not None:
                 here = self.original.restore(self.job.hidden / self._name(record.block, ".original"))
             if all(distributed.gather(here)):
@@ -169,11 +228,13 @@ class Run:
                 break
         for record in records[start:]:
             if record.block < self.blocks:
-                if self.original is not None:
+                if self.original is not None or self.watched:
                     self.skeleton.load(record.block)
                     self._aim(record.block, "replaying")
+                    self._watch_through(record.block, 1)
                 self.skeleton.load(record.block, self._decoded(list(record.parts)))
                 self._put_others(record.block, list(record.parts))
+                self._watch_through(record.block, 0)
                 self._advance(record.block, "replaying")
         return len(records)
 
@@ -209,11 +270,26 @@ class Run:
         alone = [a for a in work if a.method.scope == "site"]
         joint, tuning = [a for a in work if a.method.scope == "block"], self.todo.of(self.todo.tuning, block)
         notes = block_methods.transform(around, self.todo.of(self.todo.transforms, block))
-        found = compress_block(self.skeleton, alone, around.send, around.budget, around.listen, around.weight)
+        cache = self._cache(block)
+        found = compress_block(self.skeleton, alone, around.send, around.budget, around.listen, around.weight, cache)
         if joint or tuning:
             found = self._jointly(block, around, found, joint, tuning)
         for site, (weight, row) in found:
             yield site, (weight, replace(row, notes=notes.get(site, {}) | row.notes))
+
+    def _cache(self, block: int) -> Cache | None:
+        """Where statistics of a block may come from: with several ranks, or behind a transform, each run makes its own."""
+        if self.cache is None or distributed.world() > 1 or self.todo.of(self.todo.transforms, block):
+            return None
+        cache = self.cache
+        cache.before = [digest for record in self.job.records for _, digest in sorted(record.parts.items())]
+        device = self.skeleton.device
+        return Cache(lambda taps: cache.read(block, taps, device), lambda taps, found: cache.write(block, taps, found))
+
+    @property
+    def cached(self) -> dict[str, int] | None:
+        """How many passes of the calibration over a block were found in the cache, and how many were made; None without one."""
+        return None if self.cache is None else {"found": self.cache.found, "made": self.cache.kept}
 
     def _jointly(
         self,
@@ -262,21 +338,24 @@ class Run:
         if not head:
             self.skeleton.load(block)
             self._aim(block, "running")
+            self._watch_through(block, 1)
         with self.skeleton.outer() if head else nullcontext():
             name, mine = self._compress(block)
         everyone = distributed.gather((name, sha256(self.job.parts / name) if name else "", [row.plain() for row in mine]))
         parts = {part: digest for part, digest, _ in everyone if part}
         order = {a.site.name: number for number, a in enumerate(self.work.get(block, []))}
         rows = sorted((row for _, _, theirs in everyone for row in theirs), key=lambda row: order[row["site"]])
-        stored = False
+        stored, difference = False, None
         if not head:
             for site, weight in self._decoded(list(parts)).items():
                 self.skeleton.put(self._site(block, site), weight)
             self._put_others(block, list(parts))
+            self._watch_through(block, 0)
+            difference = self._difference(block)
             self._advance(block, "running")
             stored = self._store(block)
         distributed.barrier()
-        record = Record(block, parts, stored, rows, time.perf_counter() - start)
+        record = Record(block, parts, stored, rows, time.perf_counter() - start, difference)
         if distributed.rank() == 0:
             self.job.commit(record)
         else:
@@ -292,14 +371,20 @@ class Run:
         if self._is_end(block):
             return False
         if self.settings.offload:
+            self._save_watched(block)
             return True
         due = distributed.gather(time.monotonic() - self._saved >= self.settings.snapshot_seconds)[0]
         if due:
             self.hidden.save(self.job.hidden / self._name(block))
             if self.original is not None:
                 self.original.save(self.job.hidden / self._name(block, ".original"))
+            self._save_watched(block)
             self._saved = time.monotonic()
         return bool(due)
+
+    def _save_watched(self, block: int) -> None:
+        for number, hidden in enumerate(self.watched):
+            hidden.save(self.job.hidden / self._name(block, f".watched{number}"))
 
     def all_blocks(self) -> Tensor | None:
         """Compress what is left; return the last block's output for this rank's first batch, None if it has no batch."""

@@ -117,14 +117,16 @@ class Planned:
         }
 
 
-def prepared(model: str, data: dict[str, Any], dtype: str | None, device: str, revision: str | None = None) -> Plan:
+def prepared(
+    model: str, data: dict[str, Any], dtype: str | None, device: str, revision: str | None = None, headers: bool = False
+) -> Plan:
     """Open the model, with all linears in blocks as sites. Raises CheckpointError, RecipeError."""
     # The whole row as a group: a step that every shape takes, standing for those to come.
     step = {"match": "*.*", "method": "quant/gptq", "options": {"group_size": -1}}
     values: dict[str, Any] = {"steps": [step], "data": data or {"name": "c4"}}
     if dtype is not None:
         values["dtype"] = dtype
-    plan = prepare.prepare(model, recipes.parse(values, "command line"), device, revision)
+    plan = prepare.prepare(model, recipes.parse(values, "command line"), device, revision, headers)
     if not sites_of(plan):
         raise RecipeError(f"{model}: has no linears in blocks; there is nothing to plan")
     return plan
@@ -380,6 +382,17 @@ class Made:
     recipe: Recipe
 
 
+def candidates_of(plan: Plan, methods: Sequence[str], texts: Sequence[str]) -> list[Candidate]:
+    """The candidates that a command line asks for. Raises RecipeError."""
+    candidates = parse_candidates(texts)
+    if methods or not texts:
+        given = [json.dumps(c.plain(), sort_keys=True) for c in candidates]
+        defaults = default_candidates(methods or ["gptq"], sites_of(plan))
+        candidates += [c for c in defaults if json.dumps(c.plain(), sort_keys=True) not in given]
+    check_candidates(candidates, sites_of(plan))
+    return candidates
+
+
 def command(
     model: str,
     data: dict[str, Any],
@@ -399,12 +412,7 @@ def command(
     """Do what `compress plan` asks for but for writing the recipe. Raises CompressError."""
     registry.lookup("plan", planner)  # before the long part
     plan = prepared(model, data, dtype, device, revision)
-    candidates = parse_candidates(texts)
-    if methods or not texts:
-        given = [json.dumps(c.plain(), sort_keys=True) for c in candidates]
-        defaults = default_candidates(methods or ["gptq"], sites_of(plan))
-        candidates += [c for c in defaults if json.dumps(c.plain(), sort_keys=True) not in given]
-    check_candidates(candidates, sites_of(plan))
+    candidates = candidates_of(plan, methods, texts)
     ids = prepare.calibration(plan)
     planned = make(plan, ids, candidates, budget, folder, listen, planner, siblings, room, checked)
     return Made(planned, recipe_of(planned, plan, ids))

@@ -80,6 +80,13 @@ class Retrain(Stage):
     data: Data | None = None  # the recipe's if None
 
 
+class Watch(_Strict):
+    """The check while a run goes on: windows kept from the calibration pass through the original and the compressed blocks."""
+
+    windows: Annotated[int, Field(ge=1)] = 4
+    limit: Annotated[float, Field(gt=0)] = 1.0  # |compressed - original| / |original| of hidden states that stops the run
+
+
 class Recipe(_Strict):
     """Everything that decides the bytes of a result, apart from the source."""
 
@@ -91,6 +98,7 @@ class Recipe(_Strict):
     data: Data | None = None
     copy_: tuple[str, ...] = Field(default=(), alias="copy")  # globs of tensors to copy although no family rule names them
     drop: tuple[str, ...] = ()  # globs of tensors to leave out
+    watch: Watch | None = None  # stop early when the model has broken
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the calibration's forward passes
     batch_tokens: Annotated[int, Field(ge=1)] = 8192  # tokens that pass through a block at a time
     max_shard_size: str = "5GB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from compress import card, distributed, memory, packed, published, report, retra
 from compress import recipe as recipes
 from compress._version import __version__
 from compress.calibration.skeleton import Skeleton
-from compress.errors import CheckpointError, RecipeError, VerificationError
+from compress.errors import CalibrationError, CheckpointError, RecipeError, VerificationError
 from compress.estimate import Estimate, check_disk, predictions
 from compress.evaluate import reload, verify
 from compress.evaluate.streamed import last_hidden, token_losses
@@ -77,17 +78,19 @@ def run(
     if leader:
         job.check_parts()
     seed = plan.recipe.data.seed if plan.recipe.data is not None else 0
-    work = Work(plan.assignments, plan.transforms, plan.tuning, plan.compares, seed)
-    end = Run(skeleton, work, ids, plan.recipe.batch_tokens, job, settings, listen).all_blocks()
+    calibrated, held, limit = _held(plan, ids)
+    work = Work(plan.assignments, plan.transforms, plan.tuning, plan.compares, seed, held, limit)
+    through = Run(skeleton, work, calibrated, plan.recipe.batch_tokens, job, settings, listen)
+    end = through.all_blocks()
     if plan.retraining:
         parts = [job.parts / name for record in job.records for name in sorted(record.parts)]
-        end = _retrained(skeleton, plan, ids, job, Student.of_parts(parts), rows_of(job), 0, listen)
+        end = _retrained(skeleton, plan, calibrated, job, Student.of_parts(parts), rows_of(job), 0, listen)
     summary = None
     if leader:
         assert end is not None, "rank 0 has the first batch"
         with reload.fresh_process() if settings.reload else reload.not_at_all() as ask:
-            batch, last = ids[:1, :CHECK_TOKENS], end[:1, :CHECK_TOKENS].cpu()
-            summary = finish(plan, job, mine, text, batch, last, out, started, listen, ask, predictions(expected))
+            batch, last = calibrated[:1, :CHECK_TOKENS], end[:1, :CHECK_TOKENS].cpu()
+            summary = finish(plan, job, mine, text, batch, last, out, started, listen, ask, predictions(expected), through.cached)
         if not keep_job:
             job.remove()
     distributed.barrier()
@@ -171,6 +174,20 @@ def _retrained(
     return hidden
 
 
+def _held(plan: Plan, ids: Tensor) -> tuple[Tensor, Tensor | None, float]:
+    """Keep the last windows from the calibration where a recipe asks for the running check; return both and the limit."""
+    watch = plan.recipe.watch
+    if watch is None:
+        return ids, None, math.inf
+    if not plan.calibrated:
+        return ids, ids, watch.limit  # random tokens, which nothing is fitted to
+    if len(ids) <= watch.windows:
+        raise CalibrationError(
+            f"watch.windows: {watch.windows} of {len(ids)} windows of calibration would be kept from it; use fewer, or more data"
+        )
+    return ids[: -watch.windows], ids[-watch.windows :], watch.limit
+
+
 def _job_of(out: Path) -> Path:
     return out.with_name(out.name + ".job")
 
@@ -187,6 +204,7 @@ def finish(
     listen: Listen,
     ask: reload.Ask | None = None,
     predicted: dict[str, Any] | None = None,
+    cached: dict[str, int] | None = None,
 ) -> Summary:
     """Write the checkpoint inside the job folder, read it back by two ways, load it anew, and give it its name."""
     blocks = len(job.records)
@@ -230,6 +248,8 @@ def finish(
         "peak_memory": memory.peak(),
         "hardware": memory.machine() + ("" if plan.device.type != "cuda" else f", {torch.cuda.get_device_name(plan.device)}"),
         "predicted": predicted,
+        "cache": cached,
+        "watched": [record.difference for record in job.records if record.difference is not None],
         "compute_seconds": sum(record.seconds for record in job.records),
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "check": check,

@@ -223,6 +223,21 @@ def show_plan(found: dict[str, Any]) -> None:
         out.print(f"warning    {warning}", soft_wrap=True)
 
 
+def show_outlook(found: dict[str, Any]) -> None:
+    """Print which budgets are possible."""
+    out = _out()
+    table = _table(f"{found['model']}: every weight by one candidate", "bits", "size", "weights", "memory", "all weights by")
+    for row in found["candidates"]:
+        about = "" if row["exact"] else "about "
+        size, memory_ = about + human_bytes(row["bytes"]), human_bytes(row["memory"])
+        table.add_row(f"{row['bits_per_weight']:.4f}", size, f"{row['weights']:,}", memory_, row["candidate"])
+    out.print(table)
+    smallest, largest = human_bytes(found["smallest"]), human_bytes(found["largest"])
+    out.print(f"possible   {smallest} to {largest}, from {human_bytes(found['bytes_before'])}; nothing was read but headers")
+    if found["possible"] is False:
+        out.print("warning    the budget is below what any candidate takes; ask for more, or give smaller --candidates")
+
+
 def show_planned(found: dict[str, Any]) -> None:
     """Print a plan of bits, what it was chosen from, and how far its predictions can be trusted."""
     out = _out()
@@ -332,6 +347,10 @@ def show_summary(summary: Summary, quality: Quality | None) -> None:
             else (f"{said['files_after']:,} bytes of weight files predicted, {files:,} written")
         )
         out.print(f"predicted  {duration(said['seconds'])}, {human_bytes(said['memory'])} peak memory; {right}")
+    if v.get("cache"):
+        out.print(
+            f"cache      {v['cache']['found']} passes of the calibration over a block skipped, {v['cache']['made']} made and kept"
+        )
     out.print(f"checked    {_checked(v)}", soft_wrap=True)
     out.print(f"report     {summary.out / 'report.html'}", soft_wrap=True)
     out.print(f'load with  import compress; AutoModelForCausalLM.from_pretrained("{summary.out}")', soft_wrap=True)
@@ -520,6 +539,20 @@ def show_comparison(found: dict[str, Any]) -> None:
         out.print(notice, markup=False)
     if found["page"]:
         out.print(f"page       {found['page']}", soft_wrap=True)
+
+
+def show_bisection(found: dict[str, Any]) -> None:
+    """Print what was tried, and what hurts most."""
+    out = _out()
+    table = _table("divergence with some of the weights dense", "made dense", "weights", "measured KL")
+    for trial in found["trials"]:
+        table.add_row(trial["what"], str(trial["sites"]), f"{trial['kl']:.5f}")
+    out.print(table)
+    for what, kl in ((found["block"], found["block_kl"]), (found["site"], found["site_kl"])):
+        share = 1 - kl / found["kl"] if found["kl"] > 0 else 0.0
+        out.print(
+            f"hurts most: {what}, without which {kl:.5f} nats of {found['kl']:.5f} are left ({share:.0%} less)", soft_wrap=True
+        )
 
 
 def show_rehearsal(found: dict[str, Any]) -> None:

@@ -356,6 +356,24 @@ def check_keep_job(start: Start, tmp_path: Path) -> None:
     assert not out.with_name(out.name + ".job").exists()
 
 
+def check_watch(start: Start, tmp_path: Path) -> None:
+    _, out = start("--watch", 3)
+    assert recipe_of(out)["watch"] == {"windows": 3, "limit": 1.0}
+    found = summary(out)["watched"]
+    assert len(found) == 1 and 0 < found[0] < 0.5
+    assert summary(start("--watch", 0)[1])["watched"] == []
+    assert start("--watch", 12)[0].code == 4
+    assert start("--watch", -1)[0].code == 2
+
+
+def check_cache(start: Start, tmp_path: Path) -> None:
+    done, first = start("--cache", tmp_path / "cache")
+    assert summary(first)["cache"] == {"found": 0, "made": 1}
+    assert "0 passes of the calibration over a block skipped, 1 made" in done.out
+    assert summary(start("--cache", tmp_path / "cache", "--set", "steps.0.options.bits=3")[1])["cache"] == {"found": 1, "made": 0}
+    assert summary(start()[1])["cache"] is None
+
+
 def check_no_reload(start: Start, tmp_path: Path) -> None:
     assert summary(start("--no-reload")[1])["reload"] == {"skipped": "it was switched off"}
     done, out = start()

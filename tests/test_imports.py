@@ -72,6 +72,7 @@ TABLE: dict[str, Row] = {
     "calibration.data": Row("calibration.documents recipe_data errors", "torch numpy", lazy_third="transformers jinja2"),
     "calibration.hidden": Row("container files errors", "torch"),
     "calibration.observe": Row("calibration.statistics errors", "torch"),
+    "calibration.cache": Row("calibration.observe calibration.statistics container files errors", "torch"),
     "calibration.families": Row("packed checkpoint container errors", "torch", lazy_own="calibration.inference"),
     "calibration.experts": Row("calibration.families errors", "torch"),
     "calibration.skeleton": Row(
@@ -127,8 +128,8 @@ TABLE: dict[str, Row] = {
         "torch",
     ),
     "pipeline": Row(
-        "students block block_methods weight job calibration.hidden calibration.observe calibration.skeleton packed recipe "
-        "report container distributed files errors",
+        "students block block_methods weight job _version calibration.cache calibration.data calibration.hidden "
+        "calibration.observe calibration.skeleton packed recipe report container distributed files errors",
         "torch",
     ),
     # Planning: what candidates cost is measured as a run would compress, then a planner decides.
@@ -148,6 +149,7 @@ TABLE: dict[str, Row] = {
         "files errors",
         "torch numpy yaml",
     ),
+    "outlook": Row("planning prepare estimate sizes recipe errors"),
     "sweep": Row("streams candidates prepare recipe report calibration.skeleton files errors", "torch"),
     "shares": Row("planning sensitivity candidates distribution prepare recipe errors"),
     "plots": Row("planning sweep errors", lazy_third="matplotlib"),

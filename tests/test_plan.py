@@ -328,3 +328,30 @@ def test_quantize_with_a_budget_keeps_its_plan(tiny: Tiny, run: Run, tmp_path: P
     assert "reused from" in again.out
     assert "is there already, made by the same job" in again.out
     assert np.load(ids).shape == (12, 16)
+
+
+def test_a_dry_run_says_which_budgets_are_possible(
+    tiny: Tiny, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written; sizes are those of checkpoints with that candidate for all weights."""
+    import sys
+
+    from runs import compress, steps
+
+    from compress import cli
+
+    def run(*arguments: object) -> str:
+        common = ["compress", "plan", str(tiny("llama")), "-o", str(tmp_path / "r.yaml"), "--data", str(ids), "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*common, "--dry-run", *map(str, arguments)])
+        cli.main()
+        return capsys.readouterr().out
+
+    wanted = ("--candidates", "rtn:bits=3,group_size=16", "--candidates", "rtn:bits=5,group_size=32")
+    found = json.loads(run("--bpw", 4, *wanted, "--json"))
+    assert [row["bits_per_weight"] for row in found["candidates"]] == [4.0, 5.5]
+    assert found["possible"] is True
+    compress(tiny("llama"), tmp_path / "out", None, steps("quant/rtn", bits=3, group_size=16))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert found["candidates"][0]["bytes"] == summary["bytes_after"] == found["smallest"]
+    assert "below what any candidate takes" in run("--bpw", 3.5, *wanted)
+    assert not (tmp_path / "r.yaml").exists()

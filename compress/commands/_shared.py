@@ -102,6 +102,20 @@ def made_recipe(
     return recipe_module.parse(recipe_module.change(values, settings or []), name or "command line")
 
 
+def watched(recipe: Recipe, windows: int | None) -> Recipe:
+    """A recipe with the running check over so many windows, without it for 0; as it is for None."""
+    from compress.recipe import Watch
+
+    if windows is None:
+        return recipe
+    if windows < 0:
+        raise RecipeError(f"--watch {windows}: expected a number of windows, 0 for none")
+    if windows == 0:
+        return recipe.model_copy(update={"watch": None})
+    limit = {} if recipe.watch is None else {"limit": recipe.watch.limit}
+    return recipe.model_copy(update={"watch": Watch(windows=windows, **limit)})
+
+
 def parse_room(memory: str) -> int:
     from compress.recipe import parse_size
 
@@ -111,23 +125,32 @@ def parse_room(memory: str) -> int:
         raise RecipeError(f"--memory: {error}") from error
 
 
-def run_recipe(
-    model: str,
-    output: Path,
-    recipe: Recipe,
-    dry_run: bool,
-    json_: bool,
-    device: str,
-    offload: bool,
-    memory: str,
-    job: Path | None,
-    keep_job: bool,
-    revision: str | None,
-    evaluate: str | None,
-    quiet: bool,
-    no_reload: bool = False,
-    delivery: Delivery = Delivery(),
-) -> None:
+@dataclass(frozen=True)
+class Running:
+    """How a run is done and what is said of it: nothing here decides what comes out."""
+
+    device: str = "auto"
+    revision: str | None = None
+    memory: str = "4GB"
+    offload: bool = False
+    job: Path | None = None
+    keep_job: bool = False
+    no_reload: bool = False
+    cache: Path | None = None
+    evaluate: str | None = None
+    delivery: Delivery = Delivery()
+    dry_run: bool = False
+    json: bool = False
+    quiet: bool = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether no progress is shown."""
+        return self.quiet or self.json
+
+
+def run_recipe(model: str, output: Path, recipe: Recipe, how: Running) -> None:
+    """Run a recipe, or say what it would do; measure and export the result where that is asked for. Raises CompressError."""
     import torch
 
     from compress import distributed, estimate, prepare, screen
@@ -136,37 +159,36 @@ def run_recipe(
     from compress.pipeline import Settings as RunSettings
     from compress.recipe import parse_data
 
-    room = parse_room(memory)
-    plan = prepare.prepare(model, recipe, device, revision, headers=dry_run)
+    room, delivery = parse_room(how.memory), how.delivery
+    plan = prepare.prepare(model, recipe, how.device, how.revision, headers=how.dry_run)
     findings = check_plan(plan, delivery, output)
-    ids = torch.empty(prepare.calibration_shape(plan), device="meta") if dry_run else prepare.calibration(plan)
-    measured = None if evaluate is None else parse_data({"name": evaluate})
+    ids = torch.empty(prepare.calibration_shape(plan), device="meta") if how.dry_run else prepare.calibration(plan)
+    measured = None if how.evaluate is None else parse_data({"name": how.evaluate})
     if measured is not None and not plan.source.remote:
         _check_text(measured, plan)
-    expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], room, offload)
-    expected = estimate.timed(expected, plan, ids.shape[0], ids.shape[1], not no_reload)
-    if dry_run:
+    expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], room, how.offload)
+    expected = estimate.timed(expected, plan, ids.shape[0], ids.shape[1], not how.no_reload)
+    if how.dry_run:
         found = screen.describe_plan(plan, expected, (ids.shape[0], ids.shape[1]))
         found |= {**findings, "warnings": found["warnings"] + findings.get("warnings", [])}
-        print(json.dumps(found, indent=2)) if json_ else screen.show_plan(found)
+        print(json.dumps(found, indent=2)) if how.json else screen.show_plan(found)
         return
     leader = distributed.leads()
-    with progress(quiet or json_ or not leader) as listen:
-        settings = RunSettings(offload=offload, memory=room, reload=not no_reload)
-        summary = runs.run(plan, ids, output, settings, listen, expected, job, keep_job)
+    with progress(how.silent or not leader) as listen:
+        settings = RunSettings(offload=how.offload, memory=room, reload=not how.no_reload, cache=how.cache)
+        summary = runs.run(plan, ids, output, settings, listen, expected, how.job, how.keep_job)
     result = None
     if measured is not None and leader:
-        folder = str(plan.source.folder)
-        with progress(quiet or json_) as listen:
-            result = evaluation.evaluate(str(output), folder, measured, device, "float32", True, listen)
+        with progress(how.silent) as listen:
+            result = evaluation.evaluate(str(output), str(plan.source.folder), measured, how.device, "float32", True, listen)
         result = replace(result, original=plan.source.name)
         evaluation.save(output, result)
     distributed.stop()
     if leader:
-        with progress(quiet or json_) as listen:
+        with progress(how.silent) as listen:
             made = export_to(str(output), delivery.places(output), delivery.target, delivery.tensor_parallel, listen)
         exports = {"exports": made} if made else {}
-        if json_:
+        if how.json:
             print(json.dumps(screen.plain_summary(summary, result) | exports, indent=2))
         else:
             screen.show_summary(summary, result)

@@ -51,6 +51,9 @@ def plan_command(
     length: Length = None,
     seed: Seed = None,
     chat_template: ChatTemplate = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read headers alone, print which budgets are possible, and stop.")
+    ] = False,
     json_: Json = False,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -66,6 +69,13 @@ def plan_command(
 
     budget = planning.Budget.of(bpw, size, max_kl)
     values = data_values(data, samples, length, seed, chat_template)
+    if dry_run:
+        from compress.outlook import outlook
+
+        room, given = parse_room(memory), (method or [], candidates or [])
+        seen = outlook(model, values, budget, dtype, device, revision, *given, room)
+        print(json.dumps(seen, indent=2)) if json_ else screen.show_outlook(seen)
+        return
     with progress(quiet or json_) as listen:
         made = planning.command(
             model, values, budget, output.parent, listen, dtype, device, revision, parse_room(memory), planner, method or [],

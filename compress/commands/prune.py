@@ -7,21 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.commands._shared import data_values, parse_room, progress, run_recipe
+from compress.commands._shared import Delivery, Running, data_values, parse_room, progress, run_recipe, watched
 from compress.errors import RecipeError
 from compress.options import (
+    CacheFolder,
     ChatTemplate,
     DataName,
     Device,
     DryRun,
     Dtype,
     Evaluate,
+    Formats,
     JobFolder,
     Json,
     KeepJob,
     Length,
     Memory,
     Model,
+    NoReload,
     Offload,
     Output,
     Quiet,
@@ -29,6 +32,9 @@ from compress.options import (
     Samples,
     Seed,
     Settings,
+    Target,
+    TensorParallel,
+    Watch,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +67,8 @@ def prune(
     seed: Seed = None,
     chat_template: ChatTemplate = None,
     settings: Settings = None,
+    watch: Watch = None,
+    cache: CacheFolder = None,
     dry_run: DryRun = False,
     json_: Json = False,
     device: Device = "auto",
@@ -69,8 +77,12 @@ def prune(
     memory: Memory = "4GB",
     job: JobFolder = None,
     keep_job: KeepJob = False,
+    no_reload: NoReload = False,
     revision: Revision = None,
     evaluate: Evaluate = None,
+    format_: Formats = None,
+    target: Target = None,
+    tensor_parallel: TensorParallel = 1,
     quiet: Quiet = False,
 ) -> None:
     """Prune a model, and quantize it in the same pass with --bits.
@@ -112,7 +124,9 @@ def prune(
         memory,
         quiet or json_,
     )
-    run_recipe(model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet)
+    delivery = Delivery.of(target, tensor_parallel, format_)
+    how = Running(device, revision, memory, offload, job, keep_job, no_reload, cache, evaluate, delivery, dry_run, json_, quiet)
+    run_recipe(model, output, watched(made, watch), how)
 
 
 def _recipe(

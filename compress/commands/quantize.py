@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.commands._shared import Delivery, data_values, made_recipe, parse_room, progress, run_recipe
+from compress.commands._shared import Delivery, Running, data_values, made_recipe, parse_room, progress, run_recipe, watched
 from compress.errors import RecipeError
 from compress.options import (
     Bpw,
+    CacheFolder,
     ChatTemplate,
     DataName,
     Device,
@@ -36,6 +37,7 @@ from compress.options import (
     Size,
     Target,
     TensorParallel,
+    Watch,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ def quantize(
     chat_template: ChatTemplate = None,
     recipe: Annotated[str | None, typer.Option(help="A recipe to start from: a file, or a name from `compress recipes`.")] = None,
     settings: Settings = None,
+    watch: Watch = None,
+    cache: CacheFolder = None,
     dry_run: DryRun = False,
     json_: Json = False,
     device: Device = "auto",
@@ -101,10 +105,8 @@ def quantize(
         made = _planned(model, values, budget, output.parent, method, settings, device, dtype, memory, revision, silent, siblings)
     else:
         made = made_recipe(recipe, method, given, values, dtype, settings)
-    run_recipe(
-        model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload,
-        delivery,
-    )  # fmt: skip
+    how = Running(device, revision, memory, offload, job, keep_job, no_reload, cache, evaluate, delivery, dry_run, json_, quiet)
+    run_recipe(model, output, watched(made, watch), how)
 
 
 def run(
@@ -117,6 +119,8 @@ def run(
     seed: Seed = None,
     chat_template: ChatTemplate = None,
     settings: Settings = None,
+    watch: Watch = None,
+    cache: CacheFolder = None,
     dry_run: DryRun = False,
     json_: Json = False,
     device: Device = "auto",
@@ -139,10 +143,8 @@ def run(
     """
     delivery = Delivery.of(target, tensor_parallel, format_)
     made = made_recipe(recipe, None, {}, data_values(data, samples, length, seed, chat_template), dtype, settings)
-    run_recipe(
-        model, output, made, dry_run, json_, device, offload, memory, job, keep_job, revision, evaluate, quiet, no_reload,
-        delivery,
-    )  # fmt: skip
+    how = Running(device, revision, memory, offload, job, keep_job, no_reload, cache, evaluate, delivery, dry_run, json_, quiet)
+    run_recipe(model, output, watched(made, watch), how)
 
 
 def _planned(

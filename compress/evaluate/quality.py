@@ -87,7 +87,7 @@ def base_of(model: str) -> str | None:
     return base if isinstance(base, str) and Path(base).is_dir() else None
 
 
-class _Stream:
+class Stream:
     """The hidden states of one model on the way through its blocks."""
 
     def __init__(self, source: Source, ids: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -122,7 +122,7 @@ def compare(
     source: Source, original: Source | None, ids: Tensor, dtype: torch.dtype, device: torch.device, listen: Listen
 ) -> dict[str, Any]:
     """Measure a model over windows of ids (windows, length), position by position, against the original if there is one."""
-    streams = [_Stream(s, ids, dtype, device) for s in (source, original) if s is not None]
+    streams = [Stream(s, ids, dtype, device) for s in (source, original) if s is not None]
     total = sum(len(s.skeleton.blocks) for s in streams)
     for number, stream in enumerate(streams):
         before = sum(len(s.skeleton.blocks) for s in streams[:number])

@@ -159,6 +159,11 @@ def _decoded(folder: Path, listen: Listen) -> tuple[int, list[str]]:
     return count, problems
 
 
+def recorded_ids(folder: Path) -> Tensor:
+    """Return the ids (1, tokens) of the batch that was recorded when a checkpoint was written. Raises CheckpointError."""
+    return _recorded(folder)[1]
+
+
 def verify(folder: Path, device: str, listen: Listen) -> dict[str, Any]:
     """Check a checkpoint, without its source, and return what was compared. Raises CheckpointError, VerificationError."""
     files, ids, recorded, dtype, plain = _recorded(folder)

@@ -1,6 +1,6 @@
 """Small tasks as lm-eval reads them, made for a tokenizer and a model: what perplexity hides.
 
-cloze      which of two endings belongs to a sentence that the model was trained on (knowledge)
+cloze      which of two endings goes on from a sentence, the right one or its words in another order (knowledge)
 retrieval  a line `key: value` among others in the prompt, asked for at the end (context)
 copying    a sentence in the prompt, to be said again (summaries that keep to their text)
 agreement  what the original model says next, word for word (generation)
@@ -57,10 +57,9 @@ def write_tasks(folder: Path, model: Path, texts: list[str], count: int = 12, to
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
     cloze = []
-    for number, text in enumerate(texts):
+    for text in texts:
         half = text.split()
-        other = texts[(number + 1) % len(texts)].split()
-        ends = [" " + " ".join(half[12:]), " " + " ".join(draw.sample(other[12:], len(other[12:])))]
+        ends = [" " + " ".join(half[12:]), " " + " ".join(draw.sample(half[12:], len(half[12:])))]
         label = draw.randrange(2)
         cloze.append({"text": " ".join(half[:12]), "choices": ends if label == 0 else ends[::-1], "label": label})
     task("cloze", _CHOICE, cloze)

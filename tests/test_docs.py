@@ -1,0 +1,79 @@
+"""Every command in docs/ runs as written, in its order; the example of a method is one; the table of commands is complete."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer.main
+
+from compress import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("quickstart", "choosing", "commands", "adding-a-method")
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+def text(page: str) -> str:
+    return (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [found[2] for found in re.finditer(r"```(\w+)\n(.*?)```", text(page), flags=re.DOTALL) if found[1] == language]
+
+
+def run(command: list[str], folder: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("page", ["quickstart", "choosing", "commands"])
+def test_commands_run_as_written(page: str, tmp_path: Path) -> None:
+    """Everything that is drawn from a text is less for the demo's own recipe, to take seconds."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
+    assert len(lines) >= 5
+    for line in lines:
+        words = shlex.split(line.replace("/tmp/", f"{tmp_path}/"))
+        assert words[0] == "compress"
+        for word in words:  # folders of results need no making
+            assert not word.endswith("/")
+        small = ["--samples", "16", "--length", "64"] if words[1:3] == ["run", "demo"] else []
+        run([sys.executable, "-m", "compress", *words[1:], *small], tmp_path)
+    for snippet in blocks(page, "python"):
+        run([sys.executable, "-c", snippet.replace("/tmp/", f"{tmp_path}/")], tmp_path)
+
+
+def test_the_method_that_is_shown_is_one() -> None:
+    space: dict[str, object] = {"__name__": "compress.quant.example"}
+    source = blocks("adding-a-method", "python")[0]
+    exec(compile(source, "example", "exec"), space)
+    method = space["METHOD"](bits=3)  # type: ignore[operator]
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    result = method(weight, {})
+    assert result.weight.stored_bits == method.stored_bits((16, 64))
+    decoded = result.weight.dequantize()
+    scale = torch.exp2((weight.abs().amax(1, keepdim=True) / 3).log2().ceil())
+    assert bool(((decoded - weight).abs() <= scale / 2 * 1.0001).all())
+
+
+def test_the_table_of_commands_is_complete() -> None:
+    shown = set(re.findall(r"`compress ([a-z]+)[^`]*`", text("commands").split("## Before")[0]))
+    assert shown - {"COMMAND"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_exist_and_links_lead_somewhere(page: str) -> None:
+    known = {
+        name for command in COMMANDS.values() for option in command.params for name in (*option.opts, *option.secondary_opts)
+    }
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text(page))) - {"--help"} <= known
+    for target in re.findall(r"\]\(([^)#]+)\)", text(page)):
+        assert target.startswith("http") or (ROOT / "docs" / target).exists(), target
