@@ -69,7 +69,7 @@ class Moving(Protocol):
         ...
 
 
-class _Leaves:
+class StateOfLeaves:
     """What all moving weights have in common."""
 
     leaves: dict[str, Tensor]
@@ -89,7 +89,7 @@ class _Leaves:
                 value.copy_(state[name])
 
 
-class Vector(_Leaves):
+class Vector(StateOfLeaves):
     """A norm or bias."""
 
     def __init__(self, start: Tensor) -> None:
@@ -107,7 +107,7 @@ def rest_of(weight: CompressedWeight) -> Tensor | None:
     return sum(others[1:], others[0]) if others else None
 
 
-class Kept(_Leaves):
+class Kept(StateOfLeaves):
     """A weight with a dense base whose kept values move; what the mask removes stays exactly 0 through merging and storing."""
 
     def __init__(self, weight: CompressedWeight, variant: Variant, rank: int, alpha: float, generator: torch.Generator) -> None:
@@ -154,7 +154,7 @@ def factors(like: Tensor, rank: int, generator: torch.Generator) -> dict[str, Te
     return {"up": leaf(like.new_zeros(like.shape[0], rank)), "down": leaf((2 * down - 1) * bound)}
 
 
-class Beside(_Leaves):
+class Beside(StateOfLeaves):
     """A weight to which a low-rank part is added, and which moves alone."""
 
     relative = False
@@ -173,7 +173,7 @@ class Beside(_Leaves):
         return replace(self.weight, low_rank=LowRank(left, self.leaves["down"].detach().bfloat16()))
 
 
-class Factors(_Leaves):
+class Factors(StateOfLeaves):
     """A weight whose low-rank part moves."""
 
     def __init__(self, weight: CompressedWeight) -> None:
@@ -196,7 +196,7 @@ class Factors(_Leaves):
         return replace(self.weight, low_rank=replace(self.part, **moved))
 
 
-class Fields(_Leaves):
+class Fields(StateOfLeaves):
     """A weight whose scales and offsets move, while its codes stay."""
 
     def __init__(self, weight: CompressedWeight, floats: Mapping[str, Tensor]) -> None:
