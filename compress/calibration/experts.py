@@ -75,8 +75,10 @@ class ExpertLoop(nn.Module):
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """hidden (tokens, width), index and weights (tokens, experts per token) -> (tokens, width)."""
-        if self.products is not None and (together := self._together(hidden, index, weights, self.products)) is not None:
-            return together
+        if self.products is not None and hidden.is_cuda:
+            together = self.together(hidden, index, weights, self.products)
+            if together is not None:
+                return together
         output = torch.zeros_like(hidden)
         # One sort brings the tokens of each expert together; within an expert they keep their order.
         flat = index.flatten()
@@ -94,8 +96,8 @@ class ExpertLoop(nn.Module):
             start += count
         return output
 
-    def _together(self, hidden: Tensor, index: Tensor, weights: Tensor, products: Products) -> Tensor | None:
-        """The same with the products of all experts at once, and nothing read back from the device; None if that cannot be."""
+    def together(self, hidden: Tensor, index: Tensor, weights: Tensor, products: Products) -> Tensor | None:
+        """As `forward`, by products of all experts at once and with nothing read back from the device; None if that cannot be."""
         flat, most = index.flatten(), hidden.shape[0]
         order = torch.argsort(flat, stable=True)
         experts = flat[order]

@@ -44,11 +44,15 @@ def test_together_is_one_by_one(family: str, tiny: Callable[..., Path], tmp_path
         expected = loop(hidden, index, weights)
         host = host_cuda.Host().install(monkeypatch)
         monkeypatch.setattr(CompressedLinear, "path", lambda self, x: "weight_only")
-        together = loop(hidden, index, weights)
+        together = loop.together(hidden, index, weights, products)
+        assert together is not None
         assert len(host.launched) == 2 * (len(loop.layout.inputs) + 1)  # expert 1 has a width of its own
-        loop(hidden, index, weights)  # what was made is used again
+        made = dict(products._made)
+        loop.together(hidden, index, weights, products)
+        assert all(products._made[name] is made[name] for name in made)  # what was made is used again
         index[0, 0] = loop.num_experts  # no expert: that choice counts nothing
-        partly = loop(hidden, index, weights)
+        partly = loop.together(hidden, index, weights, products)
+        assert partly is not None
     size = expected.float().norm()
     assert float((together.float() - expected.float()).norm() / size) < 1e-2
     assert torch.equal(partly[1:], together[1:])
