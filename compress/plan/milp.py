@@ -15,6 +15,11 @@ Failures  more than `_LARGEST` candidates left, or the time is up: the best choi
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
@@ -147,13 +152,17 @@ class _Knapsack:
         one = sparse.csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(open_), len(rows)))
         lower = -np.inf
         for attempt in range(5):
-            result = solve_integers(
-                f * 1e3 / max(float(f.max()), 1e-300),
-                constraints=[LinearConstraint(one, 1, 1), LinearConstraint(weights[None, :].astype(np.float64), -np.inf, room)],
-                integrality=np.ones(len(rows)),
-                bounds=Bounds(0, 1),
-                options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-            )
+            with _quiet():
+                result = solve_integers(
+                    f * 1e3 / max(float(f.max()), 1e-300),
+                    constraints=[
+                        LinearConstraint(one, 1, 1),
+                        LinearConstraint(weights[None, :].astype(np.float64), -np.inf, room),
+                    ],
+                    integrality=np.ones(len(rows)),
+                    bounds=Bounds(0, 1),
+                    options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+                )
             if result.x is None:
                 break
             table = np.zeros((len(open_), keep.shape[1]))
@@ -167,6 +176,20 @@ class _Knapsack:
                 return found, lower, result.status == 0 and attempt == 0
             room -= over / unit
         return start, lower, False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what the solver's C++ code writes to standard output nowhere: it says a few things whatever it is told."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 PLANNER = milp

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from compress import registry
 from compress.errors import RecipeError
+from compress.plan import milp as milp_module
 from compress.plan._problem import Problem
 from compress.plan.lim import lim
 from compress.plan.milp import milp
@@ -165,3 +168,23 @@ def test_planners_are_no_methods() -> None:
         registry.lookup("plan", "mipl")
     with pytest.raises(RecipeError, match="a method is written as kind/name"):
         registry.method("plan/milp")
+
+
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS writes to the process's standard output, where --json promises one object; os.write stands for its C++ code."""
+    called = []
+    real = milp_module.solve_integers
+
+    def chatty(*args: Any, **options: Any) -> Any:
+        called.append(os.write(1, b"HiGHS says\n"))
+        return real(*args, **options)
+
+    monkeypatch.setattr(milp_module, "solve_integers", chatty)
+    generator = np.random.default_rng(0)
+    bits = np.tile(np.array([2, 3, 4, 8]), (40, 1)) * generator.integers(100, 200, (40, 1))
+    cost = generator.random((40, 1)) * np.array([8.0, 3.0, 1.0, 0.1]) * generator.uniform(0.5, 1.5, (40, 4))
+    every = Problem(bits.astype(np.int64), cost, np.ones(bits.shape, dtype=bool), np.zeros(40, dtype=np.int64), {})
+    milp(every, most_bits=int(bits[:, 1].sum()) + 37)
+    print("after")
+    assert called
+    assert capfd.readouterr().out == "after\n"
