@@ -11,6 +11,7 @@ import pytest
 from compress import registry
 from compress.errors import FormatError
 from compress.method import grid_described, table_described
+from compress.parts.table import code_bits
 
 TEXT = (Path(__file__).parent.parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
 SHAPE = (128, 128)
@@ -60,5 +61,5 @@ def test_the_table_has_all_widths() -> None:
     ],
 )
 def test_tables_of_values(datatype: str, scale: str, cells: list[str]) -> None:
-    spec = table_described(SHAPE, datatype, 32, scale)
+    spec = table_described(SHAPE, datatype, code_bits(datatype), 32, scale)
     assert [held(name, spec) for name in COLUMNS] == cells
