@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -51,11 +52,10 @@ def test_commands_run_as_written(page: str, tmp_path: Path) -> None:
         run([sys.executable, "-c", snippet.replace("/tmp/", f"{tmp_path}/")], tmp_path)
 
 
-def test_the_method_that_is_shown_is_one() -> None:
-    space: dict[str, object] = {"__name__": "compress.quant.example"}
-    source = blocks("adding-a-method", "python")[0]
-    exec(compile(source, "example", "exec"), space)
-    method = space["METHOD"](bits=3)  # type: ignore[operator]
+def test_the_method_that_is_shown_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "powers_example.py").write_text(blocks("adding-a-method", "python")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    method = importlib.import_module("powers_example").METHOD(bits=3)
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     result = method(weight, {})
     assert result.weight.stored_bits == method.stored_bits((16, 64))
