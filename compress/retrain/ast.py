@@ -13,7 +13,7 @@ Beside    `group` > 0: P sums every `group` neighbouring inputs and S (out, in /
           of a low-rank part, and both are trained. S starts as the best for a fixed P, least squares of what the mask removes:
           S = D H P^T (P H P^T)^-1, D = W - M W, H diagonal: the mean squares of the input's channels.
 Start     the kept values as they came, and the original's where nothing is kept.
-Defaults  interval 10 (paper). Decay and anneal are ours, measured in docs/results.md.
+Defaults  interval 10 (paper). Decay, anneal and settle are ours and have been tried on small blocks only.
 Failures  every weight is trained: needs far more text than `retrain/perp`. Needs dense bases and masks.
 """
 
