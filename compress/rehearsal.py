@@ -2,7 +2,7 @@
 
 The copy has the model's own config but for two blocks, a small vocabulary and, where every dimension of a recipe allows it,
 the same widths; its weights are random. What fails here fails in the run: a family that cannot be streamed, a group size that
-does not divide, a method that refuses, a result that transformers does not load.
+does not divide, a method that refuses, a result that transformers does not load, a layout that cannot hold it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress import estimate, prepare, run
+from compress import estimate, exporting, prepare, run
 from compress.calibration.families import claim, find, number_of_blocks
 from compress.checkpoint import Source
 from compress.container import DTYPES, save
@@ -139,7 +140,20 @@ def write_copy(source: Source, folder: Path) -> dict[str, Any]:
             values = 1 + 0.1 * values
         tensors[name] = values.to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
     save(folder / "model.safetensors", tensors)
+    if (path := source.folder / "tokenizer.json").is_file() and not source.remote:
+        kept = small_tokenizer(json.loads(path.read_text(encoding="utf-8")), _setting(config, "vocab_size") or VOCABULARY)
+        write_json(folder / "tokenizer.json", kept)
     return changed
+
+
+def small_tokenizer(values: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return a tokenizer.json of the same kind with the tokens below `size` alone."""
+    model = dict(values["model"])
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = kept = {token: number for token, number in model["vocab"].items() if number < size}
+        pairs = [(merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model.get("merges", [])]
+        model["merges"] = [merge for merge, pair in pairs if {*pair, "".join(pair)} <= kept.keys()]
+    return {**values, "model": model, "added_tokens": [t for t in values.get("added_tokens") or [] if t["id"] < size]}
 
 
 def _setting(config: dict[str, Any], key: str) -> int | None:
@@ -155,14 +169,25 @@ def _expert(name: str, family: Any) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def rehearse(model: str, recipe: Recipe, folder: Path, device: str, listen: Listen, revision: str | None = None) -> Rehearsal:
-    """Run a recipe on a small random copy of a model inside `folder`; errors become the problem of the stage they came in."""
+def rehearse(
+    model: str,
+    recipe: Recipe,
+    folder: Path,
+    device: str,
+    listen: Listen,
+    revision: str | None = None,
+    formats: Sequence[str] = (),
+) -> Rehearsal:
+    """Run a recipe on a small random copy of a model inside `folder` and export the result to other tools' `formats`.
+
+    Errors become the problem of the stage they came in.
+    """
     stages: list[Stage] = []
     found: dict[str, Any] = {}
 
     def stage(name: str, work: Callable[[], Any]) -> bool:
         start, problem = time.perf_counter(), None
-        listen(len(stages), 5, f"rehearsing: {name}", 0.0)
+        listen(len(stages), 4 + len(formats), f"rehearsing: {name}", 0.0)
         try:
             found[name] = work()
         except CompressError as error:
@@ -203,11 +228,17 @@ def rehearse(model: str, recipe: Recipe, folder: Path, device: str, listen: List
         if said["exact"] and size != said["files_after"]:
             raise CompressError(f"{size} bytes of weight files; {said['files_after']} were predicted. Please report this")
 
+    def exported(name: str) -> None:
+        work = exporting.prepare(str(folder / "out"), name)
+        exporting.export(work, folder / name, lambda *_: None)  # which reads back what it has written
+
     done = stage("recipe on the real model", lambda: prepare.prepare(model, recipe, device, revision, headers=True))
     done = done and stage("a random copy of two blocks", copied)
     done = done and stage("run, read back and loaded anew", ran)
     if done:
         stage("sizes as predicted", exact)
+        for name in formats:
+            stage(f"export to {name}", partial(exported, name))
     shutil.rmtree(folder, ignore_errors=True)
     again = found.get("run, read back and loaded anew", {}).get("reload", {})
     return Rehearsal(model, stages, found.get("a random copy of two blocks", {}), again)

@@ -198,7 +198,7 @@ TABLE: dict[str, Row] = {
         lazy_third="transformers",
     ),
     "rehearsal": Row(
-        "run pipeline estimate prepare recipe recipe_data calibration.families checkpoint container files errors",
+        "exporting run pipeline estimate prepare recipe recipe_data calibration.families checkpoint container files errors",
         "torch",
         lazy_third="numpy",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from compress.errors import CalibrationError
 Tiny = Callable[..., Path]
 
 
-def rehearse(model: Path, folder: Path, wanted: list[dict[str, Any]], **more: Any) -> rehearsal.Rehearsal:
+def rehearse(
+    model: Path, folder: Path, wanted: list[dict[str, Any]], formats: Sequence[str] = (), **more: Any
+) -> rehearsal.Rehearsal:
     made = recipe.parse({"steps": wanted, "data": {"name": "c4"}, "dtype": "float32", **more})
-    return rehearsal.rehearse(str(model), made, folder / "rehearsal", "cpu", lambda *_: None)
+    return rehearsal.rehearse(str(model), made, folder / "rehearsal", "cpu", lambda *_: None, formats=formats)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -106,3 +108,24 @@ def test_the_command(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[s
     code, text = run(tiny("llama"), "gptq-3bit", "--set", "steps.0.options.group_size=24", "--json", "--device", "cpu")
     assert code == 2
     assert json.loads(text)["ok"] is False
+
+
+def test_exports_are_rehearsed_too(tmp_path: Path) -> None:
+    demo, formats = Path(__file__).parent.parent / "examples" / "demo", ["gptq", "compressed-tensors", "gguf"]
+    found = rehearse(demo, tmp_path / "one", steps("quant/rtn", bits=4, group_size=32), formats=formats)
+    assert found.problem is None
+    assert [stage.name for stage in found.stages][-3:] == [f"export to {name}" for name in formats]
+    found = rehearse(demo, tmp_path / "two", steps("quant/floating", datatype="nf4", compensate=False), formats=["gptq"])
+    assert found.stages[-1].name == "export to gptq"
+    assert "nf4" in (found.problem or "")
+
+
+def test_a_small_tokenizer_has_no_token_that_is_gone() -> None:
+    values = {
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "c": 3, "abc": 9}, "merges": ["a b", ["ab", "c"]]},
+        "added_tokens": [{"id": 3, "content": "c"}, {"id": 9, "content": "abc"}],
+    }
+    found = rehearsal.small_tokenizer(values, 4)
+    assert found["model"]["vocab"] == {"a": 0, "b": 1, "ab": 2, "c": 3}
+    assert found["model"]["merges"] == ["a b"]
+    assert [token["id"] for token in found["added_tokens"]] == [3]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from compress.commands._shared import made_recipe, progress
-from compress.options import Device, Dtype, Json, Model, Quiet, Revision, Settings
+from compress.options import Device, Dtype, Formats, Json, Model, Quiet, Revision, Settings
 
 
 def rehearse(
@@ -20,6 +20,7 @@ def rehearse(
     device: Device = "auto",
     dtype: Dtype = None,
     revision: Revision = None,
+    format_: Formats = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -27,7 +28,8 @@ def rehearse(
 
     compress rehearse MODEL gptq-3bit
 
-    The whole of a run in under a minute: calibration, method, packing, reading back, loading with transformers. Of a Hub id only
+    The whole of a run in under a minute: calibration, method, packing, reading back, loading with transformers, and
+    with --format exports. Of a Hub id only
     config and headers are fetched. Exit code 2 where something would fail.
     """
     from compress import screen
@@ -35,7 +37,7 @@ def rehearse(
 
     made = made_recipe(recipe, None, {}, {}, dtype, settings)
     with tempfile.TemporaryDirectory(prefix="compress-rehearsal-") as folder, progress(quiet or json_) as listen:
-        found = run(model, made, Path(folder) / "rehearsal", device, listen, revision)
+        found = run(model, made, Path(folder) / "rehearsal", device, listen, revision, format_ or [])
     print(json.dumps(found.plain(), indent=2)) if json_ else screen.show_rehearsal(found.plain())
     if found.problem is not None:
         raise typer.Exit(2)
