@@ -28,11 +28,12 @@ class Estimate:
     passes_memory: int  # of one pass
     hidden: int  # the calibration's hidden states
     disk: int  # parts, hidden states and the result, while both are there
+    whole: int = 0  # the whole model where it is retrained: as it computes, and its weights before and as they move in float32
 
     @property
     def memory(self) -> int:
         """Peak resident memory, roughly, with hidden states in memory."""
-        return _BASE + 2 * self.block + self.passes_memory + self.hidden
+        return _BASE + max(2 * self.block + self.passes_memory + self.hidden, self.whole)
 
 
 def estimate(plan: Plan, samples: int, length: int, memory: int, offload: bool) -> Estimate:
@@ -70,9 +71,9 @@ def estimate(plan: Plan, samples: int, length: int, memory: int, offload: bool) 
     hidden = samples * length * width * item * (3 if plan.compares else 1)
     most = max(statistics.values(), default=0)
     kept = hidden * (2 if offload else 1)
-    return Estimate(
-        source.nbytes, after, exact, max(blocks.values()), most, min(most, memory), 0 if offload else hidden, 2 * after + kept
-    )
+    states, disk = 0 if offload else hidden, 2 * after + kept
+    whole = source.numel * (item + 8) if plan.retraining else 0
+    return Estimate(source.nbytes, after, exact, max(blocks.values()), most, min(most, memory), states, disk, whole)
 
 
 def _itemsize(plan: Plan, tensor: str) -> int:

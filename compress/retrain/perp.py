@@ -8,8 +8,8 @@ Codes     stay: of a quantized base scales and offsets move, or with `lora` a lo
 Training  `_blockwise`; of the whole model against the original's predictions with `compress retrain`.
 Zeros     stay exactly 0: through training, as gradients pass the mask; through merging, which is masked; and on disk, where a
           mask of its own says what is kept.
-Defaults  rank 16, alpha 32 (the paper's code). Rates and rounds are ours; docs/results.md has what they give. The paper starts ScaleLoRA
-          from equal numbers in both factors, whose rows then stay equal for ever and have rank one; ours start as LoRA's do.
+Defaults  rank 16, alpha 32 (the paper's code). Rates and rounds are ours, see docs/results.md. The paper starts ScaleLoRA from
+          equal numbers in both factors, whose rows then stay equal for ever and have rank one; ours start as LoRA's do.
 Failures  `lora_prune` trains a weight that is not the one it stores, and loses at high sparsity. New biases are not added: most
           models have no place for them in a checkpoint.
 """
