@@ -47,12 +47,14 @@ class Estimate:
     base: int = _BASE
     on_host: bool = True  # whether blocks are computed in the host's memory
     seconds: float | None = None
+    # The whole model where it is retrained: as it computes, and its weights before and as they move in float32.
+    whole: int = 0
 
     @property
     def computing(self) -> int:
         """Peak bytes of what is computed, on whatever device."""
         during = self.block + max(self.passes_memory + self.activations, self.passes_memory + self.work)
-        return max(during, self.outer)
+        return max(during, self.outer, self.whole)
 
     @property
     def memory(self) -> int:
@@ -121,6 +123,7 @@ def estimate(plan: Plan, samples: int, length: int, room: int, offload: bool) ->
         max((_work(unit) for members in by_block.values() for unit in units(members)), default=0),
         tokens * (item * (4 * width + 3 * wide) + (4 * columns if most else 0)),
         on_host=plan.device.type == "cpu",
+        whole=source.numel * (item + 8) if plan.retraining else 0,
     )
 
 

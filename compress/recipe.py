@@ -221,7 +221,8 @@ _WORDS = {"a valid tuple": "a list", "a valid dictionary": "a mapping", " or ins
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = {"data": Data, "steps": Step}.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    places: dict[str, Any] = {"data": Data, "steps": Step, "retraining": Retrain}
+    model: Any = places.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
     return [info.alias or name for name, info in model.model_fields.items()]
 
 

@@ -159,6 +159,8 @@ def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[
         "dtype": str(plan.dtype).removeprefix("torch."),
         "calibration": {"samples": ids[0], "length": ids[1]} if plan.calibrated else None,
         "transforms": [stage.method.path for stage in plan.transforms],
+        "afterwards": [stage.method.path for stage in plan.tuning]
+        + [f"{stage.method.path} of the whole model" for stage in plan.retraining],
         "sites": rows,
         "untouched_linears": untouched,
         "copied_tensors": len(plan.claims.copied),
@@ -199,6 +201,8 @@ def show_plan(found: dict[str, Any]) -> None:
         bits = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.3f}"
         table.add_row(row["kind"], str(row["count"]), row["shape"], bits, row["method"])
     out.print(table)
+    if found["afterwards"]:
+        out.print(f"afterwards {', '.join(found['afterwards'])}")
     if found["transforms"]:
         out.print(f"before     {', '.join(found['transforms'])}")
     about = "" if found["bytes_after_exact"] else "about "

@@ -105,7 +105,7 @@ def test_an_unknown_name_suggests_a_shipped_one() -> None:
         ({"stepz": [RTN]}, "stepz: unknown key; did you mean steps?"),
         ({"steps": [RTN], "max_shard": "5GB"}, "max_shard: unknown key; did you mean max_shard_size?"),
         ({"steps": [RTN], "copy_": ["x"]}, "copy_: unknown key; did you mean copy?"),
-        ({"steps": [RTN], "zzz": 1}, "zzz: unknown key; known are description, transforms, steps, tuning, data, copy, "),
+        ({"steps": [RTN], "zzz": 1}, "zzz: unknown key; known are description, transforms, steps, tuning, retraining, "),
         (one(metod=1), "steps.0.metod: unknown key; did you mean method?"),
         (one(min_token=1), "steps.0.min_token: unknown key; did you mean min_tokens?"),
         ({"steps": [RTN], "data": {"name": "c4", "sample": 3}}, "data.sample: unknown key; did you mean samples?"),
