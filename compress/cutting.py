@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import importance, memory, seal
+from compress import importance, memory, published, seal
 from compress._version import __version__
 from compress.calibration.data import fingerprint, load_ids
 from compress.calibration.families import Claims, Family, Site, claim, context_length, find, vocabulary
@@ -320,7 +320,7 @@ def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: f
     values = {
         "tool": "compress",
         "version": __version__,
-        "base_model": source.name,
+        "base_model": published.base_model(source.name, source.revision)[0],
         "base_revision": source.revision,
         "identity": mine,
         "before": cutter.before.__dict__,
@@ -338,6 +338,7 @@ def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: f
     }
     write_text(folder / "README.md", card(values, source))
     values["files"] = verify.checksums(folder)
+    write_json(folder / published.LOCAL, {"base_model": str(source.folder)})
     write_json(folder / seal.SUMMARY, values)
     seal.publish(folder, out)
     return values

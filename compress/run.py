@@ -117,7 +117,7 @@ def retrain(
     mine = {**identity(plan, ids), "start": files}
     folder = job_folder or _job_of(out)
     if (there := seal.finished(out)) is not None:
-        differ(flatten(there["identity"]), flatten(mine), str(out))
+        differ(flatten(there["identity"]), flatten(_shown(mine)), str(out))
         if not keep_job:
             remove_leftover(folder, mine)
         return Summary(out, there, report.read_rows(out / "report.jsonl"), resumed=True)

@@ -192,8 +192,8 @@ TABLE: dict[str, Row] = {
     "importance": Row("", "torch"),
     "smaller": Row("importance calibration.families checkpoint errors"),
     "cutting": Row(
-        "importance smaller seal job prepare recipe_data calibration.* checkpoint container evaluate.* memory files _version "
-        "errors",
+        "importance smaller published seal job prepare recipe_data calibration.* checkpoint container evaluate.* memory files "
+        "_version errors",
         "torch",
         lazy_third="transformers",
     ),

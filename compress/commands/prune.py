@@ -17,7 +17,6 @@ from compress.options import (
     DryRun,
     Dtype,
     Evaluate,
-    Formats,
     JobFolder,
     Json,
     KeepJob,
@@ -32,8 +31,6 @@ from compress.options import (
     Samples,
     Seed,
     Settings,
-    Target,
-    TensorParallel,
     Watch,
 )
 
@@ -80,9 +77,6 @@ def prune(
     no_reload: NoReload = False,
     revision: Revision = None,
     evaluate: Evaluate = None,
-    format_: Formats = None,
-    target: Target = None,
-    tensor_parallel: TensorParallel = 1,
     quiet: Quiet = False,
 ) -> None:
     """Prune a model, and quantize it in the same pass with --bits.
@@ -124,8 +118,8 @@ def prune(
         memory,
         quiet or json_,
     )
-    delivery = Delivery.of(target, tensor_parallel, format_)
-    how = Running(device, revision, memory, offload, job, keep_job, no_reload, cache, evaluate, delivery, dry_run, json_, quiet)
+    # No runtime but ours knows masks, so there is no other layout to deliver it in.
+    how = Running(device, revision, memory, offload, job, keep_job, no_reload, cache, evaluate, Delivery(), dry_run, json_, quiet)
     run_recipe(model, output, watched(made, watch), how)
 
 

@@ -123,6 +123,14 @@ class Pruning(Method):
         filled = tiles(rows) * 16 * self.bits if ragged else 0  # up to the next 32 codes, in the mean
         return mask + ragged + filled + stream_bits(rows * kept, self.bits) + beside
 
+    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Say how a weight of this shape (out, in) will be described in a checkpoint, as far as is known."""
+        # How many weights a row keeps, and in which type, may follow from the weights; that there is a mask does not.
+        base: dict[str, Any] = {"format": "dense"}
+        if self.bits is not None:
+            base = {"format": "bitpack", "bits": self.bits, "group_size": self._size(shape), "zero": not self.symmetric}
+        return {"shape": list(shape), "base": base, "keep": {"format": "bitmask" if self.target.pattern is None else "pattern"}}
+
     def _size(self, shape: tuple[int, int]) -> int:
         return shape[1] if self.group_size == -1 else self.group_size
 

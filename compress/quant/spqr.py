@@ -435,7 +435,12 @@ class SpQR(Method):
     def described(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Say how a weight of this shape (out, in) will be described in a checkpoint, as far as is known."""
         # How many weights are stored beside the grid follows from the weights.
-        return {"shape": list(shape), "base": {"format": "two_level", "bits": self.bits, "group_size": self.group_size}}
+        size = shape[1] if self.group_size == -1 else self.group_size
+        widths = {"bits": self.bits, "scale_bits": self.scale_bits, "zero_bits": self.zero_bits}
+        base: dict[str, Any] = {"format": "two_level", **widths, "group_size": size}
+        if self.order == "desc_act":
+            base["group"] = {1: "U8", 2: "I16", 4: "I32"}[column_dtype(shape[1] // size).itemsize]
+        return {"shape": list(shape), "base": base}
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Compress weight (out, in) under the Hessian of its inputs."""
