@@ -36,13 +36,13 @@ Tiny = Callable[..., Path]
 
 @contextmanager
 def quickly(seconds: float = 5.0, nbytes: int | None = None) -> Iterator[None]:
-    """Fail where the block takes long, or allocates more than `nbytes` at a time."""
+    """Fail where the block takes long, in processor time, or allocates more than `nbytes` at a time."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"took more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     if nbytes is not None:
         tracemalloc.start()
     try:
@@ -50,8 +50,8 @@ def quickly(seconds: float = 5.0, nbytes: int | None = None) -> Iterator[None]:
         assert nbytes is None or tracemalloc.get_traced_memory()[1] <= nbytes
     finally:
         tracemalloc.stop()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def weight(

@@ -69,7 +69,7 @@ def run(folder: Path, method: Random | None, match: str | list[str] = "*.*", cop
         skeleton.load(number)
         members = [a for a in assignments if a.site.block == number]
         if method is not None:
-            around = Surroundings(skeleton, number, nothing, None, lambda: None, 1 << 30, 0, lambda *_: None)
+            around = Surroundings(skeleton, number, nothing, None, None, lambda: None, 1 << 30, 0, lambda *_: None)
             transform(around, [StageAssignment(method, members)])
         hidden = skeleton.forward(number, hidden)
         skeleton.release(number)
