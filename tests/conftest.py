@@ -43,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(slow)
 
 
+@pytest.fixture(autouse=True)
+def tables_as_wide_as_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take COLUMNS out of the environment, which worker processes of the tests have."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that gives the folder of a tiny checkpoint of a family; the same settings give the same folder."""
