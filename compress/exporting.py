@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -340,17 +339,7 @@ def widened(work: Exporting) -> dict[str, int]:
 
 def finished(out: Path) -> dict[str, Any] | None:
     """Return the record of an export of ours, None when nothing is there. Raises OutputError when something else is."""
-    if not out.exists() and not out.is_symlink():
-        return None
-    if out.is_dir() and not any(out.iterdir()):
-        return None
-    try:
-        record: dict[str, Any] = json.loads((out / RECORD).read_text(encoding="utf-8"))
-        if record["tool"] == "compress":
-            return record
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise OutputError(f"{out}: exists and is not an export that compress wrote; choose another place, or remove it")
+    return seal.finished(out, RECORD, "an export")
 
 
 def check_place(out: Path) -> None:

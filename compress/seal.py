@@ -141,19 +141,19 @@ def carry(source: Source, folder: Path, leave: Iterable[str] = ()) -> None:
         copy(path, target)
 
 
-def finished(out: Path) -> dict[str, Any] | None:
-    """Return the summary of a checkpoint of ours, None when nothing is there. Raises OutputError when something else is."""
+def finished(out: Path, record: str = SUMMARY, kind: str = "a checkpoint") -> dict[str, Any] | None:
+    """Return the record of `kind` that is there, None when nothing is. Raises OutputError when something else is."""
     if not out.exists() and not out.is_symlink():
         return None
     if out.is_dir() and not any(out.iterdir()):
         return None
     try:
-        summary: dict[str, Any] = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        if summary["tool"] == "compress":
-            return summary
+        found: dict[str, Any] = json.loads((out / record).read_text(encoding="utf-8"))
+        if found["tool"] == "compress":
+            return found
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise OutputError(f"{out}: exists and is not a checkpoint that compress wrote; choose another place, or remove it")
+    raise OutputError(f"{out}: exists and is not {kind} that compress wrote; choose another place, or remove it")
 
 
 def publish(checkpoint: Path, out: Path) -> None:

@@ -104,8 +104,8 @@ class Hessian:
         return result
 
 
-class Magnitude:
-    """The mean magnitude of each channel of a linear's inputs: the sum of |x| over tokens, in float64."""
+class _ByChannel:
+    """A sum over tokens for each channel of a linear's inputs, in float64."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.tokens = 0
@@ -116,12 +116,7 @@ class Magnitude:
         """Bytes of the sum."""
         return columns * 8
 
-    def add(self, rows: Tensor) -> None:
-        """Take in rows (tokens, in)."""
-        self.total += rows.abs().sum(0, dtype=torch.float64)
-        self.tokens += rows.shape[0]
-
-    def merge(self, other: Magnitude) -> None:
+    def merge(self, other: Self) -> None:
         """Add another accumulator's sum and count."""
         self.total += other.total
         self.tokens += other.tokens
@@ -131,8 +126,26 @@ class Magnitude:
         return [self.total]
 
     def mean(self) -> Tensor:
-        """Return the mean of |x|, (in,) float32; zeros when no token was seen."""
+        """Return the mean over tokens, (in,) float32; zeros when no token was seen."""
         return (self.total / max(self.tokens, 1)).float()
+
+
+class Magnitude(_ByChannel):
+    """The mean magnitude of each channel: the mean of |x|."""
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows (tokens, in)."""
+        self.total += rows.abs().sum(0, dtype=torch.float64)
+        self.tokens += rows.shape[0]
+
+
+class MeanSquare(_ByChannel):
+    """The mean square of each channel, the diagonal of the Hessian: the mean of x^2."""
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows (tokens, in)."""
+        self.total += rows.float().square().sum(0, dtype=torch.float64)
+        self.tokens += rows.shape[0]
 
 
 class Drift:
@@ -171,37 +184,6 @@ class Drift:
     def tensors(self) -> list[Tensor]:
         """The sums, to be reduced in place over ranks."""
         return [self.second, self.cross]
-
-
-class MeanSquare:
-    """The mean square of each channel of a linear's inputs, the diagonal of the Hessian: the sum of x^2, in float64."""
-
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.tokens = 0
-        self.total = torch.zeros(columns, dtype=torch.float64, device=device)
-
-    @classmethod
-    def nbytes(cls, columns: int) -> int:
-        """Bytes of the sum."""
-        return columns * 8
-
-    def add(self, rows: Tensor) -> None:
-        """Take in rows (tokens, in)."""
-        self.total += rows.float().square().sum(0, dtype=torch.float64)
-        self.tokens += rows.shape[0]
-
-    def merge(self, other: MeanSquare) -> None:
-        """Add another accumulator's sum and count."""
-        self.total += other.total
-        self.tokens += other.tokens
-
-    def tensors(self) -> list[Tensor]:
-        """The sum, to be reduced in place over ranks."""
-        return [self.total]
-
-    def mean(self) -> Tensor:
-        """Return the mean of x^2, (in,) float32; zeros when no token was seen."""
-        return (self.total / max(self.tokens, 1)).float()
 
 
 Stats = dict[type[Statistics], Statistics]
