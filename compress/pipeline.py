@@ -275,7 +275,10 @@ class Run:
         if joint or tuning:
             found = self._jointly(block, around, found, joint, tuning)
         for site, (weight, row) in found:
-            yield site, (weight, replace(row, notes=notes.get(site, {}) | row.notes))
+            noted = notes.get(site, {})
+            taken = [row.fallback, *(f"{stage}: {note['fallback']}" for stage, note in noted.items() if "fallback" in note)]
+            fallback = "; ".join(text for text in taken if text) or None
+            yield site, (weight, replace(row, notes=noted | row.notes, fallback=fallback))
 
     def _cache(self, block: int) -> Cache | None:
         """Where statistics of a block may come from: with several ranks, or behind a transform, each run makes its own."""

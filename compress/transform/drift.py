@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Drift, Statistics
+from compress.errors import CalibrationError
 from compress.method import Block, Changed, Method
 from compress.quant._solver import full_precision
 
@@ -60,9 +61,15 @@ class DriftCorrection(Method):
                 if not bool(drift.cross.any()):
                     notes |= {site: {"moved": 0.0} for site in sites}
                     continue
+                if not bool(drift.second.isfinite().all() and drift.cross.isfinite().all()):
+                    raise CalibrationError(
+                        f"{sites[0]}: its inputs are not finite; look for activations that overflow the model's dtype"
+                    )
                 change = correction(drift.second, drift.cross, self.damp)
                 if change is None:
-                    notes |= {site: {"moved": 0.0, "fallback": "the Hessian is not positive definite"} for site in sites}
+                    notes |= {
+                        site: {"moved": 0.0, "fallback": "as it was, the Hessian is not positive definite"} for site in sites
+                    }
                     continue
                 change *= self.share * drift.tokens / (drift.tokens + len(change))
                 for site in sites:

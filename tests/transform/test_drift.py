@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from compress.calibration.observe import Tap, observe_drift
 from compress.calibration.statistics import Drift
 from compress.checkpoint import Source
+from compress.errors import CalibrationError
 from compress.evaluate.streamed import last_hidden
 from compress.packed import PackedSource
 from compress.pipeline import Settings
 from compress.report import read_rows
+from compress.transform import drift as drift_module
 from compress.transform.drift import DriftCorrection
 
 Tiny = Callable[..., Path]
@@ -225,6 +227,27 @@ def test_two_processes_correct_what_one_does(tiny: Tiny, ids: Path, tmp_path: Pa
     for site in one.table:
         # Sums of ranks differ in the last digits, which may tip a code of 8 bits to its neighbour.
         torch.testing.assert_close(two.compressed(site).dequantize(), one.compressed(site).dequantize(), atol=2e-3, rtol=0)
+
+
+def test_what_cannot_be_corrected_is_said_in_the_report(
+    tiny: Tiny, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drift_module, "correction", lambda *_: None)
+    run(tiny("llama"), tmp_path / "out", ids, steps(bits=4, group_size=16), **STAGE)
+    run(tiny("llama"), tmp_path / "plain", ids, steps(bits=4, group_size=16))
+    for row in read_rows(tmp_path / "out" / "report.jsonl"):
+        said = "transform/drift: as it was, the Hessian is not positive definite"
+        assert row.fallback == (None if row.block == 0 else said)
+    for name in ("out", "plain"):
+        assert (tmp_path / name / "model.safetensors").exists()
+    assert digests(tmp_path / "out")["model.safetensors"] == digests(tmp_path / "plain")["model.safetensors"]
+
+
+def test_inputs_that_are_not_finite_are_an_error() -> None:
+    rows, original = pairs(60, 8)
+    rows[3, 2] = torch.inf
+    with pytest.raises(CalibrationError, match="a: its inputs are not finite"):
+        corrected(rows, original, torch.ones(4, 8))
 
 
 @pytest.mark.parametrize("options", [{"share": 0.0}, {"share": 1.5}, {"damp": 0.0}])
