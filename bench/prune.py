@@ -24,8 +24,8 @@ import torch
 
 from compress import estimate, prepare, run
 from compress import recipe as recipes
+from compress.calibration.claims import vocabulary
 from compress.calibration.data import load_ids
-from compress.calibration.families import vocabulary
 from compress.evaluate.quality import compare, open_any
 from compress.files import write_json
 from compress.pipeline import Settings

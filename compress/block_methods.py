@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress import distributed, scalings
 from compress.block import Done, site_row
-from compress.calibration.families import settings
+from compress.calibration.claims import settings
 from compress.calibration.hidden import Hidden
 from compress.calibration.observe import Tap, observe, observe_drift, passes
 from compress.calibration.skeleton import Skeleton

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from compress import importance, memory, published, seal
 from compress._version import __version__
+from compress.calibration.claims import Claims, claim, context_length, find, vocabulary
 from compress.calibration.data import fingerprint, load_ids
-from compress.calibration.families import Claims, Family, Site, claim, context_length, find, vocabulary
+from compress.calibration.families import Family, Site
 from compress.calibration.observe import Tap, batches, observe
 from compress.calibration.skeleton import Skeleton
 from compress.calibration.statistics import Hessian

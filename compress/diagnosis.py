@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from compress import gguf_file, packed, targets
-from compress.calibration.families import Claims, claim, find, matches, parameter_name, tied, vocabulary
+from compress.calibration.claims import Claims, claim, find, matches, parameter_name, tied, vocabulary
 from compress.calibration.skeleton import Skeleton
 from compress.checkpoint import INDEX, SINGLE, Source
 from compress.container import Entry, read_header, read_tensor

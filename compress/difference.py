@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from compress import packed
-from compress.calibration.families import Site, claim, find
+from compress.calibration.claims import claim, find
+from compress.calibration.families import Site
 from compress.checkpoint import Source
 from compress.errors import CheckpointError
 from compress.foreign import open_any

@@ -11,7 +11,7 @@ import torch
 
 from compress import memory, timing
 from compress.block import Unit, units
-from compress.calibration.families import settings, vocabulary
+from compress.calibration.claims import settings, vocabulary
 from compress.calibration.skeleton import build_model
 from compress.calibration.statistics import Hessian
 from compress.errors import OutputError

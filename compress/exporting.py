@@ -16,7 +16,8 @@ from torch import Tensor
 
 from compress import export_card, gguf_file, packed, registry, seal
 from compress._version import __version__
-from compress.calibration.families import FAMILIES, INFERRED, Family, parameter_name
+from compress.calibration.claims import parameter_name
+from compress.calibration.families import FAMILIES, INFERRED, Family
 from compress.checkpoint import INDEX, SINGLE, Source
 from compress.container import DTYPE_NAMES, DTYPES, Entry, read_tensor, write_stream
 from compress.errors import FormatError, OutputError, RecipeError, VerificationError

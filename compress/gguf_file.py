@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress import seal
 from compress._version import __version__
-from compress.calibration.families import settings
+from compress.calibration.claims import settings
 from compress.errors import FormatError, OutputError, VerificationError
 from compress.export import _llama_cpp
 from compress.export import gguf as blocks

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from compress import packed
-from compress.calibration.families import claim, find
+from compress.calibration.claims import claim, find
 from compress.evaluate.quality import stored_bytes
 from compress.foreign import open_any
 from compress.packed import PackedSource

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from compress import recipe as recipes
 from compress._version import __version__
+from compress.calibration.claims import Claims, claim, context_length, find, settings, vocabulary
 from compress.calibration.data import fingerprint, load_ids
-from compress.calibration.families import Claims, claim, context_length, find, settings, vocabulary
 from compress.checkpoint import Source
 from compress.errors import RecipeError
 from compress.recipe import Assignment, Recipe, StageAssignment

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compress import estimate, exporting, prepare, run
-from compress.calibration.families import claim, find, number_of_blocks
+from compress.calibration.claims import claim, find, number_of_blocks
 from compress.checkpoint import Source
 from compress.container import DTYPES, save
 from compress.errors import CompressError

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.calibration.families import Claims, Scaling, Site
+from compress.calibration.claims import Claims
+from compress.calibration.families import Scaling, Site
 from compress.method import Scalable
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from compress import packed
-from compress.calibration.families import Claims, Site
+from compress.calibration.claims import Claims
+from compress.calibration.families import Site
 from compress.checkpoint import INDEX, SINGLE, Source
 from compress.container import Entry, copy_entries, read_header
 from compress.errors import CheckpointError, OutputError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress import packed, seal
-from compress.calibration.families import Claims
+from compress.calibration.claims import Claims
 from compress.checkpoint import INDEX, Source
 from compress.container import DTYPE_NAMES, Entry, file_size
 from compress.errors import FormatError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from compress.calibration.families import Family, settings
+from compress.calibration.claims import settings
+from compress.calibration.families import Family
 from compress.checkpoint import Source
 from compress.errors import RecipeError
 from compress.importance import Score

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from compress import packed
-from compress.calibration.families import Claims
+from compress.calibration.claims import Claims
 from compress.checkpoint import Source
 from compress.container import bytes_of, read_tensor
 from compress.errors import CheckpointError

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from compress import registry
-from compress.calibration.families import Family, Site, claim, settings
-from compress.calibration.families import find as find_family
+from compress.calibration.claims import claim, settings
+from compress.calibration.claims import find as find_family
+from compress.calibration.families import Family, Site
 from compress.checkpoint import Source
 from compress.errors import FormatError, RecipeError
 from compress.export import _llama_cpp

@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import nnls
 
 from compress.block import Unit, units
-from compress.calibration.families import settings
+from compress.calibration.claims import settings
 from compress.calibration.statistics import Hessian, Stats
 from compress.errors import CompressError
 from compress.prepare import Plan

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compress import container
-from compress.calibration.families import claim, find
+from compress.calibration.claims import claim, find
 from compress.checkpoint import INDEX, SINGLE, Source, check_finite
 from compress.container import DTYPES, MAX_HEADER, Entry, copy_entries, load, read_header, read_tensor, save, stream_entry
 from compress.errors import CheckpointError, OutputError

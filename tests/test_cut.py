@@ -13,7 +13,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from compress import cutting, importance
-from compress.calibration.families import FAMILIES, claim, find
+from compress.calibration.claims import claim, find
+from compress.calibration.families import FAMILIES
 from compress.checkpoint import Source
 from compress.errors import RecipeError
 from compress.evaluate.quality import evaluate

@@ -73,10 +73,13 @@ TABLE: dict[str, Row] = {
     "calibration.hidden": Row("container files errors", "torch"),
     "calibration.observe": Row("calibration.statistics errors", "torch"),
     "calibration.cache": Row("calibration.observe calibration.statistics container files errors", "torch"),
-    "calibration.families": Row("packed checkpoint container errors", "torch", lazy_own="calibration.inference"),
+    "calibration.families": Row(),
+    "calibration.claims": Row(
+        "calibration.families packed checkpoint container errors", "torch", lazy_own="calibration.inference"
+    ),
     "calibration.experts": Row("calibration.families errors", "torch"),
     "calibration.skeleton": Row(
-        "calibration.experts calibration.families checkpoint memory errors", "torch", lazy_third="transformers"
+        "calibration.experts calibration.claims calibration.families checkpoint memory errors", "torch", lazy_third="transformers"
     ),
     "calibration.inference": Row(
         "calibration.experts calibration.families calibration.skeleton checkpoint errors", "torch", lazy_third="transformers"
@@ -85,7 +88,8 @@ TABLE: dict[str, Row] = {
     "runtime.linear": Row("kernels.* packed parts.mixed weight errors", "torch"),
     "runtime.experts": Row("calibration.experts runtime.linear kernels.* errors", "torch"),
     "runtime.*": Row(
-        "runtime.* calibration.experts calibration.families kernels.* packed container weight errors", "torch transformers"
+        "runtime.* calibration.experts calibration.claims calibration.families kernels.* packed container weight errors",
+        "torch transformers",
     ),
     # What a run leaves for people.
     "report": Row("files errors"),
@@ -99,7 +103,7 @@ TABLE: dict[str, Row] = {
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
     "job": Row("files errors"),
     "prepare": Row(
-        "calibration.data calibration.families recipe recipe_data checkpoint distributed _version errors",
+        "calibration.data calibration.claims recipe recipe_data checkpoint distributed _version errors",
         "torch",
         "kernels.calibration",
     ),
@@ -108,23 +112,23 @@ TABLE: dict[str, Row] = {
         "distributed errors",
         "torch",
     ),
-    "scalings": Row("calibration.families method", "torch"),
+    "scalings": Row("calibration.claims calibration.families method", "torch"),
     "block_methods": Row(
-        "block scalings method calibration.families calibration.hidden calibration.observe calibration.skeleton "
+        "block scalings method calibration.claims calibration.hidden calibration.observe calibration.skeleton "
         "calibration.statistics recipe weight distributed errors",
         "torch",
     ),
-    "students": Row("packed job report weight calibration.families checkpoint container files errors", "torch"),
+    "students": Row("packed job report weight calibration.claims checkpoint container files errors", "torch"),
     # The whole model, which methods of retraining see as they see a block.
     "retraining": Row(
         "students recipe retrain._blockwise retrain._moving calibration.families calibration.skeleton calibration.statistics "
         "files errors",
         "torch",
     ),
-    "sizes": Row("seal recipe packed calibration.families checkpoint container errors"),
-    "timing": Row("prepare block calibration.families calibration.statistics errors", "torch scipy"),
+    "sizes": Row("seal recipe packed calibration.claims checkpoint container errors"),
+    "timing": Row("prepare block calibration.claims calibration.statistics errors", "torch scipy"),
     "estimate": Row(
-        "sizes timing prepare block recipe calibration.families calibration.skeleton calibration.statistics memory files errors",
+        "sizes timing prepare block recipe calibration.claims calibration.skeleton calibration.statistics memory files errors",
         "torch",
     ),
     "pipeline": Row(
@@ -153,9 +157,10 @@ TABLE: dict[str, Row] = {
     "sweep": Row("streams candidates prepare recipe report calibration.skeleton files errors", "torch"),
     "shares": Row("planning sensitivity candidates distribution prepare recipe errors"),
     "plots": Row("planning sweep errors", lazy_third="matplotlib"),
-    "seal": Row("packed calibration.families checkpoint container files errors"),
+    "seal": Row("packed calibration.claims calibration.families checkpoint container files errors"),
     # A second reader of the format shares nothing with what writes it.
-    "evaluate.independent": Row("errors", "numpy"),
+    "evaluate.stored": Row("errors", "numpy"),
+    "evaluate.independent": Row("evaluate.stored errors", "numpy"),
     "evaluate.speed": Row("errors", "torch", lazy_third="transformers"),
     "evaluate.bench": Row(
         "evaluate.quality evaluate.speed runtime.linear kernels.weight_only parts.uniform foreign packed weight errors", "torch"
@@ -166,20 +171,21 @@ TABLE: dict[str, Row] = {
         "card",
         "lm_eval transformers yaml",
     ),
-    "inspection": Row("evaluate.quality calibration.families packed foreign checkpoint errors"),
+    "inspection": Row("evaluate.quality calibration.claims packed foreign checkpoint errors"),
     # A checkpoint that is there, in another layout.
     # What runtimes can load, from descriptions alone.
-    "targets": Row("registry export._llama_cpp packed calibration.families checkpoint errors"),
-    "gguf_file": Row("export._* export.gguf packed seal calibration.families _version errors", "torch", lazy_third="gguf"),
+    "targets": Row("registry export._llama_cpp packed calibration.claims calibration.families checkpoint errors"),
+    "gguf_file": Row("export._* export.gguf packed seal calibration.claims _version errors", "torch", lazy_third="gguf"),
     "export_card": Row("checkpoint _version errors", "yaml"),
     "exporting": Row(
-        "export_card gguf_file registry foreign packed parts.table seal calibration.families checkpoint container files "
+        "export_card gguf_file registry foreign packed parts.table seal calibration.claims "
+        "calibration.families checkpoint container files "
         "_version errors",
         "torch",
     ),
-    "difference": Row("foreign packed parts.uniform calibration.families checkpoint errors", "torch"),
+    "difference": Row("foreign packed parts.uniform calibration.claims calibration.families checkpoint errors", "torch"),
     "diagnosis": Row(
-        "gguf_file foreign packed targets calibration.families calibration.skeleton checkpoint container files errors",
+        "gguf_file foreign packed targets calibration.claims calibration.skeleton checkpoint container files errors",
         "torch",
     ),
     "run": Row(
@@ -190,7 +196,7 @@ TABLE: dict[str, Row] = {
     "push": Row("published files errors", lazy_third="huggingface_hub"),
     # Whole heads, channels and blocks: a plain checkpoint comes out.
     "importance": Row("", "torch"),
-    "smaller": Row("importance calibration.families checkpoint errors"),
+    "smaller": Row("importance calibration.claims calibration.families checkpoint errors"),
     "cutting": Row(
         "importance smaller published seal job prepare recipe_data calibration.* checkpoint container evaluate.* memory files "
         "_version errors",
@@ -198,13 +204,14 @@ TABLE: dict[str, Row] = {
         lazy_third="transformers",
     ),
     "rehearsal": Row(
-        "exporting run pipeline estimate prepare recipe recipe_data calibration.families checkpoint container files errors",
+        "exporting run pipeline estimate prepare recipe recipe_data calibration.claims checkpoint container files errors",
         "torch",
         lazy_third="numpy",
     ),
     # What people see. The command line starts without anything heavy.
-    "screen": Row(
-        "files memory errors",
+    "screen": Row(),
+    "screen.*": Row(
+        "screen.console files memory errors",
         "rich",
         lazy_own="registry recipe prepare estimate run inspection same_size evaluate.quality evaluate.bench facts targets "
         "difference diagnosis",
@@ -333,10 +340,10 @@ def test_no_two_modules_load_each_other() -> None:
         ("kernels.foo", "import cupy", "may not import cupy at its top"),
         ("quant.gptq", "def f():\n    import cupy", "may not import cupy"),
         ("run", "import rich.table", "may not import rich"),
-        ("screen", "import typer", "may not import typer"),
+        ("screen.plans", "import typer", "may not import typer"),
         ("container", "from pydantic import BaseModel", "may not import pydantic"),
         ("commands.plan", "import torch", "may not import torch at its top"),
-        ("commands.plan", "from compress import screen", "may not import compress.screen at its top"),
+        ("commands.plan", "from compress.screen.plans import show_plan", "may not import compress.screen.plans at its top"),
         ("calibration.skeleton", "import transformers", "may not import transformers at its top"),
         ("unheard_of", "", "not in the table"),
     ],
@@ -352,7 +359,7 @@ def test_the_walk_finds(module: str, text: str, complaint: str) -> None:
     [
         ("kernels.foo", "def compiled():\n    import cupy"),
         ("quant.gptq", "import torch\nfrom compress.quant import _grid"),
-        ("screen", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from compress.run import Summary"),
+        ("screen.results", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from compress.run import Summary"),
         ("commands.plan", "class A:\n    def f(self):\n        from compress import run"),
         ("quant.gptq", "import json, os.path"),
     ],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import compress
 from compress import recipe as recipes
-from compress.calibration.families import claim, find
+from compress.calibration.claims import claim, find
 from compress.checkpoint import Source
 from compress.errors import RecipeError
 from compress.recipe import Recipe

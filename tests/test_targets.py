@@ -11,7 +11,8 @@ import pytest
 from runs import compress as run
 
 from compress import exporting, packed, prepare, recipe, registry, targets
-from compress.calibration.families import FAMILIES, Site, settings
+from compress.calibration.claims import settings
+from compress.calibration.families import FAMILIES, Site
 from compress.errors import RecipeError
 from compress.foreign import open_any
 from compress.method import grid_described

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compress import memory
+from compress.calibration.claims import Claims, matches, parameter_name, tied
 from compress.calibration.experts import ExpertLoop
-from compress.calibration.families import Claims, Site, matches, parameter_name, tied
+from compress.calibration.families import Site
 from compress.checkpoint import Source
 from compress.errors import CheckpointError
 

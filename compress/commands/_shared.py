@@ -153,11 +153,14 @@ def run_recipe(model: str, output: Path, recipe: Recipe, how: Running) -> None:
     """Run a recipe, or say what it would do; measure and export the result where that is asked for. Raises CompressError."""
     import torch
 
-    from compress import distributed, estimate, prepare, screen
+    from compress import distributed, estimate, prepare
     from compress import run as runs
     from compress.evaluate import quality as evaluation
     from compress.pipeline import Settings as RunSettings
     from compress.recipe import parse_data
+    from compress.screen.checkpoints import show_exports
+    from compress.screen.plans import describe_plan, show_plan
+    from compress.screen.results import plain_summary, show_summary
 
     room, delivery = parse_room(how.memory), how.delivery
     plan = prepare.prepare(model, recipe, how.device, how.revision, headers=how.dry_run)
@@ -169,9 +172,9 @@ def run_recipe(model: str, output: Path, recipe: Recipe, how: Running) -> None:
     expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], room, how.offload)
     expected = estimate.timed(expected, plan, ids.shape[0], ids.shape[1], not how.no_reload)
     if how.dry_run:
-        found = screen.describe_plan(plan, expected, (ids.shape[0], ids.shape[1]))
+        found = describe_plan(plan, expected, (ids.shape[0], ids.shape[1]))
         found |= {**findings, "warnings": found["warnings"] + findings.get("warnings", [])}
-        print(json.dumps(found, indent=2)) if how.json else screen.show_plan(found)
+        print(json.dumps(found, indent=2)) if how.json else show_plan(found)
         return
     leader = distributed.leads()
     with progress(how.silent or not leader) as listen:
@@ -189,16 +192,16 @@ def run_recipe(model: str, output: Path, recipe: Recipe, how: Running) -> None:
             made = export_to(str(output), delivery.places(output), delivery.target, delivery.tensor_parallel, listen)
         exports = {"exports": made} if made else {}
         if how.json:
-            print(json.dumps(screen.plain_summary(summary, result) | exports, indent=2))
+            print(json.dumps(plain_summary(summary, result) | exports, indent=2))
         else:
-            screen.show_summary(summary, result)
-            screen.show_exports(made)
+            show_summary(summary, result)
+            show_exports(made)
 
 
 def _check_text(data: Data, plan: Plan) -> None:
     """Read the text of --evaluate before a long run, not after it. Raises CalibrationError."""
+    from compress.calibration.claims import context_length, vocabulary
     from compress.calibration.data import load_ids
-    from compress.calibration.families import context_length, vocabulary
 
     try:
         load_ids(data, plan.source.folder, vocabulary(plan.source), context_length(plan.source), fewer=True)
@@ -209,8 +212,9 @@ def _check_text(data: Data, plan: Plan) -> None:
 
 def check_plan(plan: Plan, delivery: Delivery, output: Path) -> dict[str, Any]:
     """Lint what is planned for whom it is for, before anything is computed; return what is worth a word. Raises RecipeError."""
-    from compress import distributed, exporting, screen, targets
-    from compress.calibration.families import settings
+    from compress import distributed, exporting, targets
+    from compress.calibration.claims import settings
+    from compress.screen.checkpoints import show_findings
 
     if delivery.target is None and not delivery.formats:
         return {}
@@ -229,17 +233,18 @@ def check_plan(plan: Plan, delivery: Delivery, output: Path) -> dict[str, Any]:
     found = targets.lint(delivery.target, stored, delivery.tensor_parallel, delivery.formats)
     targets.raise_refused(f"--target {delivery.target}", found)
     if distributed.leads():
-        screen.show_findings(delivery.target, found)
+        show_findings(delivery.target, found)
     return {"target": delivery.target, "warnings": [finding.message for finding in found]}
 
 
 def check_source(source: PackedSource, target: str, tensor_parallel: int, formats: list[str]) -> None:
     """Lint a compressed checkpoint for a runtime. Raises RecipeError with what the runtime refuses."""
-    from compress import screen, targets
+    from compress import targets
+    from compress.screen.checkpoints import show_findings
 
     found = targets.lint(target, targets.of_checkpoint(source), tensor_parallel, formats)
     targets.raise_refused(f"--target {target}", found)
-    screen.show_findings(target, found)
+    show_findings(target, found)
 
 
 def export_to(model: str, places: dict[str, Path], target: str | None, tensor_parallel: int, listen: Any) -> list[dict[str, Any]]:
@@ -257,7 +262,7 @@ def export_to(model: str, places: dict[str, Path], target: str | None, tensor_pa
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Any]:
-    from compress import screen
+    from compress.screen.progress import show_progress
 
-    with screen.progress(quiet) as listen:
+    with show_progress(quiet) as listen:
         yield listen

@@ -33,10 +33,10 @@ def bench_command(
 
     Against a dense weight and against what the machine can do; of a model also tokens per second, against its original.
     """
-    from compress import screen
     from compress.evaluate import bench as benchmark
     from compress.files import write_json
     from compress.prepare import DTYPES, pick_device
+    from compress.screen.results import show_bench
 
     if (model is None) == (shapes is None):
         raise RecipeError("compress bench: expected a model, or --shapes OUTxIN")
@@ -56,7 +56,7 @@ def bench_command(
         result = benchmark.bench(weights, counts, pick_device(device), DTYPES[dtype], timed, original, activation_bits, listen)
     if output is not None:
         write_json(output, result.plain())
-    print(json.dumps(result.plain(), indent=2)) if json_ else screen.show_bench(result)
+    print(json.dumps(result.plain(), indent=2)) if json_ else show_bench(result)
 
 
 def _numbers(option: str, text: str, low: int, high: int) -> list[int]:

@@ -33,10 +33,10 @@ def bisect(
 
     Halves of the compressed weights are made dense again, one evaluation of the divergence each, some 2 log2 of their number.
     """
-    from compress import screen
     from compress.evaluate.bisect import bisect as search
     from compress.prepare import DTYPES
     from compress.recipe import parse_data
+    from compress.screen.results import show_bisection
 
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
@@ -45,4 +45,4 @@ def bisect(
         raise RecipeError(f"--{next(iter(values))}: means nothing without --data; give a text")
     with progress(quiet or json_) as listen:
         found = search(checkpoint, original, parse_data(values) if data else None, device, dtype, listen)
-    print(json.dumps(found.plain(), indent=2)) if json_ else screen.show_bisection(found.plain())
+    print(json.dumps(found.plain(), indent=2)) if json_ else show_bisection(found.plain())

@@ -22,10 +22,11 @@ def compare(
 
     compress compare A B C -o page.html
     """
-    from compress import card, front, screen
+    from compress import card, front
+    from compress.screen.results import show_comparison
 
     found = front.entries(checkpoints)
     if output is not None:
         card.write_comparison(found, output)
     values = {"checkpoints": [e.plain() for e in found], "notices": front.notices(found), "page": output and str(output)}
-    print(json.dumps(values, indent=2)) if json_ else screen.show_comparison(values)
+    print(json.dumps(values, indent=2)) if json_ else show_comparison(values)

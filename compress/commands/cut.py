@@ -37,9 +37,10 @@ def cut(
     """
     from typing import Any, cast, get_args
 
-    from compress import cutting, screen
+    from compress import cutting
     from compress.importance import Score
     from compress.recipe import parse_data
+    from compress.screen.checkpoints import show_cut
     from compress.smaller import Wish
 
     if score not in get_args(Score):
@@ -50,4 +51,4 @@ def cut(
         raise RecipeError("--data: missing; give a text to find out what is needed least: a file, a preset or a dataset's name")
     with progress(quiet or json_) as listen:
         made = cutting.cut(model, output, wish, parse_data(values), device, listen, not no_reload, revision)
-    print(json.dumps(made, indent=2)) if json_ else screen.show_cut(str(output), made)
+    print(json.dumps(made, indent=2)) if json_ else show_cut(str(output), made)

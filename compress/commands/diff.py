@@ -22,11 +22,11 @@ def diff(
     Missing weights, shapes, how they are stored, the largest and the relative difference of values, and the share of codes that
     differ. Ends with 0 where all values are the same, however they are stored, and with 9 where they are not.
     """
-    from compress import screen
     from compress.difference import difference
+    from compress.screen.checkpoints import show_difference
 
     with progress(quiet or json_) as listen:
         found = difference(first, second, listen)
-    print(json.dumps(found.plain(), indent=2)) if json_ else screen.show_difference(found)
+    print(json.dumps(found.plain(), indent=2)) if json_ else show_difference(found)
     if not found.same:
         raise typer.Exit(9)

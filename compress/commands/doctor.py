@@ -24,11 +24,11 @@ def doctor(
     Files and index, checksums, the config against the tensors, NaN, the tokenizer, and which runtimes would load it. Ends with 0
     where nothing is wrong, and with 9 where something is.
     """
-    from compress import screen
     from compress.diagnosis import diagnose
+    from compress.screen.checkpoints import show_diagnosis
 
     with progress(quiet or json_) as listen:
         found = diagnose(folder, target, tensor_parallel, listen)
-    print(json.dumps(found.plain(), indent=2)) if json_ else screen.show_diagnosis(found)
+    print(json.dumps(found.plain(), indent=2)) if json_ else show_diagnosis(found)
     if not found.healthy:
         raise typer.Exit(9)

@@ -36,10 +36,10 @@ def evaluate_command(
 
     Perplexity, and against the original KL divergence and top-1 agreement; tokens per second of generation.
     """
-    from compress import screen
     from compress.evaluate import quality as evaluation
     from compress.prepare import DTYPES
     from compress.recipe import parse_data
+    from compress.screen.results import show_quality
 
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
@@ -48,4 +48,4 @@ def evaluate_command(
         result = evaluation.evaluate(model, original, parse_data(values), device, dtype, speed, listen, tasks or [], limit)
     if save:
         evaluation.save(Path(model), result)
-    print(json.dumps(result.plain(), indent=2)) if json_ else screen.show_quality(result)
+    print(json.dumps(result.plain(), indent=2)) if json_ else show_quality(result)

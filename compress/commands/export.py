@@ -28,7 +28,7 @@ def export(
     Several formats get a folder each below the one that is given. What a layout cannot hold exactly is refused before anything
     is written; what was written is read back and compared.
     """
-    from compress import screen
+    from compress.screen.checkpoints import show_exports
 
     if not format_:
         raise RecipeError("--format: missing; expected one of " + ", ".join(_formats()))
@@ -37,7 +37,7 @@ def export(
     places = {name: output / name for name in names} if len(names) > 1 else {names[0]: output}
     with progress(quiet or json_) as listen:
         made = export_to(model, places, target, tensor_parallel, listen)
-    print(json.dumps(made, indent=2)) if json_ else screen.show_exports(made)
+    print(json.dumps(made, indent=2)) if json_ else show_exports(made)
 
 
 def convert(
@@ -51,11 +51,11 @@ def convert(
 
     compress convert MODEL-GPTQ -o OUT --to native
     """
-    from compress import screen
+    from compress.screen.checkpoints import show_exports
 
     with progress(quiet or json_) as listen:
         made = export_to(source, {to: output}, None, 1, listen)
-    print(json.dumps(made[0], indent=2)) if json_ else screen.show_exports(made)
+    print(json.dumps(made[0], indent=2)) if json_ else show_exports(made)
 
 
 def _formats() -> list[str]:

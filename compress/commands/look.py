@@ -14,11 +14,11 @@ from compress.options import Device, Json, Model, Quiet
 
 def inspect(model: Model, json_: Json = False) -> None:
     """Show what a checkpoint holds."""
-    from compress import screen
     from compress.inspection import contents
+    from compress.screen.checkpoints import show_contents
 
     found = contents(model)
-    print(json.dumps(found.plain(), indent=2)) if json_ else screen.show_contents(found)
+    print(json.dumps(found.plain(), indent=2)) if json_ else show_contents(found)
 
 
 def verify(model: Model, device: Device = "cpu", json_: Json = False, quiet: Quiet = False) -> None:
@@ -26,20 +26,20 @@ def verify(model: Model, device: Device = "cpu", json_: Json = False, quiet: Qui
 
     Checksums, every tensor decoded, one batch against the result that was recorded when it was written.
     """
-    from compress import screen
     from compress.evaluate.verify import verify as check
+    from compress.screen.checkpoints import show_verified
 
     with progress(quiet or json_) as listen:
         found = check(Path(model), device, listen)
-    print(json.dumps(found, indent=2)) if json_ else screen.show_verified(found)
+    print(json.dumps(found, indent=2)) if json_ else show_verified(found)
 
 
 def methods(json_: Json = False) -> None:
     """List methods and their options."""
-    from compress import screen
+    from compress.screen.methods import describe_methods, show_methods
 
-    found = screen.describe_methods()
-    print(json.dumps(found, indent=2)) if json_ else screen.show_methods(found)
+    found = describe_methods()
+    print(json.dumps(found, indent=2)) if json_ else show_methods(found)
 
 
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None, json_: Json = False) -> None:

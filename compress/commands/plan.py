@@ -65,7 +65,8 @@ def plan_command(
 
     compress plan MODEL --bpw 3.0 -o recipe.yaml --data text.jsonl
     """
-    from compress import planning, plots, screen
+    from compress import planning, plots
+    from compress.screen.plans import show_outlook, show_planned
 
     budget = planning.Budget.of(bpw, size, max_kl)
     values = data_values(data, samples, length, seed, chat_template)
@@ -74,7 +75,7 @@ def plan_command(
 
         room, given = parse_room(memory), (method or [], candidates or [])
         seen = outlook(model, values, budget, dtype, device, revision, *given, room)
-        print(json.dumps(seen, indent=2)) if json_ else screen.show_outlook(seen)
+        print(json.dumps(seen, indent=2)) if json_ else show_outlook(seen)
         return
     with progress(quiet or json_) as listen:
         made = planning.command(
@@ -86,4 +87,4 @@ def plan_command(
     if drawn is not None:
         plots.plot(made.planned, drawn)
     found = {"recipe": str(output), "plot": drawn and str(drawn), **made.planned.plain()}
-    print(json.dumps(found, indent=2)) if json_ else screen.show_planned(found)
+    print(json.dumps(found, indent=2)) if json_ else show_planned(found)

@@ -24,8 +24,8 @@ def push(
     Checksums are compared first, and files that name paths of this machine are refused. Repeating the command goes on where it
     was interrupted.
     """
-    from compress import screen
     from compress.push import push as publish
+    from compress.screen.checkpoints import show_push
 
     found = publish(folder, repository, private, dry_run, message)
-    print(json.dumps(found.plain(), indent=2)) if json_ else screen.show_push(found.plain())
+    print(json.dumps(found.plain(), indent=2)) if json_ else show_push(found.plain())

@@ -162,8 +162,9 @@ def _planned(
     uniform_siblings: bool,
 ) -> Recipe:
     """Plan for `quantize`; settings change the recipe that was planned."""
-    from compress import planning, screen
+    from compress import planning
     from compress import recipe as recipe_module
+    from compress.screen.plans import show_planned
 
     with progress(silent) as listen:
         methods = [method] if method else []
@@ -172,6 +173,6 @@ def _planned(
             model, data, budget, folder, listen, dtype, device, revision, room, methods=methods, siblings=uniform_siblings
         )
     if not silent:
-        screen.show_planned(made.planned.plain())
+        show_planned(made.planned.plain())
     values = made.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return recipe_module.parse(recipe_module.change(values, settings or []), "plan")

@@ -32,12 +32,12 @@ def rehearse(
     with --format exports. Of a Hub id only
     config and headers are fetched. Exit code 2 where something would fail.
     """
-    from compress import screen
     from compress.rehearsal import rehearse as run
+    from compress.screen.plans import show_rehearsal
 
     made = made_recipe(recipe, None, {}, {}, dtype, settings)
     with tempfile.TemporaryDirectory(prefix="compress-rehearsal-") as folder, progress(quiet or json_) as listen:
         found = run(model, made, Path(folder) / "rehearsal", device, listen, revision, format_ or [])
-    print(json.dumps(found.plain(), indent=2)) if json_ else screen.show_rehearsal(found.plain())
+    print(json.dumps(found.plain(), indent=2)) if json_ else show_rehearsal(found.plain())
     if found.problem is not None:
         raise typer.Exit(2)

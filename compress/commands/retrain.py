@@ -55,11 +55,12 @@ def retrain(
 
     Both models are in memory as a whole. It goes on after an interruption; what was pruned stays pruned.
     """
-    from compress import prepare, screen
+    from compress import prepare
     from compress import recipe as recipe_module
     from compress import run as runs
     from compress.evaluate.quality import base_of
     from compress.packed import PackedSource
+    from compress.screen.results import plain_summary, show_summary
 
     start = PackedSource.open_packed(Path(model))
     base = original or base_of(model)
@@ -86,4 +87,4 @@ def retrain(
     ids = prepare.calibration(plan, last.data) if last.data is not None else prepare.calibration(plan)
     with progress(quiet or json_) as listen:
         summary = runs.retrain(plan, ids, start, output, listen, job, keep_job, not no_reload)
-    print(json.dumps(screen.plain_summary(summary, None), indent=2)) if json_ else screen.show_summary(summary, None)
+    print(json.dumps(plain_summary(summary, None), indent=2)) if json_ else show_summary(summary, None)

@@ -46,12 +46,13 @@ def sweep_command(
     Bits of a quantizer, kept in a file with a plot beside it:
     compress sweep MODEL --method gptq --bits 2:8:1 --data text.jsonl -o curve.json
     """
-    from compress import planning, plots, prepare, screen
+    from compress import planning, plots, prepare
     from compress import sweep as sweeps
+    from compress.calibration.claims import context_length, vocabulary
     from compress.calibration.data import load_ids
-    from compress.calibration.families import context_length, vocabulary
     from compress.files import write_json
     from compress.recipe import parse_data
+    from compress.screen.results import show_curve
     from compress.sensitivity import sites_of, split
 
     option, values, fixed = _settings(sparsity, bits, pattern, settings or [])
@@ -76,7 +77,7 @@ def sweep_command(
     if drawn is not None:
         plots.curve(curve, drawn)
     found = {**curve.plain(), "plot": drawn and str(drawn)}
-    print(json.dumps(found, indent=2)) if json_ else screen.show_curve(found)
+    print(json.dumps(found, indent=2)) if json_ else show_curve(found)
 
 
 def _path(method: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.calibration.claims import claim, context_length, find, vocabulary
 from compress.calibration.data import load_ids
-from compress.calibration.families import Site, claim, context_length, find, vocabulary
+from compress.calibration.families import Site
 from compress.checkpoint import Source
 from compress.errors import CheckpointError
 from compress.evaluate.quality import Stream

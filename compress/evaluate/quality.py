@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.calibration.claims import context_length, vocabulary
 from compress.calibration.data import fingerprint, load_ids
-from compress.calibration.families import context_length, vocabulary
 from compress.calibration.hidden import Hidden
 from compress.calibration.observe import batches
 from compress.calibration.skeleton import Skeleton

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.calibration.families import claim, find
+from compress.calibration.claims import claim, find
 from compress.calibration.skeleton import Skeleton
 from compress.checkpoint import Source
 

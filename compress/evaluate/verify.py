@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.calibration.families import vocabulary
+from compress.calibration.claims import vocabulary
 from compress.checkpoint import Source
 from compress.container import Entry, stream_entry
 from compress.errors import CheckpointError, VerificationError
 from compress.evaluate import independent
+from compress.evaluate.stored import Place, chunks, open_stored
 from compress.evaluate.streamed import last_hidden, token_losses
 from compress.files import sha256
 from compress.packed import PackedSource
@@ -40,7 +41,7 @@ def read_back(folder: Path, digests: Mapping[str, str | None], copied: Iterable[
     """Decode every weight from disk with the second reader and compare it with the digest of what the method gave; compare
     copied tensors byte by byte with where they come from. Return the counts. Raises VerificationError that names a tensor.
     """
-    stored = independent.open_stored(folder)
+    stored = open_stored(folder)
     unknown: dict[str, str] = {}
     for number, (site, digest) in enumerate(digests.items()):
         listen(1, 1, "reading back", number / len(digests))
@@ -64,8 +65,8 @@ def read_back(folder: Path, digests: Mapping[str, str | None], copied: Iterable[
     return {"decoded": len(digests) - len(unknown), "copied": count, "unknown_formats": sorted(set(unknown.values()))[:_SHOWN]}
 
 
-def _equal(entry: Entry, place: independent.Place) -> bool:
-    pieces = independent.chunks(place)
+def _equal(entry: Entry, place: Place) -> bool:
+    pieces = chunks(place)
     held = b""
     for chunk in stream_entry(entry):
         while len(held) < len(chunk) and (piece := next(pieces, None)) is not None:
@@ -135,7 +136,7 @@ def _decoded(folder: Path, listen: Listen) -> tuple[int, list[str]]:
             row = json.loads(line)
             if isinstance(row.get("sha256"), str):
                 recorded[row["site"]] = row["sha256"]
-        stored = independent.open_stored(folder)
+        stored = open_stored(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return 0, [f"report.jsonl cannot be read ({error})"]
     except CheckpointError as error:

@@ -17,8 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress import packed
+from compress.calibration.claims import parameter_name
 from compress.calibration.experts import ExpertLoop, MakeLinear
-from compress.calibration.families import FAMILIES, INFERRED, Family, parameter_name
+from compress.calibration.families import FAMILIES, INFERRED, Family
 from compress.container import read_header
 from compress.errors import FormatError
 from compress.runtime.experts import ExpertProducts

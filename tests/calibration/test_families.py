@@ -16,7 +16,8 @@ from tiny import TINY, VOCABULARY, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 import compress  # noqa: F401  (registers the format with transformers)
-from compress.calibration.families import FAMILIES, claim, find
+from compress.calibration.claims import claim, find
+from compress.calibration.families import FAMILIES
 from compress.calibration.skeleton import Skeleton
 from compress.checkpoint import Source
 from compress.errors import CheckpointError

@@ -17,6 +17,7 @@ from compress import packed, seal
 from compress.errors import VerificationError
 from compress.evaluate import independent
 from compress.evaluate import verify as module
+from compress.evaluate.stored import header, open_stored
 from compress.evaluate.verify import verify
 
 Tiny = Callable[..., Path]
@@ -88,7 +89,7 @@ def test_a_flipped_bit_anywhere_is_found_and_named(shards: Path, tmp_path: Path)
 def test_the_site_of_a_changed_code_is_named(shards: Path, tmp_path: Path) -> None:
     folder = copy(shards, tmp_path / "copy")
     site = "model.layers.1.self_attn.o_proj"
-    place = independent.open_stored(folder).tensors[f"{site}.codes"]
+    place = open_stored(folder).tensors[f"{site}.codes"]
     raw = bytearray(place.file.read_bytes())
     raw[place.start] ^= 1
     place.file.write_bytes(raw)
@@ -179,7 +180,7 @@ def test_a_run_stops_when_a_copied_tensor_is_wrong(
 
     def damaged(folder: Path, entries: Any, limit: int) -> Any:
         result = write(folder, entries, limit)
-        place = independent.header(folder / "model.safetensors")["model.norm.weight"]
+        place = header(folder / "model.safetensors")["model.norm.weight"]
         raw = bytearray(place.file.read_bytes())
         raw[place.start] ^= 1
         place.file.write_bytes(raw)
@@ -198,10 +199,10 @@ def test_copied_tensors_are_compared_in_pieces_of_any_size(
     from compress.container import read_header
 
     path = tiny("llama") / "model.safetensors"
-    entry, place = read_header(path)[0]["model.norm.weight"], independent.header(path)["model.norm.weight"]
+    entry, place = read_header(path)[0]["model.norm.weight"], header(path)["model.norm.weight"]
     monkeypatch.setattr(independent, "_CHUNK", chunk)
     assert module._equal(entry, place)
-    assert not module._equal(entry, independent.header(path)["model.layers.0.input_layernorm.weight"])
+    assert not module._equal(entry, header(path)["model.layers.0.input_layernorm.weight"])
 
 
 def test_a_format_without_a_second_reader_is_said(tiny: Tiny, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

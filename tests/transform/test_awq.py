@@ -345,7 +345,7 @@ def test_a_method_on_the_command_line_may_have_transforms_before_it() -> None:
 
 
 def test_methods_lists_it(capsys: Any) -> None:
-    from compress.screen import describe_methods, show_methods
+    from compress.screen.methods import describe_methods, show_methods
 
     found = describe_methods()
     assert found["transform/awq"]["needs"] == ["Magnitude", "Hessian"]

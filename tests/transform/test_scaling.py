@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress import recipe as recipes
 from compress.block_methods import Surroundings, transform
-from compress.calibration.families import claim, find
+from compress.calibration.claims import claim, find
 from compress.calibration.hidden import Hidden
 from compress.calibration.skeleton import Skeleton
 from compress.checkpoint import Source

@@ -1,0 +1,40 @@
+"""The console, tables, and numbers with their errors, as all commands print them."""
+
+from __future__ import annotations
+
+import os
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+_PIPED = 160  # columns where there is no terminal
+_NUMBERS = (
+    *("count", "largest", "relative", "codes that differ", "bits", "size", "before", "after", "original", "model"),
+    *("predicted KL", "measured KL", "weights"),
+)
+
+
+def console() -> Console:
+    console = Console(highlight=False)
+    # What reads a pipe wants a row of a table on a line.
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_PIPED)
+
+
+def table_of(title: str, *columns: str) -> Table:
+    """A table without boxes: only the last column may wrap, numbers stand on the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        table.add_column(name, no_wrap=name not in ("method", "stored"), justify="right" if name in _NUMBERS else "left")
+    return table
+
+
+def measured(seen: tuple[float, float | None] | None) -> str:
+    if seen is None:
+        return ""
+    return f"{seen[0]:.5f}" + ("" if seen[1] is None else f" ± {seen[1]:.5f}")
+
+
+def between(interval: tuple[float, float] | None, form: str) -> str:
+    """A 95 % interval, as it stands behind a value."""
+    return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
