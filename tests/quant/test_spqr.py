@@ -26,9 +26,10 @@ from compress.errors import CalibrationError
 from compress.parts.sparse import Sparse, column_dtype
 from compress.parts.two_level import TILE, TwoLevel, tiles
 from compress.quant._grid import fit
+from compress.quant._outliers import Order, Solver, likely_outliers
 from compress.quant._two_level import Moments, TwoLevelGrid
 from compress.quant.gptq import gptq
-from compress.quant.spqr import METHOD, Order, Solver, likely_outliers, spqr
+from compress.quant.spqr import METHOD, spqr
 from compress.weight import CompressedWeight
 
 ORDERS: tuple[Order, ...] = ("grouped", "none", "desc_act")
