@@ -5,8 +5,8 @@
 
 Without --recipe: each --method (gptq and rtn if none is named; `all` for all) at each of --bits that it has, `plan` being what
 `compress quantize --bpw` makes of that budget. Each of --seeds draws --samples of the calibration's windows; what is shown is
-the mean over seeds, and `kl_seeds` has each. --jobs N runs several at a time, which the seconds then tell. Every run is a process
-of its own, so the seconds are what a user waits for. KL divergence is measured in float32 over all positions but the
+the mean over seeds, and `kl_seeds` has each. Every run is a process of its own: `seconds` are what a user waits for, `processor`
+those that its threads computed, which other work on the machine (or --jobs N, several runs at a time) changes little. KL divergence is measured in float32 over all positions but the
 first of each window, natural logarithm; bits per weight count all stored bits of the compressed weights.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -45,6 +46,7 @@ HEADS = (
     ("perplexity", 10),
     ("before", 8),
     ("seconds", 8),
+    ("processor", 9),
 )
 
 
@@ -151,10 +153,10 @@ def _measure(model: Path, recipe: str, given: Setting, seed: int) -> dict[str, f
         drawn = [] if given.samples is None else ["--samples", str(given.samples), "--seed", str(seed)]
         run = [*what, "-o", str(out), "--data", str(given.calibration), *drawn, "--json", "--device", given.device]
         started = time.perf_counter()
-        made = call(*run)
+        made, processor = call(*run)
         seconds = time.perf_counter() - started
         options = ["--original", str(model), "--data", str(given.heldout), "--no-speed", "--json", "--device", given.device]
-        found = call("eval", str(out), *options)
+        found, _ = call("eval", str(out), *options)
         shutil.rmtree(out)
     return {
         "bits_per_weight": made["bits_per_compressed_weight"],
@@ -165,16 +167,21 @@ def _measure(model: Path, recipe: str, given: Setting, seed: int) -> dict[str, f
         "perplexity": found["perplexity"],
         "perplexity_before": found["perplexity_before"],
         "seconds": seconds,
+        "processor_seconds": processor,
     }
 
 
-def call(*arguments: str) -> dict[str, Any]:
-    """Run a command of compress and return what it prints as JSON."""
-    done = subprocess.run([sys.executable, "-m", "compress", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"compress {' '.join(arguments)}\n{done.stderr}")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+def call(*arguments: str) -> tuple[dict[str, Any], float]:
+    """Run a command of compress; return what it prints as JSON, and the processor's seconds that it took."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen([sys.executable, "-m", "compress", *arguments], stdout=out, stderr=err)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0), err.seek(0)
+        if process.returncode:
+            raise SystemExit(f"compress {' '.join(arguments)}\n{err.read()}")
+        result: dict[str, Any] = json.load(out)
+    return result, used.ru_utime + used.ru_stime
 
 
 def machine() -> dict[str, str]:
@@ -192,7 +199,7 @@ def show(row: dict[str, Any]) -> None:
     print(
         f"{row['model']:>14} {row['recipe']:>22} {row['bits_per_weight']:>7.3f} {row['kl']:>9.5f} "
         f"{row['kl_standard_error']:>8.5f} {row['agreement']:>7.2%} {row['perplexity']:>10.3f} "
-        f"{row['perplexity_before']:>8.3f} {row['seconds']:>8.1f}",
+        f"{row['perplexity_before']:>8.3f} {row['seconds']:>8.1f} {row['processor_seconds']:>9.1f}",
         flush=True,
     )
 
