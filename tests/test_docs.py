@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import typer.main
+from written import compress, less, python, short_demo
 
 from compress import cli
 
@@ -29,16 +27,11 @@ def blocks(page: str, language: str) -> list[str]:
     return [found[2] for found in re.finditer(r"```(\w+)\n(.*?)```", text(page), flags=re.DOTALL) if found[1] == language]
 
 
-def run(command: list[str], folder: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-2000:]}"
-
-
 @pytest.mark.parametrize("page", ["quickstart", "choosing", "commands"])
-def test_commands_run_as_written(page: str, tmp_path: Path) -> None:
-    """Everything that is drawn from a text is less for the demo's own recipe, to take seconds."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+def test_commands_run_as_written(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a shorter model and less text, to take seconds."""
+    short_demo(tmp_path)
+    monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line.strip()]
     assert len(lines) >= 5
     for line in lines:
@@ -46,10 +39,10 @@ def test_commands_run_as_written(page: str, tmp_path: Path) -> None:
         assert words[0] == "compress"
         for word in words:  # folders of results need no making
             assert not word.endswith("/")
-        small = ["--samples", "16", "--length", "64"] if words[1:3] == ["run", "demo"] else []
-        run([sys.executable, "-m", "compress", *words[1:], *small], tmp_path)
+        drawn = {"--samples": "8", "--length": "64"} if words[1:3] == ["run", "demo"] else {}
+        compress(less(words[1:], drawn))
     for snippet in blocks(page, "python"):
-        run([sys.executable, "-c", snippet.replace("/tmp/", f"{tmp_path}/")], tmp_path)
+        python(snippet.replace("/tmp/", f"{tmp_path}/"), tmp_path)
 
 
 def test_the_method_that_is_shown_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

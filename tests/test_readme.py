@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from written import compress, less, process, python, short_demo
 
 from compress import cli, recipe
 
@@ -32,18 +31,11 @@ def blocks(language: str) -> list[str]:
     return [text for name, text in BLOCKS if name == language]
 
 
-def run(command: list[str], folder: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place where the names that the README uses mean something: the demo's model, and a little text."""
+    """A place where the names that the README uses mean something: the first blocks of the demo's model, and a little text."""
     place = tmp_path_factory.mktemp("readme")
-    (place / "examples").symlink_to(ROOT / "examples")
-    (place / "MODEL").symlink_to(ROOT / "examples" / "demo")
+    (place / "MODEL").symlink_to(short_demo(place))
     texts = (ROOT / "examples" / "demo" / "calibration.jsonl").read_text(encoding="utf-8").splitlines()[:600]
     (place / "text.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
     return place
@@ -57,23 +49,20 @@ def test_there_are_commands() -> None:
     assert any(line.startswith("torchrun") for line in SHELL)
 
 
-def test_commands_run_as_written_and_the_result_loads(folder: Path) -> None:
+def test_commands_run_as_written_and_the_result_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, because some use what others have made; what is drawn from a text is less, to take seconds."""
+    monkeypatch.chdir(folder)
     for line in SHELL:
         words = shlex.split(line.replace("/tmp/", f"{folder}/"), comments=True)
-        small = ["--samples", "16", "--length", "64"] if words[-2:] == ["--data", "text.jsonl"] else []
+        drawn = {"--samples": "8", "--length": "64"} if words[-2:] == ["--data", "text.jsonl"] else {}
         if words[0] == "torchrun":
             words[words.index("OUT")] = "OUT-of-two"
-            command = [sys.executable, "-m", "torch.distributed.run", *words[1:], *small]
+            process([sys.executable, "-m", "torch.distributed.run", *less(words[1:], drawn)], folder)
         else:
             assert words[0] == "compress"
-            command = [sys.executable, "-m", "compress", *words[1:], *small]
-        run(command, folder)
+            compress(less(words[1:], drawn))
     snippet = next(text for text in blocks("python") if "from_pretrained" in text)
-    run(
-        [sys.executable, "-c", snippet + "\nassert type(model.model.layers[0].mlp.up_proj).__name__ == 'CompressedLinear'"],
-        folder,
-    )
+    python(snippet + "\nassert type(model.model.layers[0].mlp.up_proj).__name__ == 'CompressedLinear'", folder)
 
 
 def test_make_targets_exist() -> None:
