@@ -5,9 +5,10 @@
 
 Without --recipe: each --method (gptq and rtn if none is named; `all` for all) at each of --bits that it has, `plan` being what
 `compress quantize --bpw` makes of that budget. Each of --seeds draws --samples of the calibration's windows; what is shown is
-the mean over seeds, and `kl_seeds` has each. Every run is a process of its own: `seconds` are what a user waits for, `processor`
-those that its threads computed, which other work on the machine (or --jobs N, several runs at a time) changes little. KL divergence is measured in float32 over all positions but the
-first of each window, natural logarithm; bits per weight count all stored bits of the compressed weights.
+the mean over seeds, and `kl_seeds` has each. Every run is a process of its own: `seconds` are what a user waits for,
+`processor` those that its threads computed, which other work on the machine (or --jobs N, several runs at a time) changes
+little. KL divergence is measured in float32 over all positions but the first of each window, natural logarithm; bits per weight
+count all stored bits of the compressed weights.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from compress import distributed, scalings
 from compress.block import Done, site_row
 from compress.calibration.claims import settings
-from compress.calibration.hidden import Hidden
+from compress.calibration.hidden import States
 from compress.calibration.observe import Tap, observe, observe_drift, passes
 from compress.calibration.skeleton import Skeleton
 from compress.calibration.statistics import Drift, Statistics, Stats
@@ -30,9 +30,9 @@ class Surroundings:
 
     skeleton: Skeleton
     number: int
-    inputs: Hidden  # behind compressed blocks
-    originals: Hidden | None  # behind original blocks, where a method compares
-    targets: Hidden | None  # what the original block gives behind original blocks
+    inputs: States  # behind compressed blocks
+    originals: States | None  # behind original blocks, where a method compares
+    targets: States | None  # what the original block gives behind original blocks
     send: Callable[[], None]  # sends the calibration through the block, for hooks on it
     budget: int  # bytes of statistics at a time
     seed: int

@@ -26,7 +26,7 @@ from compress.container import read_tensor
 from compress.errors import CalibrationError
 from compress.files import sha256
 from compress.job import Job, Record
-from compress.recipe import Assignment, StageAssignment
+from compress.recipe import Assignment, StageAssignment, within
 from compress.report import SiteRow
 from compress.students import digest
 from compress.weight import CompressedWeight
@@ -57,11 +57,6 @@ class Work:
     seed: int = 0
     held: Tensor | None = None  # windows (samples, length) that are kept from the calibration and watched
     limit: float = math.inf  # of the relative difference of their hidden states
-
-    def of(self, stages: list[StageAssignment], block: int) -> list[StageAssignment]:
-        """Stages with their members in one block."""
-        found = [replace(s, members=[a for a in s.members if a.site.block == block]) for s in stages]
-        return [stage for stage in found if stage.members]
 
 
 class Run:
@@ -268,8 +263,8 @@ class Run:
         """Yield what becomes of this rank's sites of a block."""
         work = self.work.get(block, [])
         alone = [a for a in work if a.method.scope == "site"]
-        joint, tuning = [a for a in work if a.method.scope == "block"], self.todo.of(self.todo.tuning, block)
-        notes = block_methods.transform(around, self.todo.of(self.todo.transforms, block))
+        joint, tuning = [a for a in work if a.method.scope == "block"], within(self.todo.tuning, block)
+        notes = block_methods.transform(around, within(self.todo.transforms, block))
         cache = self._cache(block)
         found = compress_block(self.skeleton, alone, around.send, around.budget, around.listen, around.weight, cache)
         if joint or tuning:
@@ -282,7 +277,7 @@ class Run:
 
     def _cache(self, block: int) -> Cache | None:
         """Where statistics of a block may come from: with several ranks, or behind a transform, each run makes its own."""
-        if self.cache is None or distributed.world() > 1 or self.todo.of(self.todo.transforms, block):
+        if self.cache is None or distributed.world() > 1 or within(self.todo.transforms, block):
             return None
         cache = self.cache
         cache.before = [digest for record in self.job.records for _, digest in sorted(record.parts.items())]

@@ -118,12 +118,20 @@ class Planned:
 
 
 def prepared(
-    model: str, data: dict[str, Any], dtype: str | None, device: str, revision: str | None = None, headers: bool = False
+    model: str,
+    data: dict[str, Any],
+    dtype: str | None,
+    device: str,
+    revision: str | None = None,
+    headers: bool = False,
+    transforms: Sequence[str] = (),
 ) -> Plan:
-    """Open the model, with all linears in blocks as sites. Raises CheckpointError, RecipeError."""
+    """Open the model, with all linears in blocks as sites, and transforms before them. Raises CheckpointError, RecipeError."""
     # The whole row as a group: a step that every shape takes, standing for those to come.
     step = {"match": "*.*", "method": "quant/gptq", "options": {"group_size": -1}}
     values: dict[str, Any] = {"steps": [step], "data": data or {"name": "c4"}}
+    if transforms:
+        values["transforms"] = [{"method": path} for path in transforms]
     if dtype is not None:
         values["dtype"] = dtype
     plan = prepare.prepare(model, recipes.parse(values, "command line"), device, revision, headers)
@@ -180,7 +188,8 @@ class Kept:
 
     def checked(self, choices: dict[str, int], room: int, listen: Listen) -> tuple[float, float | None]:
         """The measured KL of a plan and its standard error."""
-        key = hashlib.sha256(json.dumps(choices).encode()).hexdigest()
+        transforms = [{"method": s.method.path, **s.method.model_dump(mode="json")} for s in self.plan.transforms]
+        key = hashlib.sha256(json.dumps([choices, transforms] if transforms else choices).encode()).hexdigest()
         if key not in self.checks:
             methods = {name: self.candidates[c] for name, c in choices.items()}
             self.checks[key] = list(check(self.plan, self.ids, methods, room, listen))
@@ -368,6 +377,8 @@ def recipe_of(planned: Planned, plan: Plan, ids: Tensor) -> Recipe:
         data = plan.recipe.data.model_dump(mode="json", exclude_unset=True)
         values["data"] = {**data, "samples": ids.shape[0], "length": ids.shape[1]}
     values |= {"dtype": plan.recipe.dtype, "steps": steps}
+    if plan.recipe.transforms:
+        values["transforms"] = [stage.model_dump(mode="json", exclude_unset=True) for stage in plan.recipe.transforms]
     made = recipes.parse(values, "plan")
     for a in recipes.resolve(made, plan.claims.sites):
         assert a.method == planned.candidates[planned.choices[a.site.name]].build, a.site.name
@@ -408,10 +419,11 @@ def command(
     texts: Sequence[str] = (),
     siblings: bool = False,
     checked: bool = False,
+    transforms: Sequence[str] = (),
 ) -> Made:
     """Do what `compress plan` asks for but for writing the recipe. Raises CompressError."""
     registry.lookup("plan", planner)  # before the long part
-    plan = prepared(model, data, dtype, device, revision)
+    plan = prepared(model, data, dtype, device, revision, transforms=transforms)
     candidates = candidates_of(plan, methods, texts)
     ids = prepare.calibration(plan)
     planned = make(plan, ids, candidates, budget, folder, listen, planner, siblings, room, checked)

@@ -309,6 +309,12 @@ class StageAssignment:
     members: list[Assignment]
 
 
+def within(stages: Sequence[StageAssignment], block: int) -> list[StageAssignment]:
+    """Stages with their members in one block, without those that have none there."""
+    found = [StageAssignment(s.method, [a for a in s.members if a.site.block == block]) for s in stages]
+    return [stage for stage in found if stage.members]
+
+
 def stages(found: Sequence[Stage], place: str, assignments: Sequence[Assignment]) -> list[StageAssignment]:
     """Build the options objects of stages and find their members. Raises RecipeError for one that matches nothing."""
     result = []

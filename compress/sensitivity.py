@@ -44,8 +44,8 @@ from compress.calibration.statistics import Hessian, Statistics
 from compress.candidates import Candidate
 from compress.errors import CalibrationError
 from compress.prepare import Plan
-from compress.recipe import Assignment
-from compress.streams import Listen, Stream, divergence, mean, walk
+from compress.recipe import Assignment, StageAssignment
+from compress.streams import Before, Listen, Stream, divergence, mean, walk
 
 GRADIENT_TOKENS = 8192  # that go backwards
 PROBE_TOKENS = 8192  # of windows that references are measured on
@@ -391,7 +391,7 @@ def measure(plan: Plan, ids: Tensor, candidates: Sequence[Candidate], room: int,
 def check(plan: Plan, ids: Tensor, methods: Mapping[str, Candidate], room: int, listen: Listen) -> tuple[float, float | None]:
     """Measure the KL of a plan (by site name) on the windows that the statistics do not see, and its standard error.
 
-    As a run does it, the calibration goes on through the compressed weights.
+    As a run does it, the calibration goes on through the compressed weights, and transforms come first.
     """
     skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
     fit_ids, probe_ids = split(ids)
@@ -406,6 +406,11 @@ def check(plan: Plan, ids: Tensor, methods: Mapping[str, Candidate], room: int, 
         if a.site.block is not None:
             mine = methods[a.site.name]
             work.append(Assignment(a.site, steps[mine.label], mine.build, None, a.min_tokens))
-    walk(skeleton, work, fit, planned, original, room, listen)
+    before = None
+    if plan.transforms:
+        planned_as = {a.site.name: a for a in work}
+        stages = [StageAssignment(s.method, [planned_as[a.site.name] for a in s.members]) for s in plan.transforms]
+        before = Before(stages, fit.branch(), 0 if plan.recipe.data is None else plan.recipe.data.seed)
+    walk(skeleton, work, fit, planned, original, room, listen, before)
     with skeleton.outer():
         return mean([divergence(p, q) for p, q in zip(original.logs(), planned.logs(), strict=True)])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compress import memory
+from compress import block_methods, memory
 from compress.block import compress_block
+from compress.block_methods import Surroundings
 from compress.calibration.observe import batches
 from compress.calibration.skeleton import Skeleton
-from compress.recipe import Assignment
+from compress.recipe import Assignment, StageAssignment, within
 from compress.report import SiteRow
 
 Listen = Callable[[int, int, str, float], None]
@@ -24,6 +26,15 @@ class Stream:
         self.skeleton, self.ids = skeleton, ids
         self.cuts = [slice(c.start, c.stop) for c in batches(ids.shape[0], ids.shape[1], tokens)]
         self.hidden = [skeleton.embed(ids[cut]).cpu() for cut in self.cuts]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the batches (samples, length, width)."""
+        return [tuple(batch.shape) for batch in self.hidden]
+
+    def read(self, batch: int) -> Tensor:
+        """Return one batch (samples, length, width) on the CPU."""
+        return self.hidden[batch]
 
     def outputs(self, block: int) -> Iterator[Tensor]:
         """What a filled block makes of them."""
@@ -48,6 +59,15 @@ class Stream:
                 yield logits[0, :-1].float().log_softmax(-1)
 
 
+@dataclass
+class Before:
+    """What is done to every block before it is calibrated, and the calibration on its way through the original's blocks."""
+
+    stages: Sequence[StageAssignment]
+    untouched: Stream
+    seed: int
+
+
 def divergence(p: Tensor, q: Tensor) -> float:
     """Mean KL of log probabilities (positions, vocabulary), nats."""
     return float((p.exp() * (p - q)).sum(-1).double().mean())
@@ -67,11 +87,12 @@ def walk(
     original: Stream | None,
     room: int,
     listen: Listen,
+    before: Before | None = None,
 ) -> list[SiteRow]:
     """Send streams through all blocks: one through compressed weights, one, if there is one, through the original's.
 
-    As a run does it, the calibration `fit` goes on through the compressed weights; None for methods that need none. Nothing is
-    written. Return the report rows.
+    As a run does it, the calibration `fit` goes on through the compressed weights; None for methods that need none, unless
+    there is something to do `before`. Nothing is written. Return the report rows.
     """
     blocks = len(skeleton.blocks)
     rows = []
@@ -89,8 +110,16 @@ def walk(
         def say(step: str, share: float, block: int = block) -> None:
             listen(block, blocks, step, share)
 
+        read = None
+        if before is not None:
+            assert fit is not None
+            entering = before.untouched.branch()
+            before.untouched.advance(block)
+            around = Surroundings(skeleton, block, fit, entering, None, observe, room, before.seed, say)
+            block_methods.transform(around, within(before.stages, block))
+            read = around.weight
         decoded = {}
-        for name, (weight, row) in compress_block(skeleton, mine, observe, room, say):
+        for name, (weight, row) in compress_block(skeleton, mine, observe, room, say, read):
             decoded[name] = weight.dequantize()
             rows.append(row)
         for a in mine:

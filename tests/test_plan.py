@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from runs import ids_file
 
@@ -19,6 +20,7 @@ from compress import sensitivity as sensitivity_module
 from compress.candidates import default_candidates, parse_candidates
 from compress.errors import RecipeError
 from compress.report import read_rows
+from compress.sensitivity import split
 
 Tiny = Callable[..., Path]
 
@@ -181,6 +183,37 @@ def test_check_measures_a_plan(tiny: Tiny, ids: Path, run: Run, tmp_path: Path) 
     shown = run(*common[:-3], "--bpw", 4, "-o", tmp_path / "c.yaml", "--check").out
     assert "predicted, " in shown
     assert " measured" in shown
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_is_measured_is_what_a_run_with_the_transforms_gives(family: str, tiny: Tiny, run: Run, tmp_path: Path) -> None:
+    """A run on the windows that the statistics see, measured on those that they do not see."""
+    ids, model = ids_file(tmp_path / "ids.npy", 24, 32), tiny(family)
+    fit, probe = split(torch.from_numpy(np.load(ids)))
+    for name, part in (("fit", fit), ("probe", probe)):
+        np.save(tmp_path / f"{name}.npy", part.numpy())
+    found = {}
+    for method in ("gptq", "drift+gptq"):
+        path, out = tmp_path / "recipe.yaml", tmp_path / method
+        common = ("--data", ids, "--bpw", 4, "--check", "--candidates", "gptq:bits=3,group_size=16", "--dtype", "float32")
+        done = run("plan", model, "-o", path, *common, "--method", method, "--json")
+        assert done.code == 0, done.err
+        planned = json.loads(done.out)["measured_kl"]
+        stages = yaml.safe_load(path.read_text()).get("transforms", [])
+        assert [stage["method"] for stage in stages] == (["transform/drift"] if "+" in method else [])
+        assert run("run", path, model, "-o", out, "--data", tmp_path / "fit.npy", "--quiet", "--no-reload").code == 0
+        done = run("eval", out, "--original", model, "--data", tmp_path / "probe.npy", "--no-speed", "--json")
+        found[method] = planned, json.loads(done.out)["kl"]
+        assert planned == pytest.approx(found[method][1], rel=2e-3)
+    # Not because both do nothing.
+    assert abs(found["gptq"][0] / found["drift+gptq"][0] - 1) > 0.01
+
+
+def test_methods_of_a_plan_share_their_transforms(tiny: Tiny, ids: Path, run: Run, tmp_path: Path) -> None:
+    mixed = ("--method", "drift+gptq", "--method", "bipolar")
+    done = run("plan", tiny("llama"), "--bpw", 4, "-o", tmp_path / "r.yaml", "--data", ids, *mixed)
+    assert done.code == 2
+    assert "--method bipolar: a plan has the same transforms for all its methods; drift+gptq has others" in done.err
 
 
 @pytest.mark.parametrize("planner", ["milp", "lim", "zd", "uniform"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,17 @@ from torch import Tensor
 from compress.container import bytes_of
 from compress.errors import CheckpointError
 from compress.files import replacing
+
+
+class States(Protocol):
+    """Batches of hidden states."""
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        """Shapes of the batches (samples, length, width)."""
+
+    def read(self, batch: int) -> Tensor:
+        """Return one batch (samples, length, width) on the CPU."""
 
 
 class Hidden:

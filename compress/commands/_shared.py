@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +65,15 @@ def method_line(method: str) -> tuple[list[str], str]:
     if wrong := [path for path in paths[:-1] if not path.startswith("transform/")]:
         raise RecipeError(f"--method {method}: {wrong[0]} cannot go before another method; transforms can, such as awq+gptq")
     return paths[:-1], paths[-1]
+
+
+def method_lines(methods: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Read several methods that are planned with: the transforms, which they have to share, and the methods themselves."""
+    lines = [method_line(method) for method in methods]
+    for (transforms, _), method in zip(lines, methods, strict=True):
+        if transforms != lines[0][0]:
+            raise RecipeError(f"--method {method}: a plan has the same transforms for all its methods; {methods[0]} has others")
+    return (lines[0][0] if lines else []), [path for _, path in lines]
 
 
 def made_recipe(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from compress.commands._shared import data_values, parse_room, progress
+from compress.commands._shared import data_values, method_lines, parse_room, progress
 from compress.options import (
     Bpw,
     ChatTemplate,
@@ -35,7 +35,10 @@ def plan_command(
     size: Size = None,
     max_kl: MaxKl = None,
     planner: Annotated[str, typer.Option(help="milp: the best there is; lim, zd: whole layers by a score; uniform.")] = "milp",
-    method: Annotated[list[str] | None, typer.Option(help="Of the default candidates, 2 to 8 bits; may be repeated.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the default candidates, 2 to 8 bits; after a transform: drift+gptq. May be repeated."),
+    ] = None,
     candidates: Annotated[
         list[str] | None, typer.Option(help="METHOD:bits=2,group_size=64, or a YAML file with a list. May be repeated.")
     ] = None,
@@ -70,17 +73,18 @@ def plan_command(
 
     budget = planning.Budget.of(bpw, size, max_kl)
     values = data_values(data, samples, length, seed, chat_template)
+    transforms, methods = method_lines(method or [])
     if dry_run:
         from compress.outlook import outlook
 
-        room, given = parse_room(memory), (method or [], candidates or [])
+        room, given = parse_room(memory), (methods, candidates or [])
         seen = outlook(model, values, budget, dtype, device, revision, *given, room)
         print(json.dumps(seen, indent=2)) if json_ else show_outlook(seen)
         return
     with progress(quiet or json_) as listen:
         made = planning.command(
-            model, values, budget, output.parent, listen, dtype, device, revision, parse_room(memory), planner, method or [],
-            candidates or [], uniform_siblings, check,
+            model, values, budget, output.parent, listen, dtype, device, revision, parse_room(memory), planner, methods,
+            candidates or [], uniform_siblings, check, transforms,
         )  # fmt: skip
     planning.write(made.recipe, output)
     drawn = plot or (output.with_suffix(".svg") if plots.available() else None)

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.commands._shared import Delivery, Running, data_values, made_recipe, parse_room, progress, run_recipe, watched
+from compress.commands._shared import (
+    Delivery,
+    Running,
+    data_values,
+    made_recipe,
+    method_lines,
+    parse_room,
+    progress,
+    run_recipe,
+    watched,
+)
 from compress.errors import RecipeError
 from compress.options import (
     Bpw,
@@ -166,12 +176,12 @@ def _planned(
     from compress import recipe as recipe_module
     from compress.screen.plans import show_planned
 
+    transforms, methods = method_lines([method] if method else [])
     with progress(silent) as listen:
-        methods = [method] if method else []
-        room = parse_room(memory)
         made = planning.command(
-            model, data, budget, folder, listen, dtype, device, revision, room, methods=methods, siblings=uniform_siblings
-        )
+            model, data, budget, folder, listen, dtype, device, revision, parse_room(memory), methods=methods,
+            siblings=uniform_siblings, transforms=transforms,
+        )  # fmt: skip
     if not silent:
         show_planned(made.planned.plain())
     values = made.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
