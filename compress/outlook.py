@@ -20,13 +20,14 @@ def outlook(
     revision: str | None,
     methods: Sequence[str],
     texts: Sequence[str],
+    transforms: Sequence[str],
     room: int,
 ) -> dict[str, Any]:
     """Return the bytes of the model with each candidate for all weights that it fits, and whether the budget can be met.
 
     Raises CheckpointError, RecipeError.
     """
-    plan = planning.prepared(model, data, dtype, device, revision, headers=True)
+    plan = planning.prepared(model, data, dtype, device, revision, headers=True, transforms=transforms)
     found = planning.candidates_of(plan, methods, texts)
     samples, length = prepare.calibration_shape(plan)
     rows: list[dict[str, Any]] = []

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,11 @@ from compress.candidates import Candidate, check_candidates, default_candidates,
 from compress.errors import RecipeError
 from compress.files import human_bytes, write_json, write_text, writing
 from compress.folding import fold
+from compress.measurement import measure
 from compress.plan._problem import Choice, Problem
 from compress.prepare import Plan
 from compress.recipe import Recipe
-from compress.sensitivity import Sensitivity, check, measure, sites_of
+from compress.sensitivity import Sensitivity, check, sites_of
 from compress.streams import Listen
 
 VERSION = 1  # of what a sensitivity file means
@@ -182,8 +184,10 @@ class Kept:
         """The sensitivities, and whether they were there already."""
         if self.sensitivity is not None:
             return self.sensitivity, True
-        self.sensitivity = measure(self.plan, self.ids, self.candidates, room, listen)
+        begun = self.path.with_suffix(".begun")
+        self.sensitivity = measure(self.plan, self.ids, self.candidates, room, listen, begun)
         self._write()
+        shutil.rmtree(begun)
         return self.sensitivity, False
 
     def checked(self, choices: dict[str, int], room: int, listen: Listen) -> tuple[float, float | None]:

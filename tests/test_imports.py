@@ -138,9 +138,11 @@ TABLE: dict[str, Row] = {
     ),
     # Planning: what candidates cost is measured as a run would compress, then a planner decides.
     "candidates": Row("recipe registry calibration.families errors", "yaml pydantic"),
-    "streams": Row("block memory recipe report calibration.observe calibration.skeleton", "torch"),
-    "sensitivity": Row(
-        "streams block candidates prepare recipe calibration.families calibration.skeleton calibration.statistics memory errors",
+    "streams": Row("block block_methods memory recipe report calibration.observe calibration.skeleton", "torch"),
+    "sensitivity": Row("streams candidates prepare recipe calibration.families calibration.skeleton", "torch"),
+    "measurement": Row(
+        "sensitivity streams block candidates prepare recipe calibration.families calibration.skeleton calibration.statistics "
+        "memory files errors",
         "torch",
     ),
     "folding": Row(),
@@ -149,8 +151,8 @@ TABLE: dict[str, Row] = {
         "torch",
     ),
     "planning": Row(
-        "sensitivity streams candidates folding plan._* prepare recipe registry calibration.data calibration.families _version "
-        "files errors",
+        "sensitivity measurement streams candidates folding plan._* prepare recipe registry calibration.data "
+        "calibration.families _version files errors",
         "torch numpy yaml",
     ),
     "outlook": Row("planning prepare estimate sizes recipe errors"),

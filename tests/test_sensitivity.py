@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compress import measurement as measurement_module
 from compress import planning, prepare
 from compress import sensitivity as sensitivity_module
 from compress.candidates import Candidate, candidate
-from compress.sensitivity import Measurement, Reference, Sensitivity, SiteCosts, above_deviation, check, measure, split
+from compress.errors import CheckpointError
+from compress.measurement import Measurement, above_deviation, measure
+from compress.sensitivity import Reference, Sensitivity, SiteCosts, check, split
 
 Tiny = Callable[..., Path]
 ROOM = 1 << 30
@@ -194,7 +197,7 @@ def test_passes_over_statistics_change_nothing(tiny: Tiny, ids: Path) -> None:
 
 
 def test_few_gradient_tokens_still_give_every_expert_a_cost(tiny: Tiny, ids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity_module, "GRADIENT_TOKENS", 1)
+    monkeypatch.setattr(measurement_module, "GRADIENT_TOKENS", 1)
     plan, tokens = planned(tiny("qwen3_moe"), ids)
     measurement = Measurement(plan, tokens[:2, :4], tried()[:1], ROOM, silent)
     found = measurement.run()
@@ -246,3 +249,37 @@ def test_windows_are_split_without_overlap() -> None:
     assert not set(fit.flatten().tolist()) & set(probes.flatten().tolist())
     fit, probes = split(ids[:1])
     assert torch.equal(fit, probes), "one window has to do for both"
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_measurement_that_is_interrupted_goes_on(family: str, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    """Stopped within every block on the way forwards and back: the same numbers to the last bit, and no block twice."""
+    plan, tokens = planned(tiny(family), ids)
+    whole = measure(plan, tokens, tried(), ROOM, silent)
+    folder, begun = tmp_path / "begun", []
+    for stop in range(1, 20):
+
+        def listen(block: int, blocks: int, step: str, share: float, stop: int = stop) -> None:
+            if step in ("loading", "gradients") and share == 0.0:
+                begun.append(block)
+            if block == stop:
+                raise KeyboardInterrupt
+
+        if stop < 2 * len(whole.lim):
+            with pytest.raises(KeyboardInterrupt):
+                measure(plan, tokens, tried(), ROOM, listen, folder)
+            continue
+        found = measure(plan, tokens, tried(), ROOM, listen, folder)
+        assert (found.sites, found.references, found.lim, found.zd) == (whole.sites, whole.references, whole.lim, whole.zd)
+        break
+    else:
+        raise AssertionError("the model has more blocks than this test stops in")
+    assert begun == sorted(begun)
+    assert all(begun.count(block) <= 2 for block in begun), "once when it was stopped there, and once when it was done"
+
+
+def test_what_was_begun_and_is_damaged_is_named(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    plan, tokens = planned(tiny("llama"), ids)
+    (tmp_path / "state.pt").write_bytes(b"half of")
+    with pytest.raises(CheckpointError, match=r"state.pt: is damaged .* to measure anew"):
+        measure(plan, tokens, tried(), ROOM, silent, tmp_path)

@@ -67,8 +67,9 @@ def method_line(method: str) -> tuple[list[str], str]:
     return paths[:-1], paths[-1]
 
 
-def method_lines(methods: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Read several methods that are planned with: the transforms, which they have to share, and the methods themselves."""
+def method_lines(methods: Sequence[str] | None, candidates: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    """Read what is planned with: the transforms, which all methods share, and the methods; the best for most if none is named."""
+    methods = methods or ([] if candidates else ["drift+gptq"])
     lines = [method_line(method) for method in methods]
     for (transforms, _), method in zip(lines, methods, strict=True):
         if transforms != lines[0][0]:

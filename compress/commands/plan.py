@@ -73,11 +73,11 @@ def plan_command(
 
     budget = planning.Budget.of(bpw, size, max_kl)
     values = data_values(data, samples, length, seed, chat_template)
-    transforms, methods = method_lines(method or [])
+    transforms, methods = method_lines(method, candidates)
     if dry_run:
         from compress.outlook import outlook
 
-        room, given = parse_room(memory), (methods, candidates or [])
+        room, given = parse_room(memory), (methods, candidates or [], transforms)
         seen = outlook(model, values, budget, dtype, device, revision, *given, room)
         print(json.dumps(seen, indent=2)) if json_ else show_outlook(seen)
         return

@@ -176,7 +176,7 @@ def _planned(
     from compress import recipe as recipe_module
     from compress.screen.plans import show_planned
 
-    transforms, methods = method_lines([method] if method else [])
+    transforms, methods = method_lines([method] if method else None)
     with progress(silent) as listen:
         made = planning.command(
             model, data, budget, folder, listen, dtype, device, revision, parse_room(memory), methods=methods,
