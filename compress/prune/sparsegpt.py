@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -220,7 +220,7 @@ class SparseGPT(Pruning):
             group_size=self.group_size,
             symmetric=self.symmetric,
         )
-        notes: dict[str, Any] = {"damp": factor.damp, "dead_columns": factor.dead}
+        notes = factor.notes
         if factor.fallback is not None:
             notes["fallback"] = factor.fallback.replace("rtn", "magnitude")
         if codes is not None:

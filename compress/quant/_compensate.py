@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from compress.quant._grid import Grid, fit
-from compress.quant._solver import Factor, Levels, Sweep, factorise, full_precision, refine
+from compress.quant._solver import Factor, Grids, Levels, Sweep, factorise, full_precision, refine
 
 BLOCK = 32  # columns that are solved one by one between matrix products
 
 
-def swept(weight: Tensor, factor: Factor, levels: Levels, size: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def swept(
+    weight: Tensor, factor: Factor, levels: Grids, size: int, keep: Tensor | None = None, block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
     """Round weight (in, out) on levels of groups of `size` columns; return weight - rounded and codes, in natural order.
 
     Where keep (in, out) is 0, the value is 0 whatever the code.
@@ -19,7 +21,7 @@ def swept(weight: Tensor, factor: Factor, levels: Levels, size: int, keep: Tenso
     target = weight[factor.order]
     delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
     kept = None if keep is None else keep[factor.order]
-    Sweep(target, delta, codes, factor.feedback, levels, factor.order // size, BLOCK, keep=kept).run(0, len(weight))
+    Sweep(target, delta, codes, factor.feedback, levels, factor.order // size, block, keep=kept).run(0, len(weight))
     natural = torch.empty_like(factor.order).scatter_(0, factor.order, torch.arange(len(weight), device=weight.device))
     return delta[natural], codes[natural]
 

@@ -60,6 +60,11 @@ class Factor:
         """Whether there is nothing to compensate with, and rounding to nearest is what is left."""
         return self.fallback is not None and self.fallback.startswith("rtn")
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {"damp": self.damp, "dead_columns": self.dead} | ({} if self.fallback is None else {"fallback": self.fallback})
+
 
 def factorise(hessian: Tensor, damp: float, *, descending: bool) -> Factor:
     """Factor hessian (in, in) plus `damp` times its mean diagonal, columns in natural or descending diagonal order.

@@ -20,15 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.method import Result
 from compress.parts.table import DATATYPES, ScaleType, Table
+from compress.quant._compensate import importance, swept
 from compress.quant._grid import Range, stored
-from compress.quant._solver import Rounder, Sweep, factorise, full_precision, refine
+from compress.quant._solver import Rounder, factorise, full_precision, refine
 from compress.weight import CompressedWeight
 
 _TINY = 2.0**-60  # as in `_grid`: a smaller scale is that of an empty group
@@ -314,17 +314,10 @@ def quantize(
         return Result(CompressedWeight(grid.part(encode(weight, grid, book, group_size), datatype, group_size)))
     with full_precision():
         factor = factorise(hessian.to(weight.dtype), damp, descending=True)
-        inverse = torch.argsort(factor.order)
-        grid = fit(weight, book, scale_type, group_size, search, factor.pivots.square()[inverse])
+        grid = fit(weight, book, scale_type, group_size, search, importance(factor))
         levels = TableLevels.of(grid, book)
-        target = weight.T.contiguous()[factor.order]  # a copy: the sweep works on it
-        delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
-        Sweep(target, delta, codes, factor.feedback, levels, factor.order // group_size, block).run(0, len(target))
-        delta, codes = delta[inverse], codes[inverse]
+        delta, codes = swept(weight.T.contiguous(), factor, levels, group_size, block=block)
         if refinements and not factor.plain:
             refine(weight.T, factor.hessian, levels, delta, codes, refinements, block)
     refined = TableGrid(levels.scale.T.contiguous(), grid.select, grid.scales)
-    notes: dict[str, Any] = {"damp": factor.damp, "dead_columns": factor.dead}
-    if factor.fallback is not None:
-        notes["fallback"] = factor.fallback
-    return Result(CompressedWeight(refined.part(codes.T.contiguous(), datatype, group_size)), notes)
+    return Result(CompressedWeight(refined.part(codes.T.contiguous(), datatype, group_size)), factor.notes)

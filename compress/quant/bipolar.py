@@ -31,8 +31,9 @@ from torch import Tensor
 from compress.calibration.statistics import Hessian, Statistics, Stats
 from compress.method import Bits, GroupSize, Method, Result, grid_described
 from compress.parts.uniform import Uniform, uniform_bits
+from compress.quant._compensate import importance, swept
 from compress.quant._grid import Range, fit, indivisible
-from compress.quant._solver import Levels, Sweep, factorise, full_precision, refine
+from compress.quant._solver import Levels, factorise, full_precision, refine
 from compress.weight import CompressedWeight
 
 
@@ -57,21 +58,13 @@ def bipolar(
     size = columns if group_size == -1 else group_size
     with full_precision():
         factor = factorise(hessian.to(dtype), damp, descending=True)
-        natural = torch.empty_like(factor.order).scatter_(0, factor.order, torch.arange(columns, device=weight.device))
-        importance = factor.pivots.square()[natural]
-        grid = fit(weight, bits, size, symmetric=True, search=range == "mse", importance=importance, bipolar=True)
-        levels = Levels.of(grid, dtype)
-        target = weight.T.contiguous()[factor.order]  # a copy: the sweep works on it
-        delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
-        Sweep(target, delta, codes, factor.feedback, levels, factor.order // size, block).run(0, columns)
-        delta, codes = delta[natural], codes[natural]
+        cost = importance(factor)
+        levels = Levels.of(fit(weight, bits, size, symmetric=True, search=range == "mse", importance=cost, bipolar=True), dtype)
+        delta, codes = swept(weight.T.contiguous(), factor, levels, size, block=block)
         if refinements and not factor.plain:
             refine(weight.T, factor.hessian, levels, delta, codes, refinements, block)
-    notes: dict[str, Any] = {"damp": factor.damp, "dead_columns": factor.dead}
-    if factor.fallback is not None:
-        notes["fallback"] = factor.fallback
     part = Uniform(codes.T.contiguous(), levels.grid(bits).scale, bits, size, bipolar=True)
-    return Result(CompressedWeight(part), notes)
+    return Result(CompressedWeight(part), factor.notes)
 
 
 class Bipolar(Method):

@@ -85,11 +85,11 @@ def decoupleq(
         for _ in range(0 if factor.plain else refinements):
             kept.offer(*descended(weight, factor.hessian, *kept.now, bits))
             kept.offer(kept.codes, *floats(weight, factor.hessian, *kept.now, bits, symmetric=symmetric))
-    notes: dict[str, Any] = {"damp": factor.damp, "dead_columns": factor.dead, "rounds": done}
-    if factor.fallback is not None:
-        notes["fallback"] = factor.fallback
     beside = None if symmetric else kept.offset.to(torch.bfloat16)
-    return Result(CompressedWeight(Uniform(kept.codes, kept.scale.to(torch.bfloat16), bits, size, offset=beside)), notes)
+    return Result(
+        CompressedWeight(Uniform(kept.codes, kept.scale.to(torch.bfloat16), bits, size, offset=beside)),
+        factor.notes | {"rounds": done},
+    )
 
 
 class Kept:

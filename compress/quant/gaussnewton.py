@@ -117,9 +117,7 @@ def gaussnewton(
             codes, grid, factor = compensated(block.weight(site), statistic.matrix(), bits, size, symmetric=symmetric, damp=damp)
             lower = torch.linalg.cholesky(factor.hessian)
             now[site] = Linear(codes, grid, size, factor.hessian, lower)
-            notes[site] = {"damp": factor.damp, "dead_columns": factor.dead}
-            if factor.fallback is not None:
-                notes[site]["fallback"] = factor.fallback
+            notes[site] = factor.notes
             if not factor.plain:
                 dampings[site] = factor.damp
         del stats

@@ -35,6 +35,7 @@ from torch import Tensor
 from compress.calibration.statistics import Hessian, Statistics, Stats
 from compress.method import Bits, GroupSize, Method, Result, grid_described
 from compress.parts.uniform import Uniform, uniform_bits
+from compress.quant._compensate import swept
 from compress.quant._grid import Grid, Range, fit, indivisible
 from compress.quant._solver import Levels, Sweep, factorise, full_precision, refine
 from compress.weight import CompressedWeight
@@ -73,12 +74,12 @@ def gptq(
         factor = factorise(hessian.to(dtype), damp, descending=order != "none")
         inverse = torch.empty_like(natural).scatter_(0, factor.order, natural)
         importance = factor.pivots.square()
-        target = weight.T.contiguous()[factor.order]  # a copy: the sweep works on it
-        delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
         if order == "static":
-            levels, groups = Levels.of(fitted(weight, importance[inverse]), dtype), factor.order // size
-            Sweep(target, delta, codes, factor.feedback, levels, groups, block).run(0, columns)
+            levels = Levels.of(fitted(weight, importance[inverse]), dtype)
+            delta, codes = swept(weight.T.contiguous(), factor, levels, size, block=block)
         else:
+            target = weight.T.contiguous()[factor.order]  # a copy: the sweep works on it
+            delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
             levels, groups = Levels.empty(columns // size, target, bits, symmetric), natural // size
 
             def reached(steps: slice) -> None:
@@ -90,8 +91,6 @@ def gptq(
 
         # Refinement goes from group to group: in natural order, unless groups were cut in processing order.
         damped, place, index = factor.hessian, natural, None
-        if order == "static":
-            delta, codes = delta[inverse], codes[inverse]
         if order == "desc_act":
             damped, place = damped[factor.order][:, factor.order], factor.order
             index = groups[inverse].to(_smallest(columns // size))
@@ -100,10 +99,7 @@ def gptq(
         if order == "desc_act":
             codes = codes[inverse]
     grid = levels.grid(bits)
-    notes: dict[str, Any] = {"damp": factor.damp, "dead_columns": factor.dead}
-    if factor.fallback is not None:
-        notes["fallback"] = factor.fallback
-    return Result(CompressedWeight(Uniform(codes.T.contiguous(), grid.scale, bits, size, grid.zero, index)), notes)
+    return Result(CompressedWeight(Uniform(codes.T.contiguous(), grid.scale, bits, size, grid.zero, index)), factor.notes)
 
 
 def _smallest(count: int) -> torch.dtype:

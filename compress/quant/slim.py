@@ -145,11 +145,8 @@ def slim(
     stored_place = torch.empty_like(natural).scatter_(0, place, natural)
     index = None if grouping == "neighbours" or groups == 1 else (stored_place // size).to(group_dtype(groups))
     part = Mixed(codes[stored_place].T.contiguous(), scale, used, size, zero, index)
-    notes: dict[str, Any] = {"damp": factor.damp, "dead_columns": factor.dead}
-    notes["groups"] = {str(width): count for width, count in zip(WIDTHS, part.counts, strict=True) if count}
-    if factor.fallback is not None:
-        notes["fallback"] = factor.fallback
-    return Result(CompressedWeight(part), notes)
+    counts = {str(width): count for width, count in zip(WIDTHS, part.counts, strict=True) if count}
+    return Result(CompressedWeight(part), factor.notes | {"groups": counts})
 
 
 def budget(bits: float, groups: int) -> int:

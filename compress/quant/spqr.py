@@ -82,7 +82,7 @@ def spqr(
     with full_precision():
         size = weight.shape[1] if group_size == -1 else group_size
         solver = Solver(weight.to(dtype), hessian.to(dtype), bits, size, scale_bits, zero_bits, order, damp)
-        notes: dict[str, Any] = {"damp": solver.factor.damp, "dead_columns": solver.factor.dead}
+        notes = solver.factor.notes
         if target_bits is None:
             solver.sweep(math.inf if outlier_threshold is None else outlier_threshold)
         else:
@@ -93,8 +93,6 @@ def spqr(
         result = solver.result()
     outliers = result.outliers
     notes["outliers"] = outliers.columns.shape[0] / weight.numel() if isinstance(outliers, Sparse) else 0.0
-    if solver.factor.fallback is not None:
-        notes["fallback"] = solver.factor.fallback
     return Result(result, notes)
 
 
