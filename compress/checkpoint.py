@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,11 +120,15 @@ class Source:
         rewritten = {path for pattern in _REWRITTEN for path in self.folder.glob(pattern)}
         return sorted({p for pattern in _CARRIED for p in self.folder.glob(pattern) if p.is_file()} - rewritten)
 
+    def placed(self) -> Iterable[Entry]:
+        """The tensors as they lie in files."""
+        return self.entries.values()
+
     def fingerprint(self) -> dict[str, str]:
         """What identifies the files: a hash of the config; per weight file its size, time of change and a hash of its header."""
         result = {"config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()}
-        for file in sorted({entry.file for entry in self.entries.values()}):
-            mine = sorted((e.name, e.dtype, e.shape, e.start) for e in self.entries.values() if e.file == file)
+        for file in sorted({entry.file for entry in self.placed()}):
+            mine = sorted((e.name, e.dtype, e.shape, e.start) for e in self.placed() if e.file == file)
             status = file.stat()
             header = hashlib.sha256(json.dumps(mine).encode()).hexdigest()
             result[file.name] = f"{status.st_size} bytes, changed {status.st_mtime_ns}, header {header}"

@@ -156,6 +156,8 @@ TABLE: dict[str, Row] = {
     "seal": Row("packed calibration.families checkpoint container files errors"),
     # A second reader of the format shares nothing with what writes it.
     "evaluate.independent": Row("errors", "numpy"),
+    "evaluate.recorded": Row("published files errors"),
+    "evaluate.exported": Row("evaluate.independent evaluate.recorded gguf_file foreign packed errors"),
     "evaluate.speed": Row("errors", "torch", lazy_third="transformers"),
     "evaluate.bench": Row(
         "evaluate.quality evaluate.speed runtime.linear kernels.weight_only parts.uniform foreign packed weight errors", "torch"
@@ -173,8 +175,8 @@ TABLE: dict[str, Row] = {
     "gguf_file": Row("export._* export.gguf packed seal calibration.families _version errors", "torch", lazy_third="gguf"),
     "export_card": Row("checkpoint _version errors", "yaml"),
     "exporting": Row(
-        "export_card gguf_file registry foreign packed parts.table seal calibration.families checkpoint container files "
-        "_version errors",
+        "export_card published gguf_file registry foreign packed parts.table seal calibration.families checkpoint container "
+        "files _version errors",
         "torch",
     ),
     "difference": Row("foreign packed parts.uniform calibration.families checkpoint errors", "torch"),

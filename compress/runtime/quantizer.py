@@ -1,4 +1,4 @@
-"""Loading with transformers: `AutoModelForCausalLM.from_pretrained` and its like of a compressed checkpoint, after `import compress`.
+"""Loading with transformers, by `from_pretrained` of `AutoModelForCausalLM` and its like, after `import compress`.
 
 Modules are built on meta with packed buffers of the right shapes, and transformers fills them: no dense copy of the model.
 """

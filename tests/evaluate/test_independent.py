@@ -21,9 +21,9 @@ from compress import packed, registry
 from compress.container import save
 from compress.errors import CheckpointError
 from compress.evaluate import independent
+from compress.packed import digest as _digest
 from compress.parts.low_rank import LowRank
 from compress.parts.sparse import Sparse
-from compress.students import digest as _digest
 from compress.weight import CompressedWeight
 from examples import low_rank
 
