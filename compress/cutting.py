@@ -329,7 +329,7 @@ def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: f
         "influences": influences,
         "weights": source.numel,
         "weights_after": sum(entry.numel for entry in entries),
-        "bytes_before": source.nbytes,
+        "bytes_before": source.stored_nbytes,
         "bytes_after": size,
         "seconds": time.time() - started,
         "peak_memory": memory.peak(),
