@@ -13,6 +13,7 @@ from compress.report import SiteRow, bits_per_weight
 LEVELS = 9  # shades of a colour scale, 0 the faintest
 WIDTH = 960.0  # of a heat map, in SVG units
 _CHARACTER = 6.6  # width of a character of a label
+_LONGEST = 40  # characters of the name of a row; of longer ones the end is shown
 _PANEL = (300.0, 156.0, 46.0, 12.0, 22.0)  # of an error chart: width, height, and the margins left, top and bottom
 
 
@@ -115,6 +116,7 @@ def heat_map(
     legend: list[tuple[int, str]],
 ) -> HeatMap:
     """Lay out a heat map; `cells` by (row, column), and where there is none the field stays empty."""
+    rows = [name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}" for name in rows]
     left = 10 + _CHARACTER * max(map(len, rows))
     wide = min(46.0, (WIDTH - left) / len(columns))
     high = 24.0 if len(rows) <= 16 else 14.0 if len(rows) <= 40 else 9.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.coded import decoded
 from compress.container import DTYPES, Entry, described, read_header, read_tensor
 from compress.errors import CheckpointError
 
@@ -63,6 +64,7 @@ class Source:
     entries: dict[str, Entry]
     revision: str | None = None
     remote: bool = False  # only headers were read; weights are on the Hub
+    coded: str | None = None  # what weights are stored in that are decoded to bfloat16 as they are read
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None) -> Source:
@@ -75,7 +77,8 @@ class Source:
         config = _read_json(folder / "config.json", "a Hugging Face checkpoint has one; is this the folder of a model?")
         entries = _entries(folder)
         _check_config(folder / "config.json", config, entries)
-        return cls(folder.resolve(), str(model), config, entries, found)
+        config, entries, coded = decoded(config, entries)
+        return cls(folder.resolve(), str(model), config, entries, found, coded=coded)
 
     @classmethod
     def headers(cls, model: str | Path, revision: str | None = None) -> Source:
@@ -85,7 +88,8 @@ class Source:
         folder, entries = _fetch_headers(str(model), revision)
         config = _read_json(folder / "config.json", "a Hugging Face checkpoint has one")
         _check_config(folder / "config.json", config, entries)
-        return cls(folder, str(model), config, entries, folder.name, remote=True)
+        config, entries, coded = decoded(config, entries)
+        return cls(folder, str(model), config, entries, folder.name, remote=True, coded=coded)
 
     @property
     def model_type(self) -> str:
@@ -96,6 +100,11 @@ class Source:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of all tensors as they lie in files."""
+        return sum(entry.stored for entry in self.entries.values())
 
     @property
     def numel(self) -> int:
@@ -120,11 +129,15 @@ class Source:
         rewritten = {path for pattern in _REWRITTEN for path in self.folder.glob(pattern)}
         return sorted({p for pattern in _CARRIED for p in self.folder.glob(pattern) if p.is_file()} - rewritten)
 
+    def placed(self) -> Iterable[Entry]:
+        """The tensors as they lie in files."""
+        return self.entries.values()
+
     def fingerprint(self) -> dict[str, str]:
         """What identifies the files: a hash of the config; per weight file its size, time of change and a hash of its header."""
         result = {"config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()}
-        for file in sorted({entry.file for entry in self.entries.values()}):
-            mine = sorted((e.name, e.dtype, e.shape, e.start) for e in self.entries.values() if e.file == file)
+        for file in sorted({entry.file for entry in self.placed()}):
+            mine = sorted((e.name, e.dtype, e.shape, e.start) for e in self.placed() if e.file == file)
             status = file.stat()
             header = hashlib.sha256(json.dumps(mine).encode()).hexdigest()
             result[file.name] = f"{status.st_size} bytes, changed {status.st_mtime_ns}, header {header}"

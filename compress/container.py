@@ -10,7 +10,7 @@ import json
 import math
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,29 @@ class Entry:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def stored(self) -> int:
+        """Bytes that it takes in files."""
+        return self.nbytes
+
+
+@dataclass(frozen=True)
+class Coded(Entry):
+    """A tensor that no file holds as it is read: it is decoded from others, each time it is."""
+
+    parts: tuple[Entry, ...] = ()
+    decode: Callable[..., Tensor] = torch.clone
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...], parts: tuple[Entry, ...], decode: Callable[..., Tensor]) -> Coded:
+        """Make one that decodes to bfloat16 of `shape`, from the tensors of `parts` or one element of the first axis of each."""
+        return cls(name, "BF16", shape, parts[0].start, 2 * math.prod(shape), parts[0].file, parts, decode)
+
+    @property
+    def stored(self) -> int:
+        """Bytes that it takes in files."""
+        return sum(part.nbytes for part in self.parts)
 
 
 def _refuse(path: Path, got: str, expected: str) -> CheckpointError:
@@ -186,6 +209,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def read_tensor(entry: Entry, index: int | None = None) -> Tensor:
     """Read a tensor into fresh memory, or only element `index` along its first axis. Raises CheckpointError."""
+    if isinstance(entry, Coded):
+        return entry.decode(*(read_tensor(part, index) for part in entry.parts))
     shape, start, nbytes = entry.shape, entry.start, entry.nbytes
     if index is not None:
         shape, nbytes = shape[1:], nbytes // shape[0]
@@ -208,6 +233,9 @@ def read_tensor(entry: Entry, index: int | None = None) -> Tensor:
 
 def stream_entry(entry: Entry) -> Iterator[bytes]:
     """Yield the bytes of a tensor as they stand in the file, a chunk at a time. Raises CheckpointError."""
+    if isinstance(entry, Coded):
+        yield bytes(bytes_of(read_tensor(entry)))
+        return
     if entry.nbytes == 0:
         return
     try:

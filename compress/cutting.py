@@ -29,7 +29,7 @@ from compress.calibration.statistics import Hessian
 from compress.checkpoint import Source
 from compress.container import Entry, bytes_of, read_header, read_tensor, save
 from compress.errors import RecipeError, VerificationError
-from compress.evaluate import reload, verify
+from compress.evaluate import recorded, reload, verify
 from compress.evaluate.streamed import last_hidden, token_losses
 from compress.files import write_json, write_text
 from compress.job import Job, differ, flatten, remove_leftover
@@ -330,7 +330,7 @@ def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: f
         "influences": influences,
         "weights": source.numel,
         "weights_after": sum(entry.numel for entry in entries),
-        "bytes_before": source.nbytes,
+        "bytes_before": source.stored_nbytes,
         "bytes_after": size,
         "seconds": time.time() - started,
         "peak_memory": memory.peak(),
@@ -338,7 +338,7 @@ def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: f
         "reload": loaded,
     }
     write_text(folder / "README.md", card(values, source))
-    values["files"] = verify.checksums(folder)
+    values["files"] = recorded.checksums(folder)
     write_json(folder / published.LOCAL, {"base_model": str(source.folder)})
     write_json(folder / seal.SUMMARY, values)
     seal.publish(folder, out)

@@ -109,7 +109,7 @@ def estimate(plan: Plan, samples: int, length: int, room: int, offload: bool) ->
     columns = max((a.site.shape[1] for a in plan.assignments if a.site.block is not None), default=width)
     logits = min(_CHECKED, length) * vocabulary(source) * 4 * 3
     return Estimate(
-        source.nbytes,
+        source.stored_nbytes,
         after.tensors,
         after.exact,
         max(blocks.values(), default=0),

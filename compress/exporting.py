@@ -25,6 +25,7 @@ from compress.files import fsync_folder, sha256, write_json, write_text, writing
 from compress.foreign import open_any
 from compress.packed import PackedSource
 from compress.parts.table import Table
+from compress.published import base_model
 
 RECORD = "export.json"
 SHARD = 5 * 10**9  # bytes of a file
@@ -235,7 +236,7 @@ def export(work: Exporting, out: Path, listen: Listen, limit: int = SHARD) -> di
     identity = {"format": work.form.name, "source": work.source.fingerprint()}
     if (before := finished(out)) is not None:
         if before.get("identity") == identity:
-            return before | {"resumed": True}
+            return _shown(before) | {"resumed": True}
         raise OutputError(f"{out}: is another export; choose another place, or remove it")
     with _building(out) as folder:
         blocks = 1 + max(_block(site) for site in work.schemes)
@@ -249,7 +250,12 @@ def export(work: Exporting, out: Path, listen: Listen, limit: int = SHARD) -> di
         write_text(folder / "README.md", export_card.text(work.source, summary, out.name))
         write_json(folder / RECORD, summary)
         publish(folder, out)
-    return summary
+    return _shown(summary)
+
+
+def _shown(summary: dict[str, Any]) -> dict[str, Any]:
+    """The record of an export without the digests of all weights."""
+    return {key: value for key, value in summary.items() if key != "values"}
 
 
 def _block(site: str) -> int:
@@ -273,8 +279,9 @@ def _write_folder(work: Exporting, folder: Path, limit: int, step: Callable[[str
     for name, value in work.form.files(work.config["quantization_config"]).items():
         write_json(folder / name, value)
     write_json(folder / "config.json", work.config)
-    check(work.source, folder, lambda site: step(site, "reading back"))
-    return {"bytes": size, "files": {name: sha256(folder / name) for name in names}}
+    values = check(work.source, folder, lambda site: step(site, "reading back"))
+    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != _MARKER)
+    return {"bytes": size, "files": {name: sha256(folder / name) for name in there}, "values": values}
 
 
 def _write_gguf(work: Exporting, folder: Path, step: Callable[[str, str], None]) -> dict[str, Any]:
@@ -284,22 +291,29 @@ def _write_gguf(work: Exporting, folder: Path, step: Callable[[str, str], None])
     with writing(path):
         gguf_file.write(work.source, work.schemes, members, path, lambda site: step(site, "exporting"))
     gguf_file.check(work.source, work.schemes, members, path, lambda site: step(site, "reading back"))
+    values = dict(gguf_file.digests(path))
     kinds: dict[str, int] = {}
     for member in members:
         kinds[member.kind] = kinds.get(member.kind, 0) + 1
     size = sum(member.nbytes for member in members)
-    return {"bytes": size, "files": {path.name: sha256(path)}, "types": kinds, "left_out": left, "notes": notes}
+    files = {path.name: sha256(path)}
+    return {"bytes": size, "files": files, "types": kinds, "left_out": left, "notes": notes, "values": values}
 
 
-def check(source: PackedSource, folder: Path, step: Callable[[str], None]) -> None:
-    """Read every site back with the reader of its layout and compare, value for value. Raises VerificationError."""
-    written = open_packed(str(folder))
+def check(source: PackedSource, folder: Path, step: Callable[[str], None]) -> dict[str, str]:
+    """Read every site back with the reader of its layout and compare, value for value. Return the digests of the values, which
+    `compress verify` compares. Raises VerificationError.
+    """
+    written, values = open_packed(str(folder)), {}
     for site in source.table:
         step(site)
-        if not torch.equal(written.compressed(site).dequantize(), source.compressed(site).dequantize()):
+        weight = written.compressed(site)
+        values[site] = packed.digest(weight)
+        if not torch.equal(weight.dequantize(), source.compressed(site).dequantize()):
             raise VerificationError(
                 f"{site}: reads back with other values than it was written from; the result is not published, please report this"
             )
+    return values
 
 
 def _summary(work: Exporting, identity: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -309,7 +323,7 @@ def _summary(work: Exporting, identity: dict[str, Any], more: dict[str, Any]) ->
         "version": __version__,
         "identity": identity,
         "format": work.form.name,
-        "source": source.name,
+        "source": base_model(source.name, source.revision)[0],
         "sites": len(work.schemes),
         "stored": stored(source),
         "scale_dtypes": sorted({getattr(s, "scale", None) or s["base"].get("scale", "BF16") for s in work.schemes.values()}),

@@ -280,6 +280,8 @@ def notices(c: Checkpoint) -> list[Notice]:
         found.append(Notice("Quality was not measured. Measure it with compress eval before you rely on this checkpoint."))
     elif c.calibration is not None and c.evaluation["ids_sha256"] == c.calibration.sha256:
         found.append(Notice("Quality was measured on the calibration data itself, so it looks better than it is on other text."))
+    if kind := c.summary.get("decoded_from"):
+        found.append(Notice(f"The original is stored in {kind}; it was decoded to bfloat16 before it was compressed.", False))
     found += _tokens_notices(c) + _size_notices(c)
     if c.rows:
         errors = [charts.ordered(row.error) for row in c.rows]

@@ -54,7 +54,8 @@ class ForeignSource(PackedSource):
                     f"{plain.folder}: {name} is left over, as {site} is not whole; the checkpoint is incomplete, fetch it again"
                 )
         dense = {key: value for key, value in plain.config.items() if key != "quantization_config"}
-        return cls(plain.folder, plain.name, dense, entries, plain.revision, False, table, packed, form, quantization, schemes)
+        more: dict[str, Any] = {"form": form, "quantization": quantization, "schemes": schemes}
+        return cls(plain.folder, plain.name, dense, entries, plain.revision, table=table, packed=packed, **more)
 
     def compressed(self, site: str) -> CompressedWeight:
         """Read one site. Raises CheckpointError."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.charts import Label, compact
+from compress.charts import Label
 from compress.errors import CheckpointError
 from compress.files import human_bytes
 
 WIDTH, HEIGHT = 960.0, 420.0
-_MARGIN = (70.0, 24.0, 30.0, 46.0)  # left, top, right, bottom
+_MARGIN = (70.0, 24.0, 30.0, 40.0)  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,9 @@ def chart(found: list[Entry]) -> Chart | None:
     line = "M" + "L".join(f"{point.x:.1f} {point.y:.1f}" for point in best) if len(best) > 1 else ""
     steps = [s * 10.0**p for p in range(math.floor(low_y), math.ceil(high_y) + 1) for s in (1, 2, 5)]
     rows = [Label(left - 8, y(value), f"{value:g}") for value in steps if low_y <= math.log10(value) <= high_y]
-    sizes = [low_x + (high_x - low_x) * n / 5 for n in range(6)]
-    columns = [Label(x(size), HEIGHT - bottom + 18, compact(size) + "B") for size in sizes]
+    apart = next(s * 10.0**p for p in range(15) for s in (1, 2, 5) if (high_x - low_x) / (s * 10.0**p) <= 6)
+    sizes = [apart * n for n in range(math.ceil(low_x / apart), math.floor(high_x / apart) + 1)]
+    unit, name = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")) if high_x >= pair[0] or pair[0] == 1)
+    digits = max(0, math.ceil(math.log10(unit / apart) - 1e-9))
+    columns = [Label(x(size), HEIGHT - bottom + 28, f"{size / unit:.{digits}f} {name}") for size in sizes]
     return Chart(points, line, columns, rows)

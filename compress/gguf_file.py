@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,16 @@ def check(
                 raise VerificationError(
                     f"{member.name}: reads back with other values than {name}; the result is not published, please report this"
                 )
+
+
+def digests(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name of every tensor of a GGUF file and the SHA-256 of its values as llama.cpp's own reader decodes them."""
+    gguf = library()
+    try:
+        for tensor in gguf.GGUFReader(str(path)).tensors:
+            yield tensor.name, hashlib.sha256(gguf.dequantize(tensor.data, tensor.tensor_type).tobytes()).hexdigest()
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise FormatError(f"{path}: cannot be read ({error}); expected a GGUF file. Fetch it again") from error
 
 
 def examine(path: Path) -> list[str]:

@@ -9,6 +9,7 @@ filling the model with random weights.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from compress import registry
 from compress.checkpoint import Source, check_finite
-from compress.container import DTYPE_NAMES, MAX_NAME, Entry, read_header, read_tensor, save
+from compress.container import DTYPE_NAMES, MAX_NAME, Entry, bytes_of, read_header, read_tensor, save
 from compress.errors import FormatError, RecipeError
 from compress.weight import CompressedWeight
 
@@ -62,6 +63,14 @@ def pack(weight: CompressedWeight) -> tuple[dict[str, Tensor], Spec]:
         spec[role] = form.describe(part, *under)
         tensors |= {_prefix(role) + name: tensor for name, tensor in form.pack(part, *under).items()}
     return tensors, spec
+
+
+def digest(weight: CompressedWeight) -> str:
+    """SHA-256 of a weight's values before they are packed, which whoever decodes the file can compare: float32, row by row."""
+    result = hashlib.sha256(bytes_of(weight.exact().cpu()))
+    for factor in weight.low_rank.factors() if weight.low_rank is not None else ():
+        result.update(bytes_of(factor.cpu().contiguous()))
+    return result.hexdigest()
 
 
 def _whole(value: Any, low: int, high: int) -> bool:
@@ -365,6 +374,10 @@ class PackedSource(Source):
             if tensor.is_floating_point():
                 check_finite(tensor, f"{self.packed[f'{site}.{leaf}'].file}: {site}.{leaf}")
         return unpack(spec, tensors)
+
+    def placed(self) -> Iterable[Entry]:
+        """The tensors as they lie in files."""
+        return [*(e for n, e in self.entries.items() if n.removesuffix(".weight") not in self.table), *self.packed.values()]
 
     def entries_of(self, site: str) -> list[Entry]:
         """The packed tensors of a site."""

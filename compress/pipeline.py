@@ -26,9 +26,9 @@ from compress.container import read_tensor
 from compress.errors import CalibrationError
 from compress.files import sha256
 from compress.job import Job, Record
+from compress.packed import digest
 from compress.recipe import Assignment, StageAssignment, within
 from compress.report import SiteRow
-from compress.students import digest
 from compress.weight import CompressedWeight
 
 SNAPSHOT_SECONDS = 120.0  # hidden states in memory are stored this often; blocks since then are replayed after a crash

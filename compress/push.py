@@ -53,7 +53,8 @@ def _files(folder: Path) -> dict[str, int]:
 def _check(folder: Path, files: dict[str, int]) -> None:
     """Raise where a file is not what was written, or tells paths of this machine."""
     try:
-        recorded = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["files"]
+        record = folder / "summary.json" if (folder / "summary.json").is_file() else folder / "export.json"
+        recorded = json.loads(record.read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{folder}: not a checkpoint that compress wrote ({error}); push knows no other") from error
     for name, digest in recorded.items():

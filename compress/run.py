@@ -21,7 +21,7 @@ from compress._version import __version__
 from compress.calibration.skeleton import Skeleton
 from compress.errors import CalibrationError, CheckpointError, RecipeError, VerificationError
 from compress.estimate import Estimate, check_disk, predictions
-from compress.evaluate import reload, verify
+from compress.evaluate import recorded, reload, verify
 from compress.evaluate.streamed import last_hidden, token_losses
 from compress.files import write_json, write_text
 from compress.job import Job, differ, flatten, remove_leftover
@@ -238,7 +238,8 @@ def finish(
         "card": published.card_of(plan.source.folder),
         "identity": _shown(mine),
         "weights": plan.source.numel,
-        "bytes_before": plan.source.nbytes,
+        "bytes_before": plan.source.stored_nbytes,
+        "decoded_from": plan.source.coded,
         "bytes_after": after,
         "bits_per_weight": after * 8 / plan.source.numel,
         "bits_per_compressed_weight": report.bits_per_weight(rows),
@@ -255,7 +256,7 @@ def finish(
         "check": check,
         "read_back": second,
         "reload": loaded,
-        "files": verify.checksums(folder),
+        "files": recorded.checksums(folder),
     }
     write_json(folder / seal.SUMMARY, values)
     if plan.source.revision is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,14 +57,6 @@ class Student:
         return cls({name: source.compressed(name) for name in source.table}, others)
 
 
-def digest(weight: CompressedWeight) -> str:
-    """SHA-256 of a weight's values before they are packed, which whoever decodes the file can compare."""
-    result = hashlib.sha256(bytes_of(weight.exact().cpu()))
-    for factor in weight.low_rank.factors() if weight.low_rank is not None else ():
-        result.update(bytes_of(factor.cpu().contiguous()))
-    return result.hexdigest()
-
-
 def records(student: Student, rows: Iterable[SiteRow], path: str, notes: Mapping[str, Any], job: Job) -> list[Record]:
     """Write a student into parts, a file for each block, and return what stands for the job's own records of blocks."""
     by_block: dict[int | None, list[SiteRow]] = {}
@@ -82,7 +73,9 @@ def records(student: Student, rows: Iterable[SiteRow], path: str, notes: Mapping
             weight = student.weights[row.site]
             leaves, specs[row.site] = packed.pack(weight)
             tensors |= {f"{row.site}.{leaf}": tensor for leaf, tensor in leaves.items()}
-            sizes = replace(row, bits_per_weight=weight.bits_per_weight, stored_bits=weight.stored_bits, sha256=digest(weight))
+            sizes = replace(
+                row, bits_per_weight=weight.bits_per_weight, stored_bits=weight.stored_bits, sha256=packed.digest(weight)
+            )
             now.append(replace(sizes, notes=row.notes | {path: dict(notes)}).plain())
         number = last + 1 if block is None else block
         name = f"retrained-{number:05d}.safetensors"

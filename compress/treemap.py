@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from compress.files import human_bytes
 
 WIDTH, HEIGHT = 960.0, 300.0
-_CHARACTER = 6.2  # width of a character of a label
 
 
 @dataclass(frozen=True)
@@ -23,17 +22,29 @@ class Box:
     width: float
     height: float
     label: str
+    size: str
     hover: str
     level: int  # shade
 
     @property
-    def lines(self) -> list[str]:
-        """What is written inside, as far as there is room."""
-        size = self.hover.rpartition(": ")[2]
-        fits = len(self.label) * _CHARACTER + 12 < self.width and self.height > 20
-        if not fits:
-            return []
-        return [self.label, size] if self.height > 38 else [self.label]
+    def left(self) -> float:
+        """Where it begins, in percent of the width."""
+        return 100 * self.x / WIDTH
+
+    @property
+    def top(self) -> float:
+        """Where it begins, in percent of the height."""
+        return 100 * self.y / HEIGHT
+
+    @property
+    def across(self) -> float:
+        """How wide it is, in percent."""
+        return 100 * self.width / WIDTH
+
+    @property
+    def down(self) -> float:
+        """How high it is, in percent."""
+        return 100 * self.height / HEIGHT
 
 
 def _worst(row: Sequence[float], side: float) -> float:
@@ -76,6 +87,12 @@ def treemap(sizes: Sequence[tuple[str, int, bool, str]]) -> list[Box]:
         return []
     areas = [item[1] / total * WIDTH * HEIGHT for item in ordered]
     return [
-        Box(*place, label, f"{label}{note}, {size / total:.1%}: {human_bytes(size)}", 6 if compressed else 3)
+        Box(
+            *place,
+            label,
+            human_bytes(size),
+            f"{label}{note}, {size / total:.1%}: {human_bytes(size)}",
+            6 if compressed else 3,
+        )
         for place, (label, size, compressed, note) in zip(layout(areas, 0.0, 0.0, WIDTH, HEIGHT), ordered, strict=True)
     ]

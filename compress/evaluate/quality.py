@@ -28,7 +28,6 @@ from compress.evaluate.speed import tokens_per_second
 from compress.evaluate.streamed import open_skeleton
 from compress.files import write_json
 from compress.foreign import open_any
-from compress.packed import PackedSource
 from compress.prepare import DTYPES, pick_device
 from compress.published import LOCAL, cleaned, data_name
 from compress.recipe_data import Data
@@ -75,7 +74,7 @@ class Quality:
 
 def stored_bytes(source: Source) -> int:
     """Bytes of all tensors as they are on disk."""
-    return source.stored_nbytes if isinstance(source, PackedSource) else source.nbytes
+    return source.stored_nbytes
 
 
 def base_of(model: str) -> str | None:

@@ -14,27 +14,16 @@ from compress.calibration.claims import vocabulary
 from compress.checkpoint import Source
 from compress.container import Entry, stream_entry
 from compress.errors import CheckpointError, VerificationError
-from compress.evaluate import independent
+from compress.evaluate import exported, independent
+from compress.evaluate.recorded import SHOWN, SUMMARY, changed, refuse
 from compress.evaluate.stored import Place, chunks, open_stored
 from compress.evaluate.streamed import last_hidden, token_losses
-from compress.files import sha256
 from compress.packed import PackedSource
 from compress.prepare import DTYPES, pick_device
-from compress.published import LOCAL
 
 # The recorded losses (nats) come from the same arithmetic; another CPU or a GPU adds up in another order.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
-# Written after the checksums, or anew by an evaluation, or only for this machine.
-_UNCHECKED = ("summary.json", "evaluation.json", "README.md", "report.html", LOCAL)
-_SHOWN = 8  # problems in a message
 Listen = Callable[[int, int, str, float], None]
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of a checkpoint that a run writes once and for all, by its path within the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    return {name: sha256(folder / name) for name in names if name not in _UNCHECKED}
 
 
 def read_back(folder: Path, digests: Mapping[str, str | None], copied: Iterable[Entry], listen: Listen) -> dict[str, Any]:
@@ -62,7 +51,7 @@ def read_back(folder: Path, digests: Mapping[str, str | None], copied: Iterable[
                 f"{folder}: {entry.name} is not what {entry.file} has. The result is not published; please report this"
             )
         count += 1
-    return {"decoded": len(digests) - len(unknown), "copied": count, "unknown_formats": sorted(set(unknown.values()))[:_SHOWN]}
+    return {"decoded": len(digests) - len(unknown), "copied": count, "unknown_formats": sorted(set(unknown.values()))[:SHOWN]}
 
 
 def _equal(entry: Entry, place: Place) -> bool:
@@ -82,7 +71,7 @@ def _recorded(folder: Path) -> tuple[dict[str, str], Tensor, Tensor, str, bool]:
     whether it is a plain one, as `compress cut` writes.
     """
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         files, check = summary["files"], summary["check"]
         ids, losses, dtype = torch.tensor([check["ids"]]), torch.tensor(check["losses"]), check["dtype"]
         if (
@@ -97,35 +86,6 @@ def _recorded(folder: Path) -> tuple[dict[str, str], Tensor, Tensor, str, bool]:
             f"{folder}/summary.json: cannot be read ({error}); expected a checkpoint that compress wrote"
         ) from error
     return files, ids, losses, dtype, "cut" in summary.get("identity", {})
-
-
-def _changed(folder: Path, files: Mapping[str, str], listen: Listen) -> list[str]:
-    """Say which files are not what was recorded, and where one is that has another's content."""
-    found: dict[str, str | None] = {}
-    for number, name in enumerate(files):
-        listen(1, 1, "checksums", number / len(files))
-        path = folder / name
-        found[name] = sha256(path) if path.is_file() else None
-    # What weights are read from must be recorded; a file of another kind that somebody laid beside them is no harm.
-    weights = [path.name for path in sorted(folder.glob("*.safetensors*")) if path.name not in files]
-    strange = {name: sha256(folder / name) for name in weights}
-    where = {digest: name for name, digest in ({n: d for n, d in found.items() if d is not None} | strange).items()}
-    problems = []
-    for name, digest in files.items():
-        got = found[name]
-        if got == digest:
-            continue
-        other = where.get(digest)
-        if got is None:
-            what = f"is missing, and {other} has its content: it was renamed" if other else "is missing"
-        elif other is not None:
-            what = f"has not its own content; {other} has it: files were swapped"
-        else:
-            size = (folder / name).stat().st_size
-            what = f"was changed since it was written (SHA-256 of its {size} bytes is {got}; recorded is {digest})"
-        problems.append(f"{name} {what}")
-    problems += [f"{name} is a file of weights that was not recorded" for name in strange if strange[name] not in files.values()]
-    return problems
 
 
 def _decoded(folder: Path, listen: Listen) -> tuple[int, list[str]]:
@@ -167,15 +127,14 @@ def recorded_ids(folder: Path) -> Tensor:
 
 def verify(folder: Path, device: str, listen: Listen) -> dict[str, Any]:
     """Check a checkpoint, without its source, and return what was compared. Raises CheckpointError, VerificationError."""
+    if not (folder / SUMMARY).is_file():
+        return exported.verify(folder, listen)
     files, ids, recorded, dtype, plain = _recorded(folder)
     where = pick_device(device)
-    problems = _changed(folder, files, listen)
+    problems = changed(folder, files, listen)
     decoded, wrong = (0, []) if plain else _decoded(folder, listen)
     problems += wrong
-    if problems:
-        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
-        raise VerificationError(f"{folder}: not what was written; fetch these files again:{listed}{more}")
+    refuse(folder, problems)
     source = Source.open(folder) if plain else PackedSource.open_packed(folder)
     listen(1, 1, "one batch", 0.0)
     if not bool(((ids >= 0) & (ids < vocabulary(source))).all()):

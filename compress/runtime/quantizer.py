@@ -1,4 +1,4 @@
-"""Loading with transformers: `AutoModelForCausalLM.from_pretrained` of a compressed checkpoint, after `import compress`.
+"""Loading with transformers, by `from_pretrained` of `AutoModelForCausalLM` and its like, after `import compress`.
 
 Modules are built on meta with packed buffers of the right shapes, and transformers fills them: no dense copy of the model.
 """
@@ -53,6 +53,18 @@ def _within(family: Family, site: str) -> tuple[str, tuple[str, int, str] | None
     return parameter_name(family, site), None
 
 
+def _in_this(model: nn.Module, path: str) -> str:
+    """Return the path of a module in a model that may be without its head: `AutoModel` begins where `model.` would lead."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    return path.removeprefix(f"{prefix}.") if prefix and not hasattr(model, prefix) else path
+
+
+def without_absent_head(model: nn.Module, table: Mapping[str, packed.Spec]) -> dict[str, packed.Spec]:
+    """Return a table without the head's entry where a model has none, as those of `AutoModel` and of classifiers."""
+    head = FAMILIES.get(getattr(model.config, "model_type", ""), INFERRED).head
+    return {site: spec for site, spec in table.items() if site != head or hasattr(model, head)}
+
+
 def _module_at(model: nn.Module, path: str, site: str) -> Any:
     try:
         return model.get_submodule(path)
@@ -76,8 +88,9 @@ def check_files(family: Family, table: Mapping[str, packed.Spec], files: Iterabl
     """Raise FormatError where the files lack a packed tensor: transformers would warn, and leave memory as it found it."""
     names = {name for file in files for name in read_header(Path(file))[0]}
     for site, spec in table.items():
+        spelled = {site, family.prefix + site, site.removeprefix(family.prefix)}  # the last as `AutoModel` saves them
         for leaf in packed.layout(spec):
-            if names and not {f"{site}.{leaf}", f"{family.prefix}{site}.{leaf}"} & names:
+            if names and not {f"{name}.{leaf}" for name in spelled} & names:
                 raise FormatError(f"{site}.{leaf}: named in quantization_config, but no file has it; fetch the checkpoint again")
 
 
@@ -90,9 +103,10 @@ def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | N
     experts: dict[str, dict[tuple[int, str], packed.Spec]] = {}
     for site, spec in table.items():
         path, expert = _within(family, site)
+        path = _in_this(model, path)
         if expert is not None:
             module, number, name = expert
-            experts.setdefault(module, {})[number, name] = spec
+            experts.setdefault(_in_this(model, module), {})[number, name] = spec
             continue
         dense, shape = _linear_at(model, path, site)
         if shape != spec["shape"]:
@@ -136,7 +150,7 @@ def _make(specs: Mapping[tuple[int, str], packed.Spec], dtype: torch.dtype, fuse
 def _stand_in(model: nn.Module, family: Family, guard: str) -> None:
     """Make a place for the guard, so that it is loaded and saved again."""
     name, _, leaf = guard.rpartition(".")
-    owner = _module_at(model, _within(family, name)[0], guard)
+    owner = _module_at(model, _in_this(model, _within(family, name)[0]), guard)
     if not isinstance(owner, CompressedLinear | ExpertLoop):
         raise FormatError(f"{guard}: guard of quantization_config, but that is not compressed; check config.json")
     owner.register_buffer(leaf, torch.empty(0, device="meta"))
@@ -156,8 +170,11 @@ class CompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
-        table = packed.read_table(config)
-        self._single_experts = replace_modules(model, table, config.get("guard"))
+        table = without_absent_head(model, packed.read_table(config))
+        guard = config.get("guard")
+        if guard is not None and not without_absent_head(model, {guard.removesuffix(".weight"): {}}):
+            guard = None
+        self._single_experts = replace_modules(model, table, guard)
         check_files(FAMILIES.get(model.config.model_type, INFERRED), table, kwargs.get("checkpoint_files") or ())
 
     def update_weight_conversions(self, weight_conversions: list[Any], *rest: Any) -> Any:

@@ -42,6 +42,8 @@ def show_verified(found: dict[str, Any]) -> None:
         "are what was compressed,",
         soft_wrap=True,
     )
+    if "tokens" not in found:
+        return  # an export has no batch
     difference = f"{found['mean_difference_nats']:.2g} nats (limit {found['limit_nats']})"
     out.print(f"{found['tokens']} tokens give the recorded losses to within {difference}")
 

@@ -23,9 +23,9 @@ from compress.errors import CheckpointError
 from compress.evaluate import independent
 from compress.evaluate import stored as stored_module
 from compress.evaluate.stored import Stored, header, open_stored
+from compress.packed import digest as _digest
 from compress.parts.low_rank import LowRank
 from compress.parts.sparse import Sparse
-from compress.students import digest as _digest
 from compress.weight import CompressedWeight
 from examples import low_rank
 
