@@ -4,10 +4,10 @@
         [--retrain perp|ast|bqpo] [--option rate=1e-3 ...] [--samples 128] [--windows 64] [--out results.json]
 
 A seed draws the calibration windows; figures are means over seeds, with the standard deviation between them. `--list` prints the
-cases: pruning alone at 60 % and 2:4, and at equal size pruning with quantization beside quantization alone. `--retrain` trains every
-block afterwards by a method of `compress/retrain`, on the windows that it was pruned with. KL divergence is
-measured in float32 over all positions but the first of each window, natural logarithm; bits per weight count all stored bits of
-the compressed weights. Runs are made one after another in one process, whole: calibrated, written, read back.
+cases: pruning alone at 60 % and 2:4, and at equal size pruning with quantization beside quantization alone. `--retrain` trains
+every block afterwards by a method of `compress/retrain`, on the windows that it was pruned with. KL divergence is measured in
+float32 over all positions but the first of each window, natural logarithm; bits per weight count all stored bits of the
+compressed weights. Runs are made one after another in one process, whole: calibrated, written, read back.
 """
 
 from __future__ import annotations
@@ -69,7 +69,11 @@ CASES |= {
 def recipe_of(case: str, data: Options, training: Options | None) -> Options:
     """Return the values of a recipe for a case, with a stage of training if one is given."""
     method, options = CASES[case]
-    values: Options = {"data": data, "batch_tokens": BATCH_TOKENS, "steps": [{"match": "*.*", "method": method, "options": options}]}
+    values: Options = {
+        "data": data,
+        "batch_tokens": BATCH_TOKENS,
+        "steps": [{"match": "*.*", "method": method, "options": options}],
+    }
     return values if training is None else {**values, "tuning": [training]}
 
 

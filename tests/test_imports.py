@@ -76,8 +76,9 @@ TABLE: dict[str, Row] = {
     "calibration.families": Row("packed checkpoint container errors", "torch", lazy_own="calibration.inference"),
     "calibration.experts": Row("calibration.families errors", "torch"),
     "calibration.skeleton": Row(
-        "calibration.experts calibration.families checkpoint memory errors", "torch", lazy_third="transformers"
+        "calibration.experts calibration.families calibration.uneven checkpoint memory errors", "torch", lazy_third="transformers"
     ),
+    "calibration.uneven": Row("packed checkpoint errors", "torch"),
     "calibration.inference": Row(
         "calibration.experts calibration.families calibration.skeleton checkpoint errors", "torch", lazy_third="transformers"
     ),
@@ -85,7 +86,8 @@ TABLE: dict[str, Row] = {
     "runtime.linear": Row("kernels.* packed parts.mixed weight errors", "torch"),
     "runtime.experts": Row("calibration.experts runtime.linear kernels.* errors", "torch"),
     "runtime.*": Row(
-        "runtime.* calibration.experts calibration.families kernels.* packed container weight errors", "torch transformers"
+        "runtime.* calibration.experts calibration.families calibration.uneven kernels.* packed container weight errors",
+        "torch transformers",
     ),
     # What a run leaves for people.
     "report": Row("files errors"),
@@ -191,8 +193,9 @@ TABLE: dict[str, Row] = {
     # Whole heads, channels and blocks: a plain checkpoint comes out.
     "importance": Row("", "torch"),
     "smaller": Row("importance calibration.families checkpoint errors"),
+    "cutter": Row("importance smaller calibration.* checkpoint errors", "torch"),
     "cutting": Row(
-        "importance smaller published seal job prepare recipe_data calibration.* checkpoint container evaluate.* memory files "
+        "cutter smaller published seal job prepare recipe_data calibration.* checkpoint container evaluate.* memory files "
         "_version errors",
         "torch",
         lazy_third="transformers",

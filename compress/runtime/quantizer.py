@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress import packed
+from compress.calibration import uneven
 from compress.calibration.experts import ExpertLoop, MakeLinear
 from compress.calibration.families import FAMILIES, INFERRED, Family, parameter_name
 from compress.container import read_header
@@ -156,8 +157,10 @@ class CompressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
         table = packed.read_table(config)
+        family = FAMILIES.get(model.config.model_type, INFERRED)
+        uneven.resize(model, uneven.sizes_of(model.config.to_dict()), lambda name: _within(family, name)[0])
         self._single_experts = replace_modules(model, table, config.get("guard"))
-        check_files(FAMILIES.get(model.config.model_type, INFERRED), table, kwargs.get("checkpoint_files") or ())
+        check_files(family, table, kwargs.get("checkpoint_files") or ())
 
     def update_weight_conversions(self, weight_conversions: list[Any], *rest: Any) -> Any:
         """Take out what would join the tensors of single experts: there is no fused parameter to join them into."""
