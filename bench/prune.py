@@ -1,12 +1,13 @@
 """The table of pruning: methods against sparsities and seeds, with size, KL divergence and perplexity on held-out text.
 
     python bench/prune.py --model MODEL --calibration IDS.npy --heldout IDS.npy [--case NAME ...] [--seeds 0 1 2]
-        [--samples 128] [--windows 64] [--out results.json]
+        [--retrain perp|ast|bqpo] [--option rate=1e-3 ...] [--samples 128] [--windows 64] [--out results.json]
 
 A seed draws the calibration windows; figures are means over seeds, with the standard deviation between them. `--list` prints the
-cases: pruning alone at 60 % and 2:4, and at equal size pruning with quantization beside quantization alone. KL divergence is
-measured in float32 over all positions but the first of each window, natural logarithm; bits per weight count all stored bits of
-the compressed weights. Runs are made one after another in one process, whole: calibrated, written, read back.
+cases: pruning alone at 60 % and 2:4, and at equal size pruning with quantization beside quantization alone. `--retrain` trains
+every block afterwards by a method of `compress/retrain`, on the windows that it was pruned with. KL divergence is measured in
+float32 over all positions but the first of each window, natural logarithm; bits per weight count all stored bits of the
+compressed weights. Runs are made one after another in one process, whole: calibrated, written, read back.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from compress import estimate, prepare, run
+from compress import estimate, prepare, registry, run
 from compress import recipe as recipes
 from compress.calibration.claims import vocabulary
 from compress.calibration.data import load_ids
@@ -32,6 +33,7 @@ from compress.pipeline import Settings
 from compress.recipe_data import Data
 
 Options = dict[str, Any]
+BATCH_TOKENS = 2048  # what a step of training looks at
 _TARGETS: dict[str, Options] = {"60%": {"sparsity": 0.6}, "2:4": {"pattern": "2:4"}}
 _PRUNERS: dict[str, tuple[str, Options]] = {
     "magnitude": ("prune/magnitude", {}),
@@ -64,11 +66,20 @@ CASES |= {
 }
 
 
-def measure(model: Path, case: str, seed: int, calibration: Path, samples: int, heldout: torch.Tensor) -> dict[str, Any]:
-    """Compress and measure; return the row."""
+def recipe_of(case: str, data: Options, training: Options | None) -> Options:
+    """Return the values of a recipe for a case, with a stage of training if one is given."""
     method, options = CASES[case]
-    data = {"name": str(calibration), "samples": samples, "seed": seed}
-    values = {"data": data, "steps": [{"match": "*.*", "method": method, "options": options}]}
+    values: Options = {
+        "data": data,
+        "batch_tokens": BATCH_TOKENS,
+        "steps": [{"match": "*.*", "method": method, "options": options}],
+    }
+    return values if training is None else {**values, "tuning": [training]}
+
+
+def measure(model: Path, case: str, data: Options, training: Options | None, heldout: torch.Tensor) -> dict[str, Any]:
+    """Compress and measure; return the row."""
+    values = recipe_of(case, data, training)
     started = time.perf_counter()
     plan = prepare.prepare(str(model), recipes.parse(values))
     ids = prepare.calibration(plan)
@@ -80,7 +91,8 @@ def measure(model: Path, case: str, seed: int, calibration: Path, samples: int, 
         found = compare(open_any(str(out)), plan.source, heldout, torch.float32, plan.device, lambda *_: None)
     return {
         "case": case,
-        "seed": seed,
+        "training": training,
+        "seed": data["seed"],
         "bits_per_weight": summary.values["bits_per_compressed_weight"],
         "bytes": summary.values["bytes_after"],
         "sparsity": statistics.mean(row.notes.get("sparsity", 0.0) for row in summary.rows),
@@ -120,6 +132,8 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path)
     parser.add_argument("--case", action="append", choices=list(CASES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--retrain", choices=registry.names("retrain"))
+    parser.add_argument("--option", action="append", default=[], help="of the training, as rate=1e-3")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--out", type=Path)
@@ -133,10 +147,17 @@ def main() -> None:
     source = open_any(str(arguments.model))
     data = Data(name=str(arguments.heldout), samples=arguments.windows, seed=0)
     heldout = load_ids(data, source.folder, vocabulary(source), None)
+    training = None
+    if arguments.retrain:
+        changes = [f"options.{option}" for option in arguments.option]
+        training = recipes.change({"method": f"retrain/{arguments.retrain}"}, changes)
     print(f"{'case':>24} {'bits':>7} {'KL':>9} {'± seeds':>9} {'top-1':>7} {'perplexity':>10} {'before':>8} {'seconds':>8}")
     rows = []
     for case in arguments.case or CASES:
-        mine = [measure(arguments.model, case, s, arguments.calibration, arguments.samples, heldout) for s in arguments.seeds]
+        mine = []
+        for seed in arguments.seeds:
+            text = {"name": str(arguments.calibration), "samples": arguments.samples, "seed": seed}
+            mine.append(measure(arguments.model, case, text, training, heldout))
         show(case, mine)
         rows += mine
         if arguments.out:

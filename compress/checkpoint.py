@@ -20,6 +20,7 @@ from compress.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SIZES_KEY = "compress_sizes"  # of config.json: [out, in] of the linears that are smaller than it says elsewhere
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = (
     "*.safetensors",
@@ -177,6 +178,10 @@ def _check_config(path: Path, config: dict[str, Any], entries: dict[str, Entry])
             raise CheckpointError(
                 f"{path}: {key} is {count!r:.80}; expected a number of blocks. There are {len(entries)} tensors: fetch it again"
             )
+    if SIZES_KEY in config and (config.get("quantization_config") or {}).get("sites") == {}:
+        # Nothing is compressed: the entry is there for transformers alone, which is to ask compress for the sizes.
+        del config["quantization_config"]
+        config.pop("transformers_weights", None)
     if config.get("quantization_config") is None:
         config.pop("quantization_config", None)  # null is how some tools write that there is none
     elif not isinstance(config["quantization_config"], dict):

@@ -1,243 +1,42 @@
-"""`compress cut`: whole heads, channels and blocks are taken out, and what is left is a plain checkpoint with another config.
+"""`compress cut`: heads, channels, experts and blocks are taken out, and what is left is a plain checkpoint with another config.
 
-What is cut is the same number everywhere, so that plain transformers loads the result. Blocks go first, those of the least
-influence, one after the other; then heads and channels, block by block, each with the inputs that come out of what was cut before
-it. The linears that read what is left are repaired by least squares. A whole model is in memory where scores need gradients,
-else one block.
+What is cut is the same number everywhere, so that plain transformers loads the result; with `--uneven` blocks differ, and it
+loads after `import compress`. What was found out and every block that is done are in the job's journal, so that a run that was
+stopped goes on, to the same bytes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress import importance, memory, published, seal
+from compress import memory, published, seal
 from compress._version import __version__
-from compress.calibration.claims import Claims, claim, context_length, find, vocabulary
+from compress.calibration import uneven
+from compress.calibration.claims import claim, context_length, find, settings, vocabulary
 from compress.calibration.data import fingerprint, load_ids
-from compress.calibration.families import Family, Site
-from compress.calibration.observe import Tap, batches, observe
-from compress.calibration.skeleton import Skeleton
-from compress.calibration.statistics import Hessian
 from compress.checkpoint import Source
-from compress.container import Entry, bytes_of, read_header, read_tensor, save
+from compress.container import Entry, bytes_of, load, read_header, read_tensor, save
+from compress.cutter import Cut, Cutter, Listen
 from compress.errors import RecipeError, VerificationError
 from compress.evaluate import recorded, reload, verify
 from compress.evaluate.streamed import last_hidden, token_losses
-from compress.files import write_json, write_text
-from compress.job import Job, differ, flatten, remove_leftover
+from compress.files import sha256, write_json, write_text
+from compress.job import Job, Record, differ, flatten, remove_leftover
 from compress.prepare import pick_device
 from compress.recipe_data import Data
-from compress.smaller import Wish, after, sizes_of, smaller_config
+from compress.smaller import Wish, after, expert_sets, sizes_of, smaller_config
 
 CHECK_TOKENS = 128  # of the batch whose result is recorded
-TOKENS = 8192  # that pass through a block at a time
 SHARD = 5 * 10**9
-Listen = Callable[[int, int, str, float], None]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What stays of one block: places of heads, KV groups and channels, and the linears that were repaired, all columns."""
-
-    heads: Tensor | None
-    groups: Tensor | None
-    channels: Tensor | None
-    weights: dict[str, Tensor]  # by disk name of the site, (out, in), columns that go are 0
-
-
-class Cutter:
-    """One model on the way to a smaller one."""
-
-    def __init__(self, source: Source, claims: Claims, wish: Wish, ids: Tensor, device: torch.device, listen: Listen) -> None:
-        self.source, self.claims, self.wish, self.ids, self.listen = source, claims, wish, ids, listen
-        self.family = claims.family
-        self.before = sizes_of(source, self.family)
-        self.left = after(wish, self.family, self.before)
-        self.skeleton = Skeleton(source, claims, torch.float32, device)
-        self.cuts = list(batches(ids.shape[0], ids.shape[1], TOKENS))
-
-    def _embedded(self) -> list[Tensor]:
-        with self.skeleton.outer():
-            return [self.skeleton.embed(self.ids[cut.start : cut.stop]) for cut in self.cuts]
-
-    def kept_blocks(self) -> tuple[list[int], list[float]]:
-        """Return the blocks that stay and the influence of each block of the original; the least goes, one after the other."""
-        kept = list(range(self.before.blocks))
-        first: list[float] = []
-        while len(kept) > self.left.blocks or not first:
-            found = self._influences(kept)
-            first = first or found
-            if len(kept) > self.left.blocks:
-                kept.pop(min(range(len(kept)), key=lambda n: (found[n], n)))
-        return kept, first
-
-    def _influences(self, kept: list[int]) -> list[float]:
-        hidden, found = self._embedded(), []
-        for number, block in enumerate(kept):
-            self.listen(number, len(kept), "influence of blocks", 0.0)
-            self.skeleton.load(block)
-            outputs = [self.skeleton.forward(block, batch) for batch in hidden]
-            total = sum(float(importance.influence(a, b)) for a, b in zip(hidden, outputs, strict=True))
-            found.append(total / self.ids.numel())
-            hidden = outputs
-            self.skeleton.release(block)
-        return found
-
-    def _readers(self, block: int) -> dict[str, Site]:
-        """The linears of a block that read heads and channels, as far as these are to be cut."""
-        sites = {site.kind: site for site in self.skeleton.sites[block]}
-        found = {}
-        if self.left.heads < self.before.heads and self.family.heads is not None:
-            found["heads"] = sites[self.family.heads.output]
-        if self.left.channels < self.before.channels and self.family.channels is not None:
-            found["channels"] = sites[self.family.channels.output]
-        return found
-
-    def _unit(self, what: str) -> int:
-        """Neighbouring channels that go together."""
-        if what == "channels":
-            return 1
-        per_group = self.before.heads // self.before.kv_groups
-        return self.before.head_dim * (per_group if self.left.kv_groups < self.before.kv_groups else 1)
-
-    def scores(self, kept: list[int]) -> dict[importance.Names, Tensor]:
-        """Return scores (groups,) by block and kind, from gradients; empty where they come from weights, block by block."""
-        if self.wish.score not in importance.GRADIENTS or not self._readers(kept[0]):
-            return {}
-        sites = {(block, what): site for block in kept for what, site in self._readers(block).items()}
-        linears = {name: self.skeleton.linear(site) for name, site in sites.items()}
-        widths = {name: site.shape[1] for name, site in sites.items()}
-        with self.skeleton.whole_model(), self._only(kept):
-            windows = self._windows()
-            found = importance.gate_gradients(linears, widths, windows, self.skeleton.whole)
-            return importance.group_scores(found, {name: self._unit(name[1]) for name in sites}, self.wish.score)
-
-    def _windows(self) -> Iterator[Tensor]:
-        for number in range(self.ids.shape[0]):
-            self.listen(0, 1, "gradients", number / self.ids.shape[0])
-            yield self.ids[number : number + 1]
-
-    @contextmanager
-    def _only(self, kept: list[int]) -> Iterator[None]:
-        """Within this block of code other blocks hand on what they get."""
-        gone = [module for number, module in enumerate(self.skeleton.blocks) if number not in kept]
-        for module in gone:
-            module.forward = lambda hidden, *_, **__: hidden
-        try:
-            yield
-        finally:
-            for module in gone:
-                del module.forward
-
-    def cut_blocks(self, kept: list[int], scores: dict[importance.Names, Tensor]) -> Iterator[Cut]:
-        """Yield what stays of every kept block; the calibration runs on through what is left."""
-        hidden = self._embedded()
-        for number, block in enumerate(kept):
-            self.listen(number, len(kept), "cutting", 0.0)
-            self.skeleton.load(block)
-            cut = self._cut(block, scores, hidden)
-            sites = {site.name: site for site in self.skeleton.sites[block]}
-            for name, weight in cut.weights.items():
-                self.skeleton.put(sites[name], weight)
-            hidden = [self.skeleton.forward(block, batch) for batch in hidden]
-            self.skeleton.release(block)
-            yield cut
-
-    def _cut(self, block: int, scores: dict[importance.Names, Tensor], hidden: list[Tensor]) -> Cut:
-        readers = self._readers(block)
-        # Heads go first: what channels are repaired on is what comes out of the block without them.
-        heads = groups = channels = None
-        weights: dict[str, Tensor] = {}
-        for what, site in readers.items():
-            weight, size = self.skeleton.weight(site).float(), self._unit(what)
-            matrix = self._hessian(block, site, hidden) if self.wish.repair or self.wish.score == "wanda" else None
-            score = scores.get((block, what))
-            if score is None:
-                score = importance.weight_scores(weight, matrix if self.wish.score == "wanda" else None, size)
-            if what == "channels":
-                channels = columns = importance.kept_of(score, self.left.channels)
-            else:
-                whole = self.left.kv_groups < self.before.kv_groups
-                chosen = importance.kept_of(
-                    score, len(score) * self.left.heads // self.before.heads, 1 if whole else self.before.kv_groups
-                )
-                columns = importance.spread(chosen, size)
-                heads = importance.spread(chosen, size // self.before.head_dim)
-                groups = chosen if whole else torch.arange(self.before.kv_groups)
-            made = torch.zeros_like(weight)
-            repaired = self.wish.repair and matrix is not None
-            made[:, columns] = (
-                importance.repaired(weight, matrix, columns) if repaired and matrix is not None else weight[:, columns]
-            )
-            # As it will be stored, so that the calibration runs on with what is on disk.
-            weights[site.name] = made.to(self.source.dtype(site.tensor)).float()
-            self.skeleton.put(site, weights[site.name])
-        return Cut(heads, groups, channels, weights)
-
-    def _hessian(self, block: int, site: Site, hidden: list[Tensor]) -> Tensor:
-        def run() -> None:
-            for batch in hidden:
-                self.skeleton.forward(block, batch)
-
-        tap = Tap(site.tap, (self.skeleton.linear(site),), site.shape[1], (Hessian,))
-        statistic = observe([tap], run, self.skeleton.device)[site.tap][Hessian]
-        assert isinstance(statistic, Hessian)
-        return statistic.matrix()
-
-    def rows(self, kind: str, cut: Cut) -> Tensor | None:
-        """Return the rows of a linear of this kind that stay, None if all do."""
-        heads, channels, dim = self.family.heads, self.family.channels, self.before.head_dim
-        if heads is not None and kind == heads.queries and cut.heads is not None:
-            return importance.spread(cut.heads, dim)
-        if heads is not None and kind in heads.keys and cut.groups is not None:
-            return importance.spread(cut.groups, dim)
-        return cut.channels if channels is not None and kind in channels.inputs else None
-
-    def columns(self, kind: str, cut: Cut) -> Tensor | None:
-        """Return the columns of a linear of this kind that stay, None if all do."""
-        heads, channels = self.family.heads, self.family.channels
-        if heads is not None and kind == heads.output and cut.heads is not None:
-            return importance.spread(cut.heads, self.before.head_dim)
-        return cut.channels if channels is not None and kind == channels.output else None
-
-    def tensors(self, block: int, cut: Cut) -> dict[str, Tensor]:
-        """Return the tensors of a block that are not as they were, by disk name."""
-        found = {}
-        for site in self.skeleton.sites[block]:
-            rows, columns = self.rows(site.kind, cut), self.columns(site.kind, cut)
-            if rows is None and columns is None:
-                continue
-            dtype = self.source.dtype(site.tensor)
-            weight = cut.weights[site.name] if site.name in cut.weights else self.skeleton.weight(site)
-            if rows is not None:
-                weight = weight[rows]
-                bias = f"{site.name}.bias"
-                if bias in self.source.entries:
-                    found[bias] = self.source.tensor(bias)[rows].contiguous()
-            weight = weight if columns is None else weight[:, columns]
-            found[site.tensor] = (weight.T if site.transposed else weight).to(dtype).contiguous()
-        return found
-
-    def config(self, kept: list[int]) -> dict[str, Any]:
-        """Return config.json of what is left."""
-        return smaller_config(self.source.config, self.family, self.before, self.left, kept)
-
-
-def _renumbered(name: str, family: Family, places: dict[int, int]) -> str | None:
-    """Return the name of a tensor in the smaller model; None where its block is gone."""
-    if not name.startswith(family.blocks + "."):
-        return name
-    number, _, rest = name.removeprefix(family.blocks + ".").partition(".")
-    place = places.get(int(number))
-    return None if place is None else f"{family.blocks}.{place}.{rest}"
+SCORES = -1  # in the journal, in front of all blocks
+PLACE = "places"  # of what stays, in the file of a block
 
 
 def cut(
@@ -248,7 +47,7 @@ def cut(
     memory.return_large()
     source = Source.open(model, revision)
     claims = claim(source, find(source))
-    _check_config(source, claims.family, wish)
+    _check_config(source, wish)
     ids = load_ids(data, source.folder, vocabulary(source), context_length(source))
     mine = {
         "cut": {**wish.__dict__},
@@ -263,19 +62,25 @@ def cut(
         return {**before, "resumed": True}
     cutter = Cutter(source, claims, wish, ids, pick_device(device), listen)
     job = Job.open(folder, mine, "")
+    job.check_parts()
     with reload.fresh_process() if anew else reload.not_at_all() as ask:
         summary = _write(cutter, job, mine, out, started, ask)
     job.remove()
     return summary
 
 
-def _check_config(source: Source, family: Family, wish: Wish) -> None:
+def _check_config(source: Source, wish: Wish) -> None:
     """Raise RecipeError where transformers has no model of the sizes that are left; before any work."""
     from transformers import AutoConfig
 
+    family = find(source)
+    if uneven.sizes_of(source.config):
+        raise RecipeError(f"{source.folder}: its blocks differ in size already; cut the model that it was made from")
     before = sizes_of(source, family)
     left = after(wish, family, before)
-    values = smaller_config(source.config, family, before, left, list(range(left.blocks)))
+    if wish.experts:
+        expert_sets(settings(source), left, before)
+    values = smaller_config(source.config, family, before, before if wish.uneven else left, list(range(left.blocks)))
     try:
         AutoConfig.for_model(source.model_type, **{k: v for k, v in values.items() if k != "model_type"})
     except Exception as error:  # of code that is not ours: what it raises depends on its version
@@ -285,27 +90,90 @@ def _check_config(source: Source, family: Family, wish: Wish) -> None:
         ) from error
 
 
-def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: float, ask: reload.Ask | None) -> dict[str, Any]:
-    source, family = cutter.source, cutter.family
-    kept, influences = cutter.kept_blocks() if cutter.wish.blocks else (list(range(cutter.before.blocks)), [])
-    scores = cutter.scores(kept)
+class Found:
+    """What was found out about a whole model before anything is cut: blocks, their influences, scores and experts that stay."""
+
+    def __init__(self, cutter: Cutter, job: Job) -> None:
+        path = job.parts / "scores.safetensors"
+        record = next((r for r in job.records if r.block == SCORES), None)
+        if record is None:
+            everything = list(range(cutter.before.blocks))
+            self.kept, self.influences = cutter.kept_blocks() if cutter.wish.blocks else (everything, [])
+            self.experts = cutter.kept_experts(self.kept)
+            self.scores = cutter.scores(self.kept)
+            tensors = {f"scores.{what}.{block}": score for (block, what), score in self.scores.items()}
+            save(path, tensors | {f"experts.{block}": places for block, places in self.experts.items()})
+            row = {"kept": self.kept, "influences": self.influences}
+            job.commit(Record(SCORES, {path.name: sha256(path)}, rows=[row]))
+            return
+        self.kept, self.influences = record.rows[0]["kept"], record.rows[0]["influences"]
+        self.scores, self.experts = {}, {}
+        for name, value in load(path)[0].items():
+            kind, _, rest = name.partition(".")
+            what, _, block = rest.rpartition(".")
+            if kind == "experts":
+                self.experts[int(block)] = value
+            else:
+                self.scores[int(block), what] = value
+
+
+def _part(job: Job, block: int) -> Path:
+    return job.parts / f"block-{block:05d}.safetensors"
+
+
+def _done(cutter: Cutter, job: Job) -> dict[int, Cut]:
+    """Return what an earlier run has cut, by block."""
+    found = {}
+    for record in job.records:
+        if record.block != SCORES:
+            tensors = load(_part(job, record.block))[0]
+            places = {n.removeprefix(f"{PLACE}."): value for n, value in tensors.items() if n.startswith(f"{PLACE}.")}
+            found[record.block] = cutter.restored(record.block, places, tensors)
+    return found
+
+
+def _store(cutter: Cutter, job: Job, block: int, made: Cut) -> None:
+    """Put a block into the job: what changes of its tensors, and what stays of it."""
+    tensors: Mapping[str, Tensor | None] = cutter.tensors(block, made)
+    left = {name: value for name, value in tensors.items() if value is not None}
+    path = _part(job, block)
+    save(path, left | {f"{PLACE}.{what}": value for what, value in made.places().items()})
+    gone = [name for name, value in tensors.items() if value is None]
+    job.commit(Record(block, {path.name: sha256(path)}, rows=[{"gone": gone}]))
+
+
+def _entries(cutter: Cutter, job: Job, found: Found) -> list[Entry]:
+    """Return the tensors of the smaller model under their new names, where they are now."""
     made: dict[str, Entry] = {}
-    for block, found in zip(kept, cutter.cut_blocks(kept, scores), strict=True):
-        tensors = cutter.tensors(block, found)
-        if tensors:
-            save(job.parts / f"block-{block:05d}.safetensors", tensors)
-            made |= read_header(job.parts / f"block-{block:05d}.safetensors")[0]
-    places = {block: number for number, block in enumerate(kept)}
+    gone: set[str] = set(cutter.claims.dropped)
+    for record in job.records:
+        if record.block != SCORES:
+            made |= read_header(_part(job, record.block))[0]
+            gone |= set(record.rows[0]["gone"])
+    places = {block: number for number, block in enumerate(found.kept)}
     entries = []
-    for name in sorted(source.entries, key=seal.natural):
-        new = _renumbered(name, family, places)
-        if new is not None and name not in cutter.claims.dropped:
-            entries.append(replace(made.get(name, source.entries[name]), name=new))
+    for name in sorted(cutter.source.entries, key=seal.natural):
+        new = None if name in gone else cutter.renamed(name, places, found.experts)
+        if new is not None:
+            entries.append(replace(made.get(name, cutter.source.entries[name]), name=new))
+    return sorted(entries, key=lambda entry: seal.natural(entry.name))
+
+
+def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: float, ask: reload.Ask | None) -> dict[str, Any]:
+    source = cutter.source
+    found = Found(cutter, job)
+    kept = found.kept
+    done = _done(cutter, job)
+    for block, made in zip(kept, cutter.cut_blocks(kept, found.scores, found.experts, done), strict=True):
+        if block not in done:
+            _store(cutter, job, block, made)
+    entries = _entries(cutter, job, found)
     folder = job.checkpoint
     folder.mkdir()
     seal.write_shards(folder, entries, SHARD)
     seal.carry(source, folder)
-    write_json(folder / "config.json", cutter.config(kept))
+    sizes = cutter.sizes(kept, {entry.name: entry.shape for entry in entries}) if cutter.wish.uneven else {}
+    write_json(folder / "config.json", cutter.config(kept, sizes))
     written = Source.open(folder)
     if wrong := [e.name for e in entries if bytes_of(read_tensor(e)) != bytes_of(read_tensor(written.entries[e.name]))]:
         raise VerificationError(f"{folder}: {wrong[0]} reads back otherwise than it was written; please report this")
@@ -327,7 +195,9 @@ def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: f
         "before": cutter.before.__dict__,
         "after": cutter.left.__dict__,
         "blocks": kept,
-        "influences": influences,
+        "influences": found.influences,
+        "experts": {str(block): places.tolist() for block, places in found.experts.items()},
+        "sizes": {name: list(size) for name, size in sizes.items()},
         "weights": source.numel,
         "weights_after": sum(entry.numel for entry in entries),
         "bytes_before": source.stored_nbytes,
@@ -349,17 +219,28 @@ def card(values: dict[str, Any], source: Source) -> str:
     """Return the model card of a model that was cut."""
     name = Path(source.name).name if Path(source.name).is_dir() else source.name
     base = "" if Path(source.name).is_dir() else f"base_model: {source.name}\n"
-    rows = [f"| {key.replace('_', ' ')} | {values['before'][key]} | {values['after'][key]} |" for key in values["before"]]
+    sizes = {key: value for key, value in values["before"].items() if value}
+    rows = [f"| {key.replace('_', ' ')} | {sizes[key]} | {values['after'][key]} |" for key in sizes]
     rows.append(f"| weights | {values['weights']:,} | {values['weights_after']:,} |")
     wish = values["identity"]["cut"]
     gone = [b for b in range(values["before"]["blocks"]) if b not in values["blocks"]]
     lines = [
         f"---\n{base}library_name: transformers\npipeline_tag: text-generation\ntags: [compress, pruned]\n---",
         f"# {name}, cut",
-        "Heads, channels or blocks of the original were taken out; what is left is a plain checkpoint that transformers loads.",
+        "Heads, channels, experts or blocks of the original were taken out; what is left is "
+        + (
+            "a checkpoint whose blocks differ in size: do `import compress` before transformers loads it. The sizes are means."
+            if wish["uneven"]
+            else "a plain checkpoint that transformers loads."
+        ),
         "| | before | after |\n|---|---|---|\n" + "\n".join(rows),
         f"Scores: {wish['score']}; what reads the rest was {'fitted by least squares' if wish['repair'] else 'left alone'}.",
     ]
+    if values["experts"]:
+        lines.append(
+            "Experts that stay, by block of the original:\n\n"
+            + "\n".join(f"- {b}: {', '.join(map(str, e))}" for b, e in values["experts"].items())
+        )
     if gone:
         lines.append(f"Blocks of the original that are gone: {', '.join(map(str, gone))}.")
     lines.append(f"Made with compress {values['version']}. It has not been trained afterwards.")

@@ -9,6 +9,8 @@ Scores    taylor     mean over windows of |sum|                      first order
           lora       |sum| of the mean over windows                  what LoRAPrune (arXiv 2305.18403) estimates from factors
           wanda      sum_c |w_:c|^2 H_cc                             what the group gives to the output, no gradient
           magnitude  sum_c |w_:c|^2                                  no data
+Experts   the mean over the tokens that are routed to an expert of g |y|, what the router gives it times the norm of its output
+          (REAP, arXiv 2510.13999); an expert that no token reached has 0.
 Blocks    influence 1 - cos(h_in, h_out), mean over tokens (ShortGPT, arXiv 2403.03853).
 Repair    with K kept, V = W H_:K (H_KK + damping)^-1: the least squares on what is left, for all rows at once.
 """
@@ -96,3 +98,36 @@ def influence(before: Tensor, after: Tensor) -> Tensor:
     """Return 1 - cos of hidden states (samples, length, width) before and after a block, summed over tokens in float64."""
     cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
     return (1 - cosine).sum()
+
+
+class ExpertScore:
+    """Sums for the scores of a block's experts; `add` is told each expert's outputs as the router counts them."""
+
+    def __init__(self, experts: int) -> None:
+        self.total = torch.zeros(experts, dtype=torch.float64)
+        self.tokens = torch.zeros(experts, dtype=torch.float64)
+
+    def add(self, expert: int, outputs: Tensor) -> None:
+        """Take in outputs (tokens, width) of one expert, each times what the router gives it."""
+        self.total[expert] += outputs.float().norm(dim=1).double().sum().cpu()
+        self.tokens[expert] += outputs.shape[0]
+
+    def scores(self) -> Tensor:
+        """Return the scores (experts,)."""
+        return self.total / self.tokens.clamp_min(1)
+
+
+def units_of(scores: Mapping[int, Tensor], keep: int, step: int) -> dict[int, int]:
+    """Return how many groups of each block stay if `keep` of all blocks' groups do, those of the highest scores (groups,).
+
+    They are taken `step` at a time, of each block the best first, and of each block at least `step`.
+    """
+    found = dict.fromkeys(scores, step)
+    pieces = []
+    for block, score in scores.items():
+        best = score.sort(descending=True, stable=True).values
+        sums = best[: len(best) // step * step].view(-1, step).sum(1).tolist()
+        pieces += [(-value, block) for value in sums[1:]]
+    for _, block in sorted(pieces)[: keep // step - len(found)]:
+        found[block] += step
+    return found

@@ -9,19 +9,23 @@ from compress.calibration.claims import settings
 from compress.calibration.families import Family
 from compress.checkpoint import Source
 from compress.errors import RecipeError
-from compress.importance import Score
+from compress.importance import GRADIENTS, Score
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call it
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to go: shares of heads, KV groups and channels, and a number of blocks."""
+    """What is to go: shares of heads, KV groups, channels and experts, and a number of blocks."""
 
     heads: float = 0.0
     kv_groups: float = 0.0
     channels: float = 0.0
     blocks: int = 0
+    experts: float = 0.0
     score: Score = "fisher"
     repair: bool = True
+    uneven: bool = False  # blocks keep as much as they need of what is left of KV groups and channels in all
     multiple: int = 64  # of what is kept of channels, where the model is wide enough
 
 
@@ -34,6 +38,7 @@ class Sizes:
     head_dim: int
     channels: int
     blocks: int
+    experts: int = 0
 
 
 def sizes_of(source: Source, family: Family) -> Sizes:
@@ -43,7 +48,8 @@ def sizes_of(source: Source, family: Family) -> Sizes:
     groups = int(config.get("num_key_value_heads") or heads)
     dim = int(config.get("head_dim") or config.get("hidden_size", 0) // max(heads, 1))
     channels = int(config.get(family.channels.setting, 0)) if family.channels else 0
-    return Sizes(heads, groups, dim, channels, int(config["num_hidden_layers"]))
+    experts = next((int(config[key]) for key in EXPERT_COUNTS if key in config), 0) if family.experts else 0
+    return Sizes(heads, groups, dim, channels, int(config["num_hidden_layers"]), experts)
 
 
 def _left(name: str, share: float, count: int, step: int) -> int:
@@ -59,12 +65,16 @@ def _left(name: str, share: float, count: int, step: int) -> int:
 
 def after(wish: Wish, family: Family, before: Sizes) -> Sizes:
     """Return what is left of a model. Raises RecipeError for what it does not have or what cannot be loaded afterwards."""
-    if not any((wish.heads, wish.kv_groups, wish.channels, wish.blocks)):
-        raise RecipeError("nothing to cut; give --heads, --kv-groups, --channels or --blocks")
+    if not any((wish.heads, wish.kv_groups, wish.channels, wish.blocks, wish.experts)):
+        raise RecipeError("nothing to cut; give --heads, --kv-groups, --channels, --experts or --blocks")
     if (wish.heads or wish.kv_groups) and family.heads is None:
         raise RecipeError(f"--heads: a {family.model_type} checkpoint cannot say that it has fewer; cut --channels or --blocks")
     if wish.channels and family.channels is None:
         raise RecipeError(f"--channels: not known for {family.model_type}; cut --blocks")
+    if wish.experts and not before.experts:
+        raise RecipeError(f"--experts: {family.model_type} has none, or its config does not say how many; cut something else")
+    if wish.uneven:
+        _check_uneven(wish, before)
     if not 0 <= wish.blocks < before.blocks:
         raise RecipeError(f"--blocks {wish.blocks}: expected 1 to {before.blocks - 1} of {before.blocks}")
     if wish.heads and wish.kv_groups:
@@ -77,11 +87,48 @@ def after(wish: Wish, family: Family, before: Sizes) -> Sizes:
         if wish.kv_groups
         else _left("heads", wish.heads, before.heads, 1 if per_group == 1 else before.kv_groups)
     )
+    channels = _left("channels", wish.channels, before.channels, channel_step(wish, before))
+    groups = heads if per_group == 1 else groups
+    experts = _left("experts", wish.experts, before.experts, 1)
+    return Sizes(heads, groups, before.head_dim, channels, before.blocks - wish.blocks, experts)
+
+
+def channel_step(wish: Wish, before: Sizes) -> int:
+    """Return what the number of channels that stay is a multiple of."""
     step = wish.multiple
     while step > 1 and (step * 8 > before.channels or before.channels % step):
         step //= 2
-    channels = _left("channels", wish.channels, before.channels, step)
-    return Sizes(heads, heads if per_group == 1 else groups, before.head_dim, channels, before.blocks - wish.blocks)
+    return step
+
+
+def _check_uneven(wish: Wish, before: Sizes) -> None:
+    """Raise RecipeError for what cannot differ between blocks."""
+    if not (wish.kv_groups or wish.channels):
+        raise RecipeError("--uneven: only KV groups and channels can differ between blocks; give --kv-groups or --channels")
+    if wish.heads:
+        raise RecipeError("--uneven: not with --heads, whose number per KV group is one for all blocks; give --kv-groups instead")
+    if wish.score not in GRADIENTS:
+        raise RecipeError(
+            f"--uneven: scores of {wish.score} do not compare between blocks; use one of {', '.join(GRADIENTS)}, from gradients"
+        )
+
+
+def expert_sets(config: dict[str, Any], left: Sizes, before: Sizes) -> int:
+    """Return how many sets of neighbouring experts a router chooses among, each of which has to keep the same number.
+
+    Raises RecipeError where a token would be sent to more experts than there are.
+    """
+    sets = int(config.get("n_group") or 1)
+    most = left.experts
+    if sets > 1:
+        if left.experts % sets or before.experts % sets:
+            raise RecipeError(
+                f"--experts: {left.experts} would stay, in {sets} sets that need the same number; cut another share"
+            )
+        most = int(config.get("topk_group") or sets) * left.experts // sets
+    if (each := int(config.get("num_experts_per_tok") or config.get("moe_topk") or 1)) > most:
+        raise RecipeError(f"--experts: a token goes to {each} experts, and could choose from {most}; cut a smaller share")
+    return sets
 
 
 def smaller_config(config: dict[str, Any], family: Family, before: Sizes, left: Sizes, kept: list[int]) -> dict[str, Any]:
@@ -103,4 +150,6 @@ def smaller_config(config: dict[str, Any], family: Family, before: Sizes, left: 
         result |= {"num_attention_heads": left.heads, "num_key_value_heads": left.kv_groups, "head_dim": before.head_dim}
     if family.channels is not None and left.channels < before.channels:
         result[family.channels.setting] = left.channels
+    if left.experts < before.experts:
+        result |= {key: left.experts for key in EXPERT_COUNTS if key in config}
     return result

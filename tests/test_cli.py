@@ -518,10 +518,19 @@ def check_distribute(start: Start, tmp_path: Path) -> None:
     assert (done.code, "expected one of uniform, global, owl, measured" in done.err) == (2, True)
 
 
+def check_retrain(start: Start, tmp_path: Path) -> None:
+    _, out = start("--method", "magnitude", "--retrain", "perp")
+    assert [stage["method"] for stage in recipe_of(out)["tuning"]] == ["retrain/perp"]
+    rows = [json.loads(line) for line in (out / "report.jsonl").read_text().splitlines()]
+    assert all(row["notes"]["retrain/perp"]["loss"] < row["notes"]["retrain/perp"]["loss_before"] for row in rows)
+    done, _ = start("--retrain", "perl")
+    assert (done.code, "expected one of ast, bqpo, perp" in done.err) == (2, True)
+
+
 CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
 ALIASES = {"settings": "set", "json_": "json"}
 ONLY_QUANTIZE = ("method", "bits", "group_size", "symmetric", "recipe", "bpw", "size", "max_kl")
-ONLY_PRUNE = ("prune_method", "sparsity", "pattern", "group", "within", "prune_bits", "scope", "distribute")
+ONLY_PRUNE = ("prune_method", "sparsity", "pattern", "group", "within", "prune_bits", "scope", "distribute", "retrain")
 DELIVERY = ("format_", "target", "tensor_parallel")  # no other runtime knows masks
 PRUNE_ALIASES = {"method": "prune_method", "bits": "prune_bits", "group_size": "prune_bits", "symmetric": "prune_bits"}
 

@@ -240,7 +240,7 @@ def test_the_command(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     values = json.loads(done.output)
-    assert values["after"] == {"heads": 4, "kv_groups": 2, "head_dim": 8, "channels": 48, "blocks": 2}
+    assert values["after"] == {"heads": 4, "kv_groups": 2, "head_dim": 8, "channels": 48, "blocks": 2, "experts": 0}
     assert "| channels | 64 | 48 |" in (tmp_path / "out" / "README.md").read_text()
     again = CliRunner().invoke(app, [*command, "-q"], catch_exceptions=False)
     assert "was there already" in " ".join(again.output.split())

@@ -80,8 +80,11 @@ TABLE: dict[str, Row] = {
     ),
     "calibration.experts": Row("calibration.families errors", "torch"),
     "calibration.skeleton": Row(
-        "calibration.experts calibration.claims calibration.claims calibration.families checkpoint memory errors", "torch", lazy_third="transformers"
+        "calibration.experts calibration.claims calibration.families calibration.uneven checkpoint memory errors",
+        "torch",
+        lazy_third="transformers",
     ),
+    "calibration.uneven": Row("packed checkpoint errors", "torch"),
     "calibration.inference": Row(
         "calibration.experts calibration.families calibration.skeleton checkpoint errors", "torch", lazy_third="transformers"
     ),
@@ -89,7 +92,8 @@ TABLE: dict[str, Row] = {
     "runtime.linear": Row("kernels.* packed parts.mixed weight errors", "torch"),
     "runtime.experts": Row("calibration.experts runtime.linear kernels.* errors", "torch"),
     "runtime.*": Row(
-        "runtime.* calibration.experts calibration.claims calibration.claims calibration.families kernels.* packed container weight errors",
+        "runtime.* calibration.experts calibration.claims calibration.families calibration.uneven kernels.* packed "
+        "container weight errors",
         "torch transformers",
     ),
     # What a run leaves for people.
@@ -113,7 +117,7 @@ TABLE: dict[str, Row] = {
         "distributed errors",
         "torch",
     ),
-    "scalings": Row("calibration.claims calibration.claims calibration.families method", "torch"),
+    "scalings": Row("calibration.claims calibration.families method", "torch"),
     "block_methods": Row(
         "block scalings method calibration.claims calibration.hidden calibration.observe calibration.skeleton "
         "calibration.statistics recipe weight distributed errors",
@@ -160,7 +164,7 @@ TABLE: dict[str, Row] = {
     "sweep": Row("streams candidates prepare recipe report calibration.skeleton files errors", "torch"),
     "shares": Row("planning sensitivity candidates distribution prepare recipe errors"),
     "plots": Row("planning sweep errors", lazy_third="matplotlib"),
-    "seal": Row("packed calibration.claims calibration.claims calibration.families checkpoint container files errors"),
+    "seal": Row("packed calibration.claims calibration.families checkpoint container files errors"),
     # A second reader of the format shares nothing with what writes it.
     "evaluate.stored": Row("errors", "numpy"),
     "evaluate.independent": Row("evaluate.stored errors", "numpy"),
@@ -179,16 +183,16 @@ TABLE: dict[str, Row] = {
     "inspection": Row("evaluate.quality calibration.claims packed foreign checkpoint errors"),
     # A checkpoint that is there, in another layout.
     # What runtimes can load, from descriptions alone.
-    "targets": Row("registry export._llama_cpp packed calibration.claims calibration.claims calibration.families checkpoint errors"),
+    "targets": Row("registry export._llama_cpp packed calibration.claims calibration.families checkpoint errors"),
     "gguf_file": Row("export._* export.gguf packed seal calibration.claims _version errors", "torch", lazy_third="gguf"),
     "export_card": Row("checkpoint _version errors", "yaml"),
     "exporting": Row(
-        "export_card published gguf_file registry foreign packed parts.table seal calibration.claims "
+        "export_card published gguf_file registry foreign packed parts.table seal "
         "calibration.claims calibration.families checkpoint container files "
         "_version errors",
         "torch",
     ),
-    "difference": Row("foreign packed parts.uniform calibration.claims calibration.claims calibration.families checkpoint errors", "torch"),
+    "difference": Row("foreign packed parts.uniform calibration.claims calibration.families checkpoint errors", "torch"),
     "diagnosis": Row(
         "gguf_file foreign packed targets calibration.claims calibration.skeleton checkpoint container files errors",
         "torch",
@@ -201,9 +205,10 @@ TABLE: dict[str, Row] = {
     "push": Row("published files errors", lazy_third="huggingface_hub"),
     # Whole heads, channels and blocks: a plain checkpoint comes out.
     "importance": Row("", "torch"),
-    "smaller": Row("importance calibration.claims calibration.claims calibration.families checkpoint errors"),
+    "smaller": Row("importance calibration.claims calibration.families checkpoint errors"),
+    "cutter": Row("importance smaller calibration.* checkpoint errors", "torch"),
     "cutting": Row(
-        "importance smaller published seal job prepare recipe_data calibration.* checkpoint container evaluate.* memory files "
+        "cutter smaller published seal job prepare recipe_data calibration.* checkpoint container evaluate.* memory files "
         "_version errors",
         "torch",
         lazy_third="transformers",

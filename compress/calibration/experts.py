@@ -48,6 +48,7 @@ class ExpertLoop(nn.Module):
             delattr(experts, name)
             if name.endswith("_bias") or name in fused:  # biases stay joined, as they are on disk
                 self.register_parameter(name, parameter)
+        self.listener: Callable[[int, Tensor], None] | None = None  # told each expert's outputs (tokens, width) as they count
         self.products: Products | None = None  # set where the model runs, if anything is faster than experts in turn
         # A bound method, so that the emptied module is kept without becoming a child with state of its own.
         self.apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
@@ -92,6 +93,8 @@ class ExpertLoop(nn.Module):
                 continue
             mine = tokens[start : start + count]
             result = self._run(expert, hidden[mine]) * scales[start : start + count, None]
+            if self.listener is not None:
+                self.listener(expert, result)
             output.index_add_(0, mine, result.to(output.dtype))
             start += count
         return output

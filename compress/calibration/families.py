@@ -27,6 +27,7 @@ class Experts:
     inputs: tuple[str, ...] = ("gate_proj", "up_proj")  # read the block's tokens; their outputs are joined in this order
     output: str = "down_proj"
     fused: bool = False  # on disk one (experts, in, out) tensor {disk}.{linear} for all experts
+    routers: tuple[str, ...] = ("mlp.gate.weight",)  # tensors of a block with a row or number for each expert
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,15 @@ class Site:
 
 
 _USUAL_EXPERTS = Experts()
+_MIXTRAL_EXPERTS = Experts(
+    "block_sparse_moe.experts",
+    "mlp.experts",
+    ("w1", "w3"),
+    "w2",
+    routers=("block_sparse_moe.gate.weight",),
+)
+_DEEPSEEK_EXPERTS = Experts(routers=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"))
+_FUSED_EXPERTS = Experts(inputs=("gate_up_proj",), fused=True, routers=("mlp.router.weight", "mlp.router.bias"))
 _CUTS: Any = {"heads": Heads(), "channels": Channels()}
 FAMILIES = {
     family.model_type: family
@@ -206,7 +216,7 @@ FAMILIES = {
             "mixtral",
             taps=_ATTENTION,
             keep=(*_NORMS, "block_sparse_moe.gate.weight"),
-            experts=Experts("block_sparse_moe.experts", "mlp.experts", ("w1", "w3"), "w2"),
+            experts=_MIXTRAL_EXPERTS,
             scalings=(
                 *_ATTENTION_SCALINGS,
                 Scaling(
@@ -276,7 +286,7 @@ FAMILIES = {
                 "mlp.gate.weight",
                 "mlp.gate.e_score_correction_bias",
             ),
-            experts=_USUAL_EXPERTS,
+            experts=_DEEPSEEK_EXPERTS,
             scalings=(
                 Scaling("input_layernorm", ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")),
                 Scaling("self_attn.q_a_layernorm", ("self_attn.q_b_proj",)),
@@ -295,7 +305,7 @@ FAMILIES = {
             "gpt_oss",
             taps=_ATTENTION,
             keep=(*_NORMS, "self_attn.*.bias", "self_attn.sinks", "mlp.router.*", "mlp.experts.*_bias"),
-            experts=Experts(inputs=("gate_up_proj",), fused=True),
+            experts=_FUSED_EXPERTS,
             scalings=(  # none from gate_up_proj to down_proj: what lies between clamps and adds one
                 *_ATTENTION_SCALINGS,
                 Scaling("post_attention_layernorm", ("mlp.experts.*.gate_up_proj", "mlp.router")),

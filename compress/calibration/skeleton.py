@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compress import memory
+from compress.calibration import uneven
 from compress.calibration.claims import Claims, matches, parameter_name, tied
 from compress.calibration.experts import ExpertLoop
 from compress.calibration.families import Site
@@ -101,6 +102,7 @@ class Skeleton:
         self.source, self.claims, self.family = source, claims, claims.family
         self.dtype, self.device = dtype, device
         self.model: Any = build_model(source.config, str(source.folder), dtype)
+        uneven.resize(self.model, uneven.sizes_of(source.config), lambda name: parameter_name(self.family, name))
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -19,6 +19,10 @@ def cut(
     kv_groups: Annotated[float, typer.Option("--kv-groups", help="Share of the KV groups to cut, with all their heads.")] = 0.0,
     channels: Annotated[float, typer.Option(help="Share of the channels between the layers of an MLP to cut.")] = 0.0,
     blocks: Annotated[int, typer.Option(min=0, help="Number of blocks to cut.")] = 0,
+    experts: Annotated[float, typer.Option(help="Share of the experts of every block to cut, by what they give.")] = 0.0,
+    uneven: Annotated[
+        bool, typer.Option("--uneven", help="Let blocks keep different numbers; the result needs `import compress` to load.")
+    ] = False,
     score: Annotated[str, typer.Option(help="fisher, taylor, lora (from gradients), wanda or magnitude.")] = "fisher",
     repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Least squares on what reads the rest.")] = True,
     data: DataName = None,
@@ -31,9 +35,11 @@ def cut(
     revision: Revision = None,
     quiet: Quiet = False,
 ) -> None:
-    """Take heads, channels or whole blocks out of a model; the result is a plain checkpoint with another config.
+    """Take heads, channels, experts or whole blocks out of a model; the result is a plain checkpoint with another config.
 
     compress cut MODEL -o OUT --channels 0.25 --data text.jsonl
+
+    It goes on after an interruption.
     """
     from typing import Any, cast, get_args
 
@@ -45,7 +51,7 @@ def cut(
 
     if score not in get_args(Score):
         raise RecipeError(f"--score {score}: expected one of {', '.join(get_args(Score))}")
-    wish = Wish(heads, kv_groups, channels, blocks, cast(Any, score), repair)
+    wish = Wish(heads, kv_groups, channels, blocks, experts, cast(Any, score), repair, uneven)
     values = data_values(data, samples, length, seed, None)
     if "name" not in values:
         raise RecipeError("--data: missing; give a text to find out what is needed least: a file, a preset or a dataset's name")

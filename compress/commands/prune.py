@@ -37,6 +37,7 @@ from compress.options import (
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
+STEP_TOKENS = 2048  # that pass through a block at a time where it is trained: as many steps as the text has pieces of this size
 _DISTRIBUTIONS = ("uniform", "global", "owl", "measured")
 
 
@@ -58,6 +59,9 @@ def prune(
     bits: Annotated[int | None, typer.Option(help="Also quantize what is kept, in the same pass, 2 to 8 bits.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1 for the whole row.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid without or with zero points.")] = None,
+    retrain: Annotated[
+        str | None, typer.Option(help="Then train every block on what the original's gives: perp, or ast, which moves masks too.")
+    ] = None,
     data: DataName = None,
     samples: Samples = None,
     length: Length = None,
@@ -85,6 +89,9 @@ def prune(
 
     Two of every four weights, in 4 bits:
     compress prune MODEL -o OUT --pattern 2:4 --bits 4 --data text.jsonl
+
+    What was lost learned back by norms and thin factors, which are merged:
+    compress prune MODEL -o OUT --sparsity 0.6 --retrain perp --data text.jsonl
     """
     options = {
         "sparsity": sparsity,
@@ -104,6 +111,8 @@ def prune(
     values: dict[str, Any] = {"data": data_values(data, samples, length, seed, chat_template) or {"name": "c4"}}
     if dtype is not None:
         values["dtype"] = dtype
+    if retrain is not None:
+        values |= {"batch_tokens": STEP_TOKENS, "tuning": [_training(retrain)]}
     made = _recipe(
         model,
         values,
@@ -121,6 +130,17 @@ def prune(
     # No runtime but ours knows masks, so there is no other layout to deliver it in.
     how = Running(device, revision, memory, offload, job, keep_job, no_reload, cache, evaluate, Delivery(), dry_run, json_, quiet)
     run_recipe(model, output, watched(made, watch), how)
+
+
+def _training(method: str) -> dict[str, Any]:
+    """Return the stage of a recipe that trains what was pruned. Raises RecipeError."""
+    from compress import registry
+
+    known = registry.names("retrain")
+    name = method.removeprefix("retrain/")
+    if name not in known:
+        raise RecipeError(f"--retrain {method}: expected one of {', '.join(known)}")
+    return {"method": f"retrain/{name}"}
 
 
 def _recipe(

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress import packed
+from compress.calibration import uneven
 from compress.calibration.claims import parameter_name
 from compress.calibration.experts import ExpertLoop, MakeLinear
 from compress.calibration.families import FAMILIES, INFERRED, Family
@@ -174,8 +175,10 @@ class CompressQuantizer(HfQuantizer):
         guard = config.get("guard")
         if guard is not None and not without_absent_head(model, {guard.removesuffix(".weight"): {}}):
             guard = None
+        family = FAMILIES.get(model.config.model_type, INFERRED)
+        uneven.resize(model, uneven.sizes_of(model.config.to_dict()), lambda name: _within(family, name)[0])
         self._single_experts = replace_modules(model, table, guard)
-        check_files(FAMILIES.get(model.config.model_type, INFERRED), table, kwargs.get("checkpoint_files") or ())
+        check_files(family, table, kwargs.get("checkpoint_files") or ())
 
     def update_weight_conversions(self, weight_conversions: list[Any], *rest: Any) -> Any:
         """Take out what would join the tensors of single experts: there is no fused parameter to join them into."""

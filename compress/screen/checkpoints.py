@@ -102,7 +102,10 @@ def show_cut(folder: str, made: dict[str, Any]) -> None:
     if gone := [block for block in range(made["before"]["blocks"]) if block not in made["blocks"]]:
         out.print(f"blocks that are gone: {', '.join(map(str, gone))}")
     out.print(f"{made['seconds']:.1f} s, {human_bytes(made['peak_memory'])} peak memory")
-    out.print(f'load with  AutoModelForCausalLM.from_pretrained("{folder}")', soft_wrap=True, markup=False)
+    first = "import compress; " if made.get("sizes") else ""
+    if made.get("sizes"):
+        out.print("sizes of heads and channels are means: blocks differ")
+    out.print(f'load with  {first}AutoModelForCausalLM.from_pretrained("{folder}")', soft_wrap=True, markup=False)
 
 
 def show_exports(made: list[dict[str, Any]]) -> None:

@@ -6,8 +6,8 @@ Answer    H = S S^T (Cholesky), R S = U D V^T, L = U_r D_r V_r^T S^-1: E(L) is t
           cut off. Stored as left = U_r D_r^1/2 and right = D_r^1/2 V_r^T S^-1 in bfloat16, the inverse by a triangular solve.
 Order     inputs are those behind compressed blocks, with the block's weights as they came out of its step.
 Fit       then the left factor is solved for anew with the right one as it is stored: left = R H right^T (right H right^T)^-1.
-Bits      16 r (out + in) / (out in) per weight on top, counted. At the same size low rank alone loses to codes by far: this is
-          for what codes or masks miss. `retrain/perp` with `weights: lora` trains the factors (PELA, arXiv 2310.10700, trains
+Bits      16 r (out + in) / (out in) per weight on top, counted: this is for what codes or masks miss; `prune/svd` is low rank
+          alone. `retrain/perp` with `weights: lora` trains the factors (PELA, arXiv 2310.10700, trains
           such factors on the features of the original).
 Defaults  rank 16, damping 1 % of the mean diagonal (ours; the published code damps only where the Cholesky factor fails).
 Failures  weights that have a low-rank part already are left alone, and named in the notes. Without any token nothing is added.
@@ -19,39 +19,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian
 from compress.method import Block, Method, Tuned
 from compress.parts.low_rank import LowRank, low_rank_bits
+from compress.quant._low_rank import factors, fitted
 from compress.weight import CompressedWeight
-
-DAMP = 0.01
-
-
-def damped(hessian: Tensor) -> Tensor:
-    """Return hessian (in, in) in float64 with the damping."""
-    full = hessian.double()
-    return full + DAMP * full.diagonal().mean() * torch.eye(len(full), dtype=full.dtype, device=full.device)
-
-
-def factors(rest: Tensor, hessian: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return left (out, rank) and right (rank, in) whose product is nearest to rest (out, in) under hessian (in, in), float64."""
-    lower = torch.linalg.cholesky(damped(hessian))
-    left, values, right = torch.linalg.svd(rest.double() @ lower, full_matrices=False)
-    root = values[:rank].sqrt()
-    whitened = torch.linalg.solve_triangular(lower, root.unsqueeze(1) * right[:rank], upper=False, left=False)
-    return left[:, :rank] * root, whitened
-
-
-def fitted(rest: Tensor, hessian: Tensor, right: Tensor) -> Tensor:
-    """Return the best left factor (out, rank) for a right one (rank, in), in float64."""
-    full, right = damped(hessian), right.double()
-    normal = right @ full @ right.T
-    found: Tensor = torch.linalg.lstsq(normal, (rest.double() @ full @ right.T).T).solution.T
-    return found
 
 
 def part(weight: Tensor, compressed: Tensor, hessian: Tensor, rank: int) -> LowRank:

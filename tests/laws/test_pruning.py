@@ -1,4 +1,4 @@
-"""The law of pruning, for every file of `compress/prune`: masks exact to the element, finite whatever comes.
+"""The law of pruning, for every file of `compress/prune` that makes masks: masks exact to the element, finite whatever comes.
 
 That masks and values equal those of a slow reference is tested with each method, in `tests/prune/test_<method>.py`.
 """
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from compress import packed, registry
 from compress.parts.mask import Bitmask, Pattern
+from compress.prune._options import Pruning
 
-METHODS = registry.names("prune")
+METHODS = [name for name in registry.names("prune") if issubclass(registry.lookup("prune", name), Pruning)]
 TARGETS: dict[str, dict[str, Any]] = {
     "half": {},
     "rows": {"sparsity": 0.3, "within": "row"},

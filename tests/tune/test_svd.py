@@ -17,8 +17,9 @@ from runs import steps
 from compress.calibration.statistics import Hessian
 from compress.packed import PackedSource
 from compress.quant._comparison import loss
+from compress.quant._low_rank import damped, factors, fitted
 from compress.quant.gptq import gptq
-from compress.tune.svd import METHOD, damped, factors, fitted, part
+from compress.tune.svd import METHOD, part
 from compress.weight import CompressedWeight
 
 Tiny = Callable[..., Path]
