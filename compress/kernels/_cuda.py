@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compress.errors import KernelError
 
-HEADERS = ("_device.cuh", "_decode.cuh")
+HEADERS = ("_device.cuh", "_decode.cuh", "_panel.cuh")
 OPTIONS = ("-std=c++17", "-default-device")
 OLDEST = (8, 0)  # compute capability: cp.async, bfloat16 in tensor cores
 _COUNTERS = 1 << 20

@@ -26,18 +26,22 @@ template <int FIELD, int BITS> DEVICE u32 codes_of(const u32 (&words)[BITS], int
 // or 2^10 (float16), where it counts units, and one sum takes power and middle away.
 template <int WIDTH> struct Integer {
   static constexpr int BITS = WIDTH, ENTRIES = 0;
-  template <class T> DEVICE_MEMBER u32 decode(const u32 (&words)[WIDTH], int pair, const u32*, u32) {
+  // What is set beside the codes of a pair for `number`.
+  template <class T> static constexpr u32 POWER = Same<T, Float16>::value ? 0x64006400u : WIDTH < 8 ? 0x43004300u : 0u;
+  template <class T> DEVICE_MEMBER u32 number(u32 code) {
     if constexpr (Same<T, Float16>::value) {
       constexpr u32 less = 0xe400u + (1u << (WIDTH - 1));  // -(1024 + middle)
-      return Float16::fma2(codes_of<16>(words, pair, 0x64006400u), 0x3c003c00u, less * 0x00010001u);
+      return Float16::fma2(code, 0x3c003c00u, less * 0x00010001u);
     } else if constexpr (WIDTH < 8) {
       constexpr u32 less = 0xc300u + (1u << (WIDTH - 1));  // -(128 + middle)
-      return BFloat16::fma2(codes_of<16>(words, pair, 0x43004300u), 0x3f803f80u, less * 0x00010001u);
+      return BFloat16::fma2(code, 0x3f803f80u, less * 0x00010001u);
     } else {  // 8 bits do not fit 7: halves of 4, (128 + high) * 16 - 2304 + (128 + low)
-      const u32 code = codes_of<16>(words, pair);
       const u32 high = ((code >> 4) & 0x000f000fu) | 0x43004300u, low = (code & 0x000f000fu) | 0x43004300u;
       return BFloat16::fma2(low, 0x3f803f80u, BFloat16::fma2(high, 0x41804180u, 0xc510c510u));
     }
+  }
+  template <class T> DEVICE_MEMBER u32 decode(const u32 (&words)[WIDTH], int pair, const u32*, u32) {
+    return number<T>(codes_of<16>(words, pair, POWER<T>));
   }
 };
 

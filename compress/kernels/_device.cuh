@@ -12,6 +12,7 @@ struct __align__(16) Words4 { u32 x, y, z, w; };
 
 #define DEVICE __device__ __forceinline__
 #define DEVICE_MEMBER static __device__ __forceinline__
+#define DEVICE_METHOD __device__ __forceinline__
 #define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
@@ -71,6 +72,13 @@ DEVICE float minimum(float a, float b) { return fminf(a, b); }
 DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
 
+// Before PTX 8.5 there is one name for metadata in any order.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define MMA_SPARSE "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32."
+#else
+#define MMA_SPARSE "mma.sp.sync.aligned.m16n8k32.row.col.f32."
+#endif
+
 // Pairs of 16-bit numbers in one register, the lower half first.
 struct BFloat16 {
   // d = a * b + c in pairs
@@ -91,6 +99,13 @@ struct BFloat16 {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+  // d (16 x 8) += a (16 x 32) b (32 x 8), of a two numbers of every four; which, `places` says of 16 columns of the rows g and g + 8
+  // in lanes 0 and 1 of four (selector 0) or 2 and 3 (selector 1): two bits each, from the lowest.
+  template <int SELECTOR> DEVICE_MEMBER void mma_sparse(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4], u32 places) {
+    asm volatile(MMA_SPARSE "bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places), "n"(SELECTOR));
   }
 };
 struct Float16 {
@@ -118,6 +133,11 @@ struct Float16 {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+  template <int SELECTOR> DEVICE_MEMBER void mma_sparse(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4], u32 places) {
+    asm volatile(MMA_SPARSE "f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places), "n"(SELECTOR));
   }
 };
 

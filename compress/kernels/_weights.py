@@ -65,6 +65,36 @@ def _octets(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8)
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What groups have beside their codes, by row: the value of a code is (code - middle) * scale + shift."""
+
+    kind: str
+    scale: Tensor  # (out, groups) bfloat16
+    second: Tensor | None  # (out, groups): of ZERO zero codes, of SHIFT the shift in float32
+
+    def rows(self, start: int, stop: int) -> Beside:
+        """Return that of rows start..stop."""
+        return Beside(self.kind, self.scale[start:stop], None if self.second is None else self.second[start:stop])
+
+
+def beside(part: Uniform) -> Beside:
+    """Say what the groups of a part have beside their codes."""
+    bits, scale = part.bits, part.scale
+    if part.offset is not None:
+        away = middle_of(bits) - (middle(bits, part.bipolar) if part.zero is None else part.zero.float())
+        return Beside("SHIFT", scale, part.offset.float() + scale.float() * away)
+    if part.zero is not None:
+        return Beside("ZERO", scale, part.zero)
+    return Beside("SYMMETRIC" if middle(bits, part.bipolar) == middle_of(bits) else "HALF", scale, None)
+
+
+def record_blocks(more: Beside, groups: int) -> Tensor:
+    """Lay out what groups have beside their codes in records: (groups, row-blocks, record) uint8."""
+    values = [_of_blocks(v, len(v), groups) for v in (more.scale, more.second) if v is not None]
+    return torch.cat([_octets(v) for v in values], 2).contiguous()
+
+
 def prepare(part: Part, field: int = 16) -> Tiles:
     """Lay out a part for the kernels, on the device where it is. Raises KernelError for a kind of part that they do not know."""
     if not isinstance(part, Uniform | Table | TwoLevel):
@@ -103,15 +133,9 @@ def prepare(part: Part, field: int = 16) -> Tiles:
         grid = torch.nn.functional.pad(grid, (0, 0, 0, groups - grid.shape[1])).transpose(0, 1)
         fields = [of_blocks(both), grid.contiguous()]
     else:
-        bits, scale = part.bits, part.scale
-        if part.offset is not None:
-            away = middle_of(bits) - (middle(bits, part.bipolar) if part.zero is None else part.zero.float())
-            shift = part.offset.float() + scale.float() * away
-            kind, fields = "SHIFT", [of_blocks(scale), of_blocks(shift)]
-        elif part.zero is not None:
-            kind, fields = "ZERO", [of_blocks(scale), of_blocks(part.zero)]
-        else:
-            kind, fields = "SYMMETRIC" if middle(bits, part.bipolar) == middle_of(bits) else "HALF", [of_blocks(scale)]
+        bits = part.bits
+        more = beside(part)
+        kind, fields = more.kind, [record_blocks(more, groups)]
     meta = torch.cat([_octets(field) for field in fields], 2).contiguous()
     assert meta.shape[2] == RECORD[kind]
     return Tiles(_tiles.tile(codes, bits, field), meta, table, row_scale, order, (rows, columns), bits, steps, kind, field)

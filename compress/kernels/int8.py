@@ -33,9 +33,11 @@ def instance(dtype: torch.dtype) -> _cuda.Kernel:
 
 def reason(spec: Mapping[str, Any]) -> str | None:
     """Say why the kernel does not take the base of a site of this description, or None if it does."""
+    base = spec["base"]
+    if "keep" in spec:
+        return "what is pruned has no product in bytes"
     if (why := _weights.reason(spec)) is not None:
         return why
-    base = spec["base"]
     if base["format"] == "table":
         return "a table's values are no integers"
     if base["format"] == "mixed":

@@ -1,41 +1,11 @@
 // y = x W^T with W in tiles of codes, for few rows of x, and W itself for many. See weight_only.py, and int8.py for x in bytes.
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int BLOCKS = 2;             // row-blocks of 16 that a thread block computes
-constexpr int ROWS = 16 * BLOCKS;     // rows of W that a thread block computes
-constexpr int STRIDE = ROWS + 1;      // of a token's sums in shared memory
-
-// What x consists of: 16-bit numbers of the result's type, or bytes with a scale for each token.
-template <class T> struct Bytes {};
-template <class X> struct Activation {
-  using Out = X;
-  static constexpr int BYTES = 2, CHUNKS = 8;  // of a number; of 16 bytes in a tile's columns
-  // Where a chunk of a token lies in its stage: so that eight tokens of a column, or eight chunks of a token, meet no bank twice.
-  DEVICE_MEMBER int place(int token, int chunk) { return 128 * token + 16 * (chunk ^ (token & 7)); }
-};
-template <class T> struct Activation<Bytes<T>> {
-  using Out = T;
-  static constexpr int BYTES = 1, CHUNKS = 4;
-  DEVICE_MEMBER int place(int token, int chunk) { return 64 * token + 16 * (chunk ^ ((token >> 1) & 3)); }
-};
+constexpr int WARPS = Panel::WARPS, THREADS = Panel::THREADS, BLOCKS = Panel::BLOCKS;
 
 template <class A, class D, int META, int TOKENS> struct Stage {
   static constexpr int X = TOKENS * 16 * Activation<A>::CHUNKS, CODES = 128 * D::BITS, RECORD = Record<META>::BYTES;
   DEVICE_MEMBER int bytes(int records) { return X + BLOCKS * (CODES + records * RECORD); }
 };
-
-// COUNT words at `from`, which is aligned to as many, in one access.
-template <int COUNT, int N> DEVICE void take(u32 (&words)[N], int start, const u32* from) {
-  if constexpr (COUNT == 4) {
-    const Words4 four = *reinterpret_cast<const Words4*>(from);
-    words[start] = four.x, words[start + 1] = four.y, words[start + 2] = four.z, words[start + 3] = four.w;
-  } else if constexpr (COUNT == 2) {
-    const Words2 two = *reinterpret_cast<const Words2*>(from);
-    words[start] = two.x, words[start + 1] = two.y;
-  } else {
-    words[start] = *from;
-  }
-}
 
 // The table in shared memory as numbers of type T in the lower half of words.
 template <class T, class D> DEVICE void fill_table(u32* to, const float* table, int entries) {
@@ -262,60 +232,8 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
   copy_wait<0>();
   sync_block();
 
-  // The sums of the warps, added in their order, so that results do not depend on who comes first.
-  float* sums = reinterpret_cast<float*>(shared);
-#pragma unroll
-  for (int i = 0; i < BLOCKS; i++) {
-#pragma unroll
-    for (int n = 0; n < NT; n++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int token = 8 * n + 2 * c + (e & 1), row = 16 * i + g + 8 * (e >> 1);
-        sums[(warp * TOKENS + token) * STRIDE + row] = sum[i][n][e];
-      }
-    }
-  }
-  sync_block();
-  auto finish = [&](int token, int row, float value) {
-    const int m = first_token + token, n = 16 * first_block + row;
-    if (m >= tokens || n >= rows) return;
-    const s64 at = s64(m) * rows + n;
-    if constexpr (WHOLE) value *= load(x_scale + m);
-    if (row_scale) value *= load(row_scale + n);
-    if (addend) value += load(addend + at);
-    if (whole) return store(whole + at, value);  // float32 for whoever adds more
-    if (bias) value += T::low(load(bias + n));
-    store(y + at, u16(T::pack(value, 0.0f) & 0xffffu));
-  };
-  const int splits = gridDim.y, here = blockIdx.z * gridDim.x + blockIdx.x;
-  float* partial = workspace + s64(here) * splits * ROWS * TOKENS;
-  for (int e = threadIdx.x; e < ROWS * TOKENS; e += THREADS) {
-    const int token = e / ROWS, row = e % ROWS;
-    float value = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) value += sums[(w * TOKENS + token) * STRIDE + row];
-    if (splits == 1) {
-      finish(token, row, value);
-    } else {
-      store(partial + blockIdx.y * ROWS * TOKENS + e, value);
-    }
-  }
-  if (splits == 1) return;
-
-  // The block that comes last adds the parts of all, in their order.
-  u32* order = reinterpret_cast<u32*>(sums + WARPS * TOKENS * STRIDE);
-  fence();
-  sync_block();
-  if (threadIdx.x == 0) *order = atomic_add(counters + here, 1);
-  sync_block();
-  if (*order != u32(splits - 1)) return;
-  fence();
-  for (int e = threadIdx.x; e < ROWS * TOKENS; e += THREADS) {
-    float value = 0.0f;
-    for (int s = 0; s < splits; s++) value += load_fresh(partial + s * ROWS * TOKENS + e);
-    finish(e / ROWS, e % ROWS, value);
-  }
-  if (threadIdx.x == 0) store(counters + here, 0u);  // as it was found
+  add_up<T, TOKENS>(shared, sum, {x_scale, row_scale, bias, addend, y, whole, workspace, counters}, first_block, first_token, tokens,
+                    rows);
 }
 
 // W (rows, columns) in type T, rows first..first + rows of which `first` is a multiple of 16; a warp per tile.
@@ -366,23 +284,9 @@ dequantize(const u32* codes, const unsigned char* meta, const float* table, cons
         const float s = scale[r & 1], t = shift[r & 1], f = factor[r & 1];
         const u32 value = T::pack(multiply_add(T::low(pair), s, t) * f, multiply_add(T::high(pair), s, t) * f);
         const int row = g + 8 * (r & 1), column = 16 * step + 2 * c + 8 * (r >> 1);
-        *reinterpret_cast<u32*>(stage + 128 * row + 2 * (column ^ (8 * (row & 7)))) = value;
+        *reinterpret_cast<u32*>(stage + staged(row, column)) = value;
       }
     }
-    sync_warp();
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = 4 * i + (lane >> 3), chunk = lane & 7, column = 64 * tile + 8 * chunk;
-      const u32* value = reinterpret_cast<const u32*>(stage + 128 * row + 16 * (chunk ^ (row & 7)));
-      if (16 * block + row < rows) {
-        u16* to = w + s64(16 * block + row) * columns + column;
-        if (column + 8 <= columns && (columns & 7) == 0) {
-          store(reinterpret_cast<Words4*>(to), *reinterpret_cast<const Words4*>(value));
-        } else {
-          for (int e = 0; e < 8 && column + e < columns; e++) store(to + e, u16(value[e >> 1] >> (16 * (e & 1))));
-        }
-      }
-    }
-    sync_warp();
+    store_tile(stage, w, 16 * block, 64 * tile, rows, columns);
   }
 }

@@ -109,13 +109,18 @@ def rows_of(x: Tensor, tiles: Tiles) -> Tensor:
     """x (..., in) as rows that 16-byte copies can read: in the tiles' order, addresses and strides multiples of 8 numbers."""
     if tiles.field != 16:
         raise KernelError("weights are laid out for activations of bytes; expected fields of 16 bits")
+    return aligned_rows(x, tiles.shape[1], tiles.order)
+
+
+def aligned_rows(x: Tensor, columns: int, order: Tensor | None) -> Tensor:
+    """x (..., in) as rows that 16-byte copies can read, their columns in an order. Raises KernelError."""
     if x.dtype not in TYPES:
         raise KernelError(f"x is {x.dtype}; expected {' or '.join(map(str, TYPES))}")
-    if x.shape[-1] != tiles.shape[1]:
-        raise KernelError(f"x has {x.shape[-1]} columns; expected in={tiles.shape[1]}")
+    if x.shape[-1] != columns:
+        raise KernelError(f"x has {x.shape[-1]} columns; expected in={columns}")
     rows = x.reshape(-1, x.shape[-1])
-    if tiles.order is not None:
-        rows = rows.index_select(1, tiles.order)
+    if order is not None:
+        rows = rows.index_select(1, order)
     if rows.shape[1] % 8:
         return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8))
     aligned = rows.data_ptr() % 16 == 0 and rows.stride(1) == 1 and rows.stride(0) % 8 == 0 and rows.stride(0) >= rows.shape[1]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from compress import packed
 from compress.errors import KernelError
-from compress.kernels import _cuda, _weights, int4_cpu, int8, mixed, sparse_rows, torch_reference, weight_only
+from compress.kernels import _cuda, _weights, int4_cpu, int8, low_rank, masked, mixed, sparse_rows, torch_reference, weight_only
+from compress.kernels._packets import Packets
 from compress.parts.mixed import Mixed
 from compress.weight import CompressedWeight
 
@@ -36,6 +37,7 @@ class CompressedLinear(nn.Module):
         self.bias = bias
         self._int4: tuple[Tensor, Tensor] | None = None
         self._tiles: dict[str, _weights.Tiles] | None = None  # by the name of the codes that they take the place of
+        self._packets: Packets | None = None  # of a pruned weight, in the place of codes or values and of the mask
         self.activation_bits = 16  # or 8: activations are rounded to integers on the way, see `round_activations`
 
     @classmethod
@@ -50,12 +52,13 @@ class CompressedLinear(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
-        found = {leaf: self.get_buffer(leaf) for leaf in self.leaves}
-        return (
-            found
-            if self._tiles is None
-            else {**found, **{leaf: _weights.stored_codes(tiles) for leaf, tiles in self._tiles.items()}}
-        )
+        return {leaf: self.get_buffer(leaf) for leaf in self.leaves} | self._stored()
+
+    def _stored(self) -> dict[str, Tensor]:
+        """What was let go of, made again as it is stored."""
+        if self._packets is not None:
+            return masked.stored(self._packets, self.spec)
+        return {leaf: _weights.stored_codes(tiles) for leaf, tiles in (self._tiles or {}).items()}
 
     def compressed(self) -> CompressedWeight:
         """The weight as numbers."""
@@ -63,10 +66,16 @@ class CompressedLinear(nn.Module):
 
     def obstacle(self, where: torch.device) -> str | None:
         """Say why no kernel for a GPU multiplies by this weight on a device, or None if one does."""
-        others = [role for role in self.spec if role not in ("shape", "base", "outliers")]
+        others = [role for role in self.spec if role not in ("shape", "base", "keep", "outliers", "low_rank")]
         if others:
             return f"a part {others[0]} has no kernel"
-        return _cuda.obstacle(where) or (int8 if self.activation_bits == 8 else _weights).reason(self.spec)
+        kernel = int8 if self.activation_bits == 8 else masked if "keep" in self.spec else _weights
+        return _cuda.obstacle(where) or kernel.reason(self.spec)
+
+    @property
+    def laid_out(self) -> bool:
+        """Whether kernels have the weight in their own layout, in the place of what is stored."""
+        return self._tiles is not None or self._packets is not None
 
     @property
     def plain_tiles(self) -> _weights.Tiles | None:
@@ -77,7 +86,14 @@ class CompressedLinear(nn.Module):
 
     def lay_out(self) -> None:
         """Lay the codes out for the kernels, on the device where they are, and let go of the stored ones."""
-        if self._tiles is None:
+        if self.laid_out:
+            return
+        if "keep" in self.spec:
+            self._packets = masked.prepare(self.spec, self.tensors)
+            for leaf in self.leaves:
+                if leaf in ("codes", "values", "keep_bits", "keep_choice"):
+                    self.register_buffer(leaf, self.get_buffer(leaf).new_empty(0))
+        else:
             base = packed.unpack({"shape": self.spec["shape"], "base": self.spec["base"]}, self._base()).base
             if isinstance(base, Mixed):
                 self._tiles = {f"codes{tiles.bits}": tiles for tiles in mixed.prepare(base)}
@@ -88,11 +104,10 @@ class CompressedLinear(nn.Module):
 
     def restore(self) -> None:
         """Take the packed tensors back, as they were stored."""
-        if self._tiles is not None:
-            stored = {leaf: _weights.stored_codes(tiles) for leaf, tiles in self._tiles.items()}
-            self._tiles = None
-            for leaf, codes in stored.items():
-                self.register_buffer(leaf, codes)
+        stored = self._stored()
+        self._tiles = self._packets = None
+        for leaf, tensor in stored.items():
+            self.register_buffer(leaf, tensor)
 
     def _base(self) -> dict[str, Tensor]:
         return {leaf: self.get_buffer(leaf) for leaf in packed.layout({"shape": self.spec["shape"], "base": self.spec["base"]})}
@@ -111,8 +126,8 @@ class CompressedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for leaf, tiles in (self._tiles or {}).items():
-            destination[prefix + leaf] = _weights.stored_codes(tiles)
+        for leaf, tensor in self._stored().items():
+            destination[prefix + leaf] = tensor
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self.restore()
@@ -128,9 +143,8 @@ class CompressedLinear(nn.Module):
             if self._int4 is None:
                 self._int4 = int4_cpu.prepare(self.spec, self.tensors)
             y = int4_cpu.matmul(x, self.spec, self._int4)
-        elif path in ("weight_only", "int8"):
-            if self._tiles is None:
-                self.lay_out()
+        elif path != "torch_reference":
+            self.lay_out()
             return self._product(x)
         else:
             y = torch_reference.matmul(x, self.spec, self.tensors)
@@ -141,19 +155,24 @@ class CompressedLinear(nn.Module):
         if int4_cpu.pays(x) and int4_cpu.supports(self.spec):
             return "int4_cpu"
         fits = x.is_cuda and x.dtype in weight_only.TYPES and not (x.requires_grad and torch.is_grad_enabled())
-        if fits and (self._tiles is not None or self.obstacle(x.device) is None):
-            return "int8" if self.activation_bits == 8 else "weight_only"
+        if fits and masked.fits(self.spec, x.dtype) and (self.laid_out or self.obstacle(x.device) is None):
+            return "int8" if self.activation_bits == 8 else "masked" if "keep" in self.spec else "weight_only"
         return "torch_reference"
 
     def _product(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out) by kernels: single weights first, as what the base's sums are added to."""
-        assert self._tiles is not None
+        """x (..., in) -> (..., out) by kernels: other parts first, as what the base's sums are added to."""
         addend = None
         if "outliers" in self.spec:
             pieces = (self.get_buffer(f"outliers_{name}") for name in ("pointers", "columns", "values"))
             addend = sparse_rows.product(x, *pieces)
+        if "low_rank" in self.spec:
+            addend = low_rank.product(x, self.get_buffer("low_rank_left"), self.get_buffer("low_rank_right"), addend)
         bias = self.bias if self.bias is not None and self.bias.dtype == x.dtype else None
-        if self.spec["base"]["format"] == "mixed":
+        if self._packets is not None:
+            y = masked.product(x, self._packets, addend, bias)
+        elif self._tiles is None:
+            raise KernelError("the weight is not laid out for kernels")
+        elif self.spec["base"]["format"] == "mixed":
             y = mixed.product(x, list(self._tiles.values()), addend, bias)
         else:
             multiply = int8.product if self.activation_bits == 8 else weight_only.product

@@ -28,6 +28,7 @@ struct alignas(16) Words4 { u32 x, y, z, w; };
 
 #define DEVICE static inline
 #define DEVICE_MEMBER static inline
+#define DEVICE_METHOD inline
 #define KERNEL(threads, blocks) void
 #define __global__
 #define SHARED(name) unsigned char* const name = host::shared
@@ -379,6 +380,36 @@ template <class D, class Total, class F> static void multiply(const char* what, 
   });
   for (int i = 0; i < 4; i++) d[i] = out.d[i];
 }
+
+// d (16 x 8) += a (16 x 32) b (32 x 8) with two of every four numbers of a, whose places the lanes that `selector` names have.
+template <class F> static void multiply_sparse(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4], u32 places, int selector, F at) {
+  struct In { u32 a[4], b[4], places; float d[4]; };
+  struct Out { float d[4]; };
+  const In in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, places, {d[0], d[1], d[2], d[3]}};
+  const Out out = together<In, Out>("mma_sparse", in, [&](const In** ins, Out** outs) {
+    static double left[16][32], right[32][8];
+    memset(left, 0, sizeof left);
+    for (int lane = 0; lane < 32; lane++) {
+      const int g = lane / 4, c = lane % 4;
+      for (int r = 0; r < 4; r++)
+        for (int e = 0; e < 2; e++) {
+          const int row = g + 8 * (r % 2), kept = 2 * c + e + 8 * (r / 2);  // of 16 in this row
+          const u32 words = ins[4 * g + 2 * selector + kept / 8]->places >> (16 * (r % 2));
+          const u32 four = words >> (4 * (kept % 8 / 2)) & 15;
+          if ((four & 3) >= four >> 2) fail("mma_sparse: places %ld, expected two of four in their order", four);
+          left[row][4 * (kept / 2) + (e ? four >> 2 : four & 3)] = at(ins[lane]->a[r], e);
+          right[2 * c + e + 8 * r][g] = at(ins[lane]->b[r], e);
+        }
+    }
+    for (int lane = 0; lane < 32; lane++)
+      for (int i = 0; i < 4; i++) {
+        double total = ins[lane]->d[i];
+        for (int k = 0; k < 32; k++) total += left[lane / 4 + 8 * (i / 2)][k] * right[k][2 * (lane % 4) + i % 2];
+        outs[lane]->d[i] = float(total);
+      }
+  });
+  for (int i = 0; i < 4; i++) d[i] = out.d[i];
+}
 }  // namespace host
 
 template <class Own> struct Halves {
@@ -390,6 +421,9 @@ template <class Own> struct Halves {
   static float high(u32 pair) { return Own::from(u16(pair >> 16)); }
   static void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     host::multiply<float, double>("mma", d, a, b0, b1, 2, [](u32 word, int e, bool) { return double(e ? high(word) : low(word)); });
+  }
+  template <int SELECTOR> static void mma_sparse(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4], u32 places) {
+    host::multiply_sparse(d, a, b, places, SELECTOR, [](u32 word, int e) { return double(e ? high(word) : low(word)); });
   }
 
  private:

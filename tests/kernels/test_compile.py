@@ -10,7 +10,7 @@ import nvrtc
 import pytest
 import torch
 
-from compress.kernels import _cuda, bit_serial, calibration, int8, sparse_rows, weight_only
+from compress.kernels import _cuda, bit_serial, calibration, int8, masked, sparse_rows, weight_only
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -26,12 +26,22 @@ FEW: list[tuple[_cuda.Kernel, tuple[str, ...]]] = [
     (weight_only.instance("dequantize", FP16, 3, "SELECT", True), ("sm_80",)),
     (sparse_rows.instance(BF16, torch.int16), ("sm_80", "sm_90")),
     (calibration.instance(), ("sm_90",)),
+    (calibration.assign_instance(8, False), ("sm_80", "sm_90")),
+    (calibration.assign_instance(16, True), ("sm_90",)),
     (weight_only.instance("wqmm", BF16, 4, "ZERO", False, 64, True), ("sm_80", "sm_90", "sm_120")),
     (weight_only.instance("wqmm", FP16, 8, "SHIFT", False, 8, True), ("sm_90",)),
     (int8.instance(BF16), ("sm_90",)),
     (bit_serial.pack_instance(FP16), ("sm_90",)),
     (bit_serial.instance(BF16, 8, 8), ("sm_80", "sm_90")),
     (bit_serial.instance(BF16, 2, 2), ("sm_90", "sm_120")),
+    (masked.instance("masked_products", BF16, "TWO_OF_FOUR", 16, "BF16", 8), ARCHITECTURES),
+    (masked.instance("masked_products", BF16, "TWO_OF_FOUR", 4, "ZERO", 64), ("sm_80", "sm_90")),
+    (masked.instance("masked_products", FP16, "SINGLE", 16, "FP16", 64), ("sm_90",)),
+    (masked.instance("masked_products", BF16, "SINGLE", 7, "SHIFT", 64), ("sm_80", "sm_90")),
+    (masked.instance("masked_products", BF16, "RUNS", 7, "ZERO", 64), ("sm_80", "sm_120")),
+    (masked.instance("masked_products", BF16, "RUNS", 4, "SYMMETRIC", 8), ("sm_90",)),
+    (masked.instance("masked_weight", BF16, "TWO_OF_FOUR", 4, "ZERO"), ("sm_90",)),
+    (masked.instance("masked_weight", FP16, "SINGLE", 3, "SHIFT"), ("sm_80",)),
 ]
 
 
@@ -45,6 +55,10 @@ def every(dtype: torch.dtype, bits: int) -> Iterator[_cuda.Kernel]:
         if not of[1]:
             yield from (weight_only.instance("wqmm", dtype, bits, *of, tokens, True) for tokens in weight_only.TOKENS)
     yield from (bit_serial.instance(dtype, bits, others) for others in range(1, 9))
+    for layout in ("SINGLE", "RUNS", "TWO_OF_FOUR"):
+        for width, kind in ((bits, "ZERO"), (bits, "SHIFT"), *([(16, "")] if bits == 8 else [])):
+            yield masked.instance("masked_weight", dtype, layout, width, kind)
+            yield from (masked.instance("masked_products", dtype, layout, width, kind, tokens) for tokens in weight_only.TOKENS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,9 +117,21 @@ def test_integers_and_bits_go_to_their_own_tensor_cores() -> None:
     assert not any("BMMA" in name for name in nvrtc.instructions(nvrtc.compile_for(bits, "sm_120")))
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_two_of_four_goes_to_sparse_tensor_cores(bits: int, architecture: str) -> None:
+    """One product for 32 columns, and none that is dense."""
+    kernel = masked.instance("masked_products", BF16, "TWO_OF_FOUR", bits, "SYMMETRIC", 16)
+    counts = Counter(nvrtc.instructions(nvrtc.compile_for(kernel, architecture)))
+    steps = 2 if bits == 16 else 4
+    assert counts["HMMA.SP.16832.F32.BF16"] == 2 * 2 * steps  # row-blocks, tokens / 8, steps
+    assert counts["HMMA.16816.F32.BF16"] == 0
+    assert counts["LDGSTS.E.BYPASS.128"] > 0
+
+
 def test_a_source_has_no_includes() -> None:
     """CuPy's cache does not look into included files, and NVRTC comes without any."""
-    for stem in ("weight_only", "sparse_rows", "calibration", "int8", "bit_serial"):
+    for stem in ("weight_only", "masked", "sparse_rows", "calibration", "int8", "bit_serial"):
         assert "#include" not in _cuda.source(stem)
 
 

@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from examples.low_rank import low_rank
 from examples.mixed import mixed as mixed_part
 from examples.sparse import sparse
 from kernel_parts import Part, activations, close, kinds, uniform
+from pruned_parts import close as close_to_pruned
+from pruned_parts import kinds as pruned_kinds
+from pruned_parts import mask, pruned, values
 from torch import Tensor
 
 from compress import operators, prepare
 from compress.calibration.statistics import Hessian
 from compress.evaluate import bench
-from compress.kernels import _cuda, _weights, bit_serial, experts, int8, mixed, sparse_rows, weight_only
+from compress.kernels import _cuda, _packets, _weights, bit_serial, experts, int8, masked, mixed, sparse_rows, weight_only
 from compress.parts.uniform import Uniform
 from compress.quant.gptq import gptq
 from compress.runtime.linear import CompressedLinear
@@ -27,6 +31,7 @@ pytestmark = pytest.mark.cuda
 
 BF16, FP16 = torch.bfloat16, torch.float16
 PARTS = kinds()
+PRUNED = pruned_kinds()
 TOKENS = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129)
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
@@ -204,6 +209,18 @@ def test_columns_follow_from_one_another(columns: int, gpu: torch.device) -> Non
     assert float((steps - ideal).abs().max()) <= 0.5 + 1e-5
 
 
+@pytest.mark.parametrize("dimensions", [1, 3, 8, 16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nearest_centroids(dimensions: int, weighted: bool, gpu: torch.device) -> None:
+    generator = torch.Generator().manual_seed(dimensions)
+    points, centers = (torch.randn(n, dimensions, generator=generator) + 3 for n in (20000, 1000))
+    weights = torch.rand(20000, dimensions, generator=generator) if weighted else torch.ones(20000, dimensions)
+    found = operators.assign(points.to(gpu), centers.to(gpu), weights.to(gpu) if weighted else None).cpu()
+    distance = (weights.double().unsqueeze(1) * (points.double().unsqueeze(1) - centers.double()).square()).sum(2)
+    chosen = distance.gather(1, found.unsqueeze(1)).squeeze(1)
+    assert bool((chosen - distance.amin(1) <= 1e-5 * distance.amax(1)).all())
+
+
 def test_the_hessian_of_bfloat16(gpu: torch.device) -> None:
     rows = torch.randn(10000, 300, generator=torch.Generator().manual_seed(0)).to(BF16)
     here, there = Hessian(300, torch.device("cpu")), Hessian(300, gpu)
@@ -241,6 +258,59 @@ def test_groups_of_different_widths(tokens: int, gpu: torch.device) -> None:
     y = mixed.product(x.to(gpu), mixed.prepare(there)).cpu().double()
     expected = x.double() @ part.dequantize().double().T
     assert float((y - expected).norm() / expected.norm()) < 5e-3
+
+
+def packets_on(weight: CompressedWeight, where: torch.device) -> _packets.Packets:
+    assert weight.keep is not None
+    return _packets.prepare(on(weight.base, where), on(weight.keep, where))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_pruned_weights(name: str, gpu: torch.device) -> None:
+    """Of every layout: packets as on a CPU, products, whole weights, and what was stored."""
+    weight = PRUNED[name]
+    there, here = packets_on(weight, gpu), _packets.prepare(weight.base, weight.keep)  # type: ignore[arg-type]
+    assert torch.equal(there.data.cpu(), here.data)
+    assert torch.equal(there.offsets.cpu(), here.offsets)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(_packets.stored(there), _packets.stored(here), strict=True))
+    for tokens in TOKENS:
+        x = activations(tokens, 256, BF16, tokens)
+        close_to_pruned(masked.matmul_packets(x.to(gpu), there).cpu(), x, weight)
+    decoded = weight.dequantize() if here.order is None else weight.dequantize()[:, here.order]
+    w = masked.weight_rows(there, BF16, 0, 40).float().cpu()
+    torch.testing.assert_close(w, decoded, rtol=2**-7, atol=2**-7 if "offsets" in name else 0)
+    x = activations(200, 256, BF16)
+    close_to_pruned(masked.matmul_dense(x.to(gpu), there).cpu(), x, weight, rounded_weight=True)
+
+
+@pytest.mark.parametrize("kind", ["2:4", "single", "runs 16"])
+def test_each_pruned_weight_by_itself(kind: str, gpu: torch.device) -> None:
+    """Sparse tensor cores read the places of kept weights as they were meant: one-hot activations give the weight's own bits."""
+    for base in (values(80, 448), uniform(80, 448, 4, 64, zero=True)):
+        weight = pruned(base, mask(kind, 80, 448))
+        y = masked.matmul_packets(torch.eye(448, dtype=BF16, device=gpu), packets_on(weight, gpu)).cpu()
+        assert torch.equal(y, weight.dequantize().T.to(BF16))
+
+
+def test_the_sum_of_all_parts(gpu: torch.device) -> None:
+    """Base under a mask, single weights and a low-rank part, through the module, compiled, and in a graph."""
+    weight = replace(pruned(uniform(80, 512, 4, 64, zero=True), mask("2:4", 80, 512)), outliers=sparse(80, 512, 0.02))
+    weight = replace(weight, low_rank=low_rank(80, 512, 8, BF16))
+    for x in (activations(9, 512, BF16)[3:], activations(200, 512, BF16)[3:]):
+        layer, there = CompressedLinear.of(weight).to(gpu), x.to(gpu)
+        with torch.no_grad():
+            y = layer(there)
+            assert layer.path(there) == "masked"
+            assert torch.equal(torch.compile(layer, fullgraph=True)(there), y)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = layer(there)
+            graph.replay()
+        assert torch.equal(captured, y)
+        whole = x.double() @ weight.dequantize().double().T
+        assert float((y.cpu().double() - whole).norm() / whole.norm()) < 5e-3
+        layer.restore()
+        assert torch.equal(layer.compressed().dequantize().cpu(), weight.dequantize())
 
 
 def test_experts_together(gpu: torch.device) -> None:

@@ -33,7 +33,7 @@ KERNELS: dict[str, tuple[Callable[..., Tensor], tuple[torch.dtype, ...], Callabl
 }
 ON_HOST = ("weight_only",)
 # These multiply by single weights or calibrate; tests of their own cover them.
-OTHERS = {"sparse_rows", "calibration", "int8", "bit_serial", "mixed", "experts"}
+OTHERS = {"sparse_rows", "calibration", "int8", "bit_serial", "mixed", "experts", "masked", "low_rank"}
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,15 @@ import copy
 import host_cuda
 import pytest
 import torch
+from examples.low_rank import low_rank
 from examples.mixed import mixed as mixed_part
 from examples.sparse import sparse
 from kernel_parts import Part, kinds
+from masks import pruned
 from torch import Tensor, nn
 
 from compress.errors import KernelError
-from compress.kernels import int8, mixed, sparse_rows, weight_only
+from compress.kernels import int8, masked, mixed, sparse_rows, weight_only
 from compress.parts.mixed import Mixed
 from compress.runtime.linear import CompressedLinear, round_activations
 from compress.weight import CompressedWeight
@@ -27,10 +29,18 @@ PARTS["mixed"] = mixed_part(48, [1, 3, 4, 3], 48, zero=True)
 PARTS["mixed, scattered"] = mixed_part(48, [8, 2, 4, 2, 2, 2], 32, zero=False, scattered=True)
 
 
-def linear_of(part: Part | Mixed, outliers: bool = True) -> CompressedLinear:
+PRUNED = {
+    f"{base}, {mask}": (base, mask)
+    for mask in ("2:4", "ragged", "balanced", "runs", "1:4", "none")
+    for base in ("bf16", "f16", "4-bit", "3-bit zeros", "2-bit offsets", "5-bit scattered", "8-bit row")
+}
+
+
+def linear_of(part: Part | Mixed, outliers: bool = True, rank: bool = False) -> CompressedLinear:
     extra = sparse(*part.shape, 0.05) if outliers else None
     bias = nn.Parameter(torch.randn(part.shape[0]).to(torch.bfloat16), requires_grad=False)
-    return CompressedLinear.of(CompressedWeight(part, extra), bias)
+    thin = low_rank(*part.shape, 3, torch.bfloat16) if rank else None
+    return CompressedLinear.of(CompressedWeight(part, extra, low_rank=thin), bias)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -66,11 +76,56 @@ def test_loading_takes_the_place_of_what_was_laid_out() -> None:
     torch.testing.assert_close(other._product(x), x @ other.compressed().dequantize().T + other.bias, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", PRUNED)
+def test_packed_tensors_of_pruned_weights(name: str) -> None:
+    base, mask = PRUNED[name]
+    linear = CompressedLinear.of(pruned(base, mask, 70, more=base == "4-bit"))
+    before = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    whole = linear.compressed().dequantize()
+    linear.lay_out()
+    gone = [leaf for leaf in linear.leaves if linear.get_buffer(leaf).numel() == 0]
+    assert {"values" if base in ("bf16", "f16") else "codes", "keep_choice" if ":" in mask else "keep_bits"} <= set(gone)
+    same(dict(linear.state_dict()), before)
+    assert torch.equal(linear.compressed().dequantize(), whole)
+    moved = copy.deepcopy(linear).to(torch.float16)
+    same({leaf: moved.state_dict()[leaf] for leaf in linear.leaves}, {leaf: before[leaf] for leaf in linear.leaves})
+    linear.restore()
+    assert not linear.laid_out
+    same(linear.tensors, before)
+
+
+@pytest.mark.parametrize("name", ["bf16, 2:4", "4-bit, ragged", "3-bit zeros, balanced"])
+@pytest.mark.parametrize("more", [False, True])
+def test_products_of_pruned_weights(name: str, more: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base under its mask, single weights, the low-rank part and the bias are added and rounded once."""
+    weight = pruned(*PRUNED[name], 40, more=more)
+    bias = nn.Parameter(torch.randn(40, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16), requires_grad=False)
+    linear = CompressedLinear.of(weight, bias)
+    linear.lay_out()
+    host = host_cuda.Host().install(monkeypatch)
+    monkeypatch.setattr(masked, "product", masked.matmul_packets)
+    x = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    y = linear._product(x)
+    assert len(host.launched) == 1
+    whole = x.double() @ weight.dequantize().double().T + bias.double()
+    assert y.shape == (2, 3, 40)
+    assert float((y.double() - whole).norm() / whole.norm()) < 3e-3
+
+
+def test_values_are_multiplied_by_their_own_type_only() -> None:
+    """Rounding values to the type of x is left to the reference."""
+    linear = CompressedLinear.of(pruned("bf16", "2:4", 40))
+    assert masked.fits(linear.spec, torch.bfloat16)
+    assert not masked.fits(linear.spec, torch.float16)
+    assert masked.fits(CompressedLinear.of(pruned("4-bit", "2:4", 40)).spec, torch.float16)
+    assert round_activations(linear, 8) == 0  # and pruned weights keep activations of 16 bits
+
+
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("outliers", [False, True])
 def test_products(name: str, outliers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators' kernels run on the CPU; base, single weights and bias are rounded once, together."""
-    linear = linear_of(PARTS[name], outliers)
+    linear = linear_of(PARTS[name], outliers, rank=not outliers)
     expected = linear.compressed().dequantize().double()
     linear.lay_out()
     host = host_cuda.Host().install(monkeypatch)
@@ -100,8 +155,8 @@ def test_what_no_kernel_takes() -> None:
     linear = linear_of(PARTS["4 bits"])
     assert "cpu" in str(linear.obstacle(torch.device("cpu")))
     assert linear.obstacle(cuda) is not None  # there is none here
-    linear.spec = {**linear.spec, "low_rank": {"format": "unheard_of"}}
-    assert "low_rank has no kernel" in str(linear.obstacle(cuda))
+    linear.spec = {**linear.spec, "unheard_of": {"format": "unheard_of"}}
+    assert "unheard_of has no kernel" in str(linear.obstacle(cuda))
 
 
 def test_float32_and_gradients_go_to_the_reference() -> None:
