@@ -15,7 +15,7 @@ from runs import compress, steps
 
 from compress import packed, seal
 from compress.errors import VerificationError
-from compress.evaluate import independent
+from compress.evaluate import independent, stored
 from compress.evaluate import verify as module
 from compress.evaluate.stored import header, open_stored
 from compress.evaluate.verify import verify
@@ -200,7 +200,7 @@ def test_copied_tensors_are_compared_in_pieces_of_any_size(
 
     path = tiny("llama") / "model.safetensors"
     entry, place = read_header(path)[0]["model.norm.weight"], header(path)["model.norm.weight"]
-    monkeypatch.setattr(independent, "_CHUNK", chunk)
+    monkeypatch.setattr(stored, "_CHUNK", chunk)
     assert module._equal(entry, place)
     assert not module._equal(entry, header(path)["model.layers.0.input_layernorm.weight"])
 
