@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ranks import two_ranks
 from runs import compress as run
 from runs import digests, killed_at, steps
 
@@ -45,18 +42,6 @@ KINDS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 def rows_of(out: Path) -> list[SiteRow]:
     return read_rows(out / "report.jsonl")
-
-
-@pytest.fixture(scope="module")
-def forks() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "support"), prepend=os.pathsep)
-        process = context.Process(target=print)
-        process.start()
-        process.join()
-    return context
 
 
 @pytest.mark.parametrize(
@@ -104,21 +89,13 @@ def test_where_hidden_states_are_and_where_a_run_was_stopped_changes_nothing(
 
 
 @pytest.mark.parametrize("kind", ["signround", "both"])
-def test_two_processes_give_the_bytes_of_one(kind: str, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_bytes_of_one(kind: str, forks: Any, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     """A step looks at the same batch however many share the work, and adding zeros changes no bit: only the start may differ."""
     recipe, more = KINDS[kind]
     recipe = [{**recipe[0], "options": {**recipe[0]["options"], "start": "mse"}}]
     values = {"data": {"name": str(ids)}, "dtype": "float32", "batch_tokens": 64, "steps": recipe, **more}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compress", "run"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "recipe.yaml"), str(tiny("llama")), "-o", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    two_ranks(forks, tmp_path, "run", tmp_path / "recipe.yaml", tiny("llama"), "-o", tmp_path / "two", "--no-reload")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     run(tiny("llama"), tmp_path / "one", ids, recipe, **more)

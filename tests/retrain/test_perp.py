@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 import yaml
 from blocks import SmallBlock, dequantized, mixing_block
 from pydantic import ValidationError
+from ranks import two_ranks
 from runs import compress as run
 from runs import digests, steps
 from torch import Tensor
@@ -243,15 +241,11 @@ def test_a_stopped_run_gives_the_same_bytes(tiny: Tiny, ids: Path, tmp_path: Pat
     assert digests(tmp_path / "whole") == digests(tmp_path / "stopped")
 
 
-def test_two_processes_give_the_bytes_of_one(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_bytes_of_one(forks: Any, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     """A step looks at one batch, which one rank has: gradients of the others are zeros."""
     values = {"data": {"name": str(ids)}, "dtype": "float32", "batch_tokens": 64, "steps": STEPS, **RECIPE}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compress", "run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    made = [str(tmp_path / "recipe.yaml"), str(tiny("llama")), "-o", str(tmp_path / "two"), "--no-reload"]
-    done = subprocess.run([*command, *made], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    two_ranks(forks, tmp_path, "run", tmp_path / "recipe.yaml", tiny("llama"), "-o", tmp_path / "two", "--no-reload")
     torch.set_num_threads(1)
     run(tiny("llama"), tmp_path / "one", ids, STEPS, **RECIPE)
     assert digests(tmp_path / "two")["model.safetensors"] == digests(tmp_path / "one")["model.safetensors"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from ranks import two_ranks
 from runs import compress as run
 from runs import digests, steps
 from tiny import VOCABULARY
@@ -311,18 +309,21 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(more: dict[str, Any], 
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_two_processes_choose_the_scales_of_one(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compress"]
-    flags = ["--method", "awq", "--bits", "3", "--group-size", "16", "--data", str(ids), "--dtype", "float32"]
-    flags += ["--set", "batch_tokens=64", "-q"]
-    done = subprocess.run(
-        [*command, "quantize", str(tiny("mixtral")), "-o", str(tmp_path / "two"), *flags],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
+def test_two_processes_choose_the_scales_of_one(forks: Any, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    flags = ["--method", "awq", "--bits", "3", "--group-size", "16", "--data", ids, "--dtype", "float32", "-q"]
+    two_ranks(
+        forks,
+        tmp_path,
+        "quantize",
+        tiny("mixtral"),
+        "-o",
+        tmp_path / "two",
+        *flags,
+        "--set",
+        "batch_tokens=64",
+        "-q",
+        "--no-reload",
     )
-    assert done.returncode == 0, done.stderr
     run(tiny("mixtral"), tmp_path / "one", ids, RTN3, **TRANSFORM)
     one, two = notes(tmp_path / "one"), notes(tmp_path / "two")
     assert [note["alpha"] for note in one.values()] == [note["alpha"] for note in two.values()]

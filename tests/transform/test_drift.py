@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from ranks import two_ranks
 from runs import compress as run
 from runs import digests, steps
 from tiny import VOCABULARY
@@ -211,17 +209,21 @@ def test_memory_disk_and_stops_change_nothing(tiny: Tiny, ids: Path, tmp_path: P
     assert digests(tmp_path / "whole") == digests(tmp_path / "disk") == digests(tmp_path / "stopped")
 
 
-def test_two_processes_correct_what_one_does(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "compress"]
-    flags = ["--method", "drift+rtn", "--bits", "8", "--group-size", "16", "--data", str(ids), "--dtype", "float32"]
-    done = subprocess.run(
-        [*command, "quantize", str(tiny("llama")), "-o", str(tmp_path / "two"), *flags, "--set", "batch_tokens=64", "-q"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
+def test_two_processes_correct_what_one_does(forks: Any, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    flags = ["--method", "drift+rtn", "--bits", "8", "--group-size", "16", "--data", ids, "--dtype", "float32", "-q"]
+    two_ranks(
+        forks,
+        tmp_path,
+        "quantize",
+        tiny("llama"),
+        "-o",
+        tmp_path / "two",
+        *flags,
+        "--set",
+        "batch_tokens=64",
+        "-q",
+        "--no-reload",
     )
-    assert done.returncode == 0, done.stderr
     run(tiny("llama"), tmp_path / "one", ids, steps("quant/rtn", bits=8, group_size=16), **STAGE)
     one, two = (PackedSource.open_packed(tmp_path / name) for name in ("one", "two"))
     for site in one.table:
