@@ -101,7 +101,7 @@ METHODS: dict[str, Callable[[float], Steps | None]] = {
     "slim": lambda bits: step("quant/slim", bits, group_size=128),
     "drift+gptq": _with(_uniform("quant/gptq"), transforms=DRIFT),
     "drift+slim": lambda bits: {**step("quant/slim", bits, group_size=128), "transforms": DRIFT},
-    "spqr": lambda bits: {"steps": [{"match": "*.*", "method": "quant/spqr", "options": _spqr(bits)}]},
+    "spqr": lambda bits: _spqr(bits),
     "hqq": lambda bits: step("quant/hqq", int(bits), group_size=64) if bits == int(bits) else None,
     "finequant": lambda bits: step("quant/finequant", int(bits)) if bits == int(bits) else None,
     "bipolar": _uniform("quant/bipolar"),
@@ -118,9 +118,10 @@ def _gauss_newton(bits: float) -> Steps:
     return {**step("quant/gaussnewton", int(bits), group_size=128), "batch_tokens": 4096, "tuning": tuning}
 
 
-def _spqr(bits: float) -> dict[str, Any]:
-    """Two or three bits per code, and outliers up to what is stored in all."""
-    return {"bits": max(2, int(bits) - (bits < 4)), "target_bits": bits + 0.125}
+def _spqr(bits: float) -> Steps | None:
+    """As many bits per code as go into the size with its grids, of 0.53 bits per weight, and outliers in what is left."""
+    stored = bits + 0.125
+    return step("quant/spqr", int(stored - 0.54), target_bits=stored) if stored >= 2.54 else None
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,16 @@ class Setting:
     device: str
 
 
-def measure(model: Path, recipe: str, given: Setting) -> dict[str, Any]:
-    """Return the row of a recipe: the mean over seeds."""
-    rows = [_measure(model, recipe, given, seed) for seed in given.seeds]
+class RunError(Exception):
+    """A command failed; the text is the command and what it said."""
+
+
+def measure(model: Path, recipe: str, given: Setting) -> dict[str, Any] | RunError:
+    """Return the row of a recipe, the mean over seeds, or why there is none."""
+    try:
+        rows = [_measure(model, recipe, given, seed) for seed in given.seeds]
+    except RunError as error:
+        return error
     mean = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
     name = recipe.removesuffix(".yaml").rpartition("/")[2]
     return {"model": model.name, "recipe": name, **mean, "kl_seeds": [row["kl"] for row in rows]}
@@ -180,7 +188,7 @@ def call(*arguments: str) -> tuple[dict[str, Any], float]:
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0), err.seek(0)
         if process.returncode:
-            raise SystemExit(f"compress {' '.join(arguments)}\n{err.read()}")
+            raise RunError(f"compress {' '.join(arguments)}\n{err.read()}")
         result: dict[str, Any] = json.load(out)
     return result, used.ru_utime + used.ru_stime
 
@@ -240,15 +248,22 @@ def main() -> None:
     given = Setting(arguments.calibration, arguments.heldout, arguments.samples, arguments.seeds, arguments.device)
     shown = " ".join(Path(word).name if Path(word).exists() else word for word in sys.argv[1:])
     result: dict[str, Any] = {"machine": machine(), "command": f"python bench/quality.py {shown}", "rows": []}
+    failed: list[RunError] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         methods = arguments.method or ([] if arguments.recipe else ["gptq", "rtn"])
         recipes = arguments.recipe + recipes_of(methods, arguments.bits, Path(folder))
         print(" ".join(name.rjust(width) for name, width in HEADS))
         for row in pool.map(lambda work: measure(work[0], work[1], given), itertools.product(arguments.model, recipes)):
+            if isinstance(row, RunError):  # the others are still worth their hours
+                failed.append(row)
+                print(row, file=sys.stderr, flush=True)
+                continue
             result["rows"].append(row)
             show(row)
             if arguments.out:  # after every row: a table takes hours
                 write_json(arguments.out, result)
+    if failed:
+        raise SystemExit(f"{len(failed)} of the recipes failed, see above")
 
 
 if __name__ == "__main__":
