@@ -85,6 +85,12 @@ def _table(method: str, names: dict[float, str]) -> Callable[[float], Steps | No
     return steps
 
 
+def _spqr(bits: float) -> Steps | None:
+    """As many bits per code as go into the size with its grids, of 0.53 bits per weight, and outliers in what is left."""
+    stored = bits + 0.125
+    return step("quant/spqr", int(stored - 0.54), target_bits=stored) if stored >= 2.54 else None
+
+
 AWQ = [{"method": "transform/awq"}]
 GRID = [{"method": "tune/grid"}]
 DRIFT = [{"method": "transform/drift"}]
@@ -101,7 +107,7 @@ METHODS: dict[str, Callable[[float], Steps | None]] = {
     "slim": lambda bits: step("quant/slim", bits, group_size=128),
     "drift+gptq": _with(_uniform("quant/gptq"), transforms=DRIFT),
     "drift+slim": lambda bits: {**step("quant/slim", bits, group_size=128), "transforms": DRIFT},
-    "spqr": lambda bits: _spqr(bits),
+    "spqr": _spqr,
     "hqq": lambda bits: step("quant/hqq", int(bits), group_size=64) if bits == int(bits) else None,
     "finequant": lambda bits: step("quant/finequant", int(bits)) if bits == int(bits) else None,
     "bipolar": _uniform("quant/bipolar"),
@@ -116,12 +122,6 @@ METHODS: dict[str, Callable[[float], Steps | None]] = {
 def _gauss_newton(bits: float) -> Steps:
     tuning = [{"method": "tune/grid", "options": {"epochs": 2, "rate": 0.04 / 2**bits}}]
     return {**step("quant/gaussnewton", int(bits), group_size=128), "batch_tokens": 4096, "tuning": tuning}
-
-
-def _spqr(bits: float) -> Steps | None:
-    """As many bits per code as go into the size with its grids, of 0.53 bits per weight, and outliers in what is left."""
-    stored = bits + 0.125
-    return step("quant/spqr", int(stored - 0.54), target_bits=stored) if stored >= 2.54 else None
 
 
 @dataclass(frozen=True)
