@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from compress import charts, facts, front, treemap
+from compress import charts, facts, front, notices, treemap
 from compress._version import __version__
 from compress.facts import Checkpoint
 from compress.files import duration, human_bytes, write_text
@@ -82,9 +82,9 @@ def write(folder: Path) -> None:
     values = {
         "c": c,
         "figures": facts.figures(c),
-        "notices": facts.notices(c),
+        "notices": notices.notices(c),
         "kinds": facts.kinds(c.rows),
-        "fallbacks": facts.fallbacks(c.rows),
+        "fallbacks": notices.fallbacks(c.rows),
         "versions": facts.versions(c),
         "commands": facts.commands(c),
     }

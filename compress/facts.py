@@ -6,7 +6,6 @@ The folder may be published, so of a path on the machine that made it only the l
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 from collections import Counter
@@ -52,14 +51,6 @@ class Figure:
     value: str
     before: str = ""
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A sentence that a user should read before using the checkpoint."""
-
-    text: str
-    serious: bool = True
 
 
 @dataclass(frozen=True)
@@ -224,77 +215,8 @@ def kinds(rows: Sequence[SiteRow]) -> list[Kind]:
     return result
 
 
-def fallbacks(rows: Sequence[SiteRow]) -> list[str]:
-    """Say for each kind of fallback how many weights took it and where."""
-    groups: dict[str, list[SiteRow]] = {}
-    for row in rows:
-        if row.fallback is not None:
-            groups.setdefault(re.sub(r":\s*\d+ of \d+ tokens", "", row.fallback), []).append(row)
-    sentences = []
-    for text, members in groups.items():
-        experts = len({(row.block, row.expert) for row in members if row.expert is not None})
-        blocks = charts.ranges({row.block for row in members if row.block is not None})
-        where = [_count(len(members), "matrix", "matrices"), *([_count(experts, "expert")] if experts else [])]
-        where += [f"blocks {blocks}" if "-" in blocks or "," in blocks else f"block {blocks}"] if blocks else ["the head"]
-        sentences.append(f"{text}: {', '.join(where)}")
-    return sentences
-
-
-def _tokens_notices(c: Checkpoint) -> list[Notice]:
-    """What calibration did not reach."""
-    found, s = [], c.summary
-    if s["fallbacks"]:
-        few = [row.tokens for row in c.rows if row.fallback is not None and row.tokens is not None]
-        seen = f" These saw {min(few):,} to {max(few):,} calibration tokens." if few else ""
-        text = f"{s['fallbacks']:,} of {s['sites']:,} matrices were compressed by a fallback, not as the recipe asks.{seen}"
-        found.append(Notice(text))
-    if cold := {(row.block, row.expert) for row in c.rows if row.expert is not None and row.tokens == 0}:
-        blocks = len({block for block, _ in cold})
-        found.append(Notice(f"No calibration token reached {_count(len(cold), 'expert')} in {_count(blocks, 'block')}."))
-    if dead := sum(bool(row.notes.get("dead_columns")) for row in c.rows):
-        text = f"{_count(dead, 'matrix', 'matrices')} had input columns that were zero on all calibration tokens."
-        found.append(Notice(text + " Nothing is known about how these are used.", False))
-    return found
-
-
-def _size_notices(c: Checkpoint) -> list[Notice]:
-    """Why the file is not smaller."""
-    found = []
-    text = c.config.get("text_config") or c.config
-    if text.get("tie_word_embeddings") is False and c.rows and all(row.block is not None for row in c.rows):
-        size = int(text.get("vocab_size", 0)) * int(text.get("hidden_size", 0))
-        how = f" ({charts.compact(size)} weights)" if size else ""
-        sentence = f"The output head{how}, not tied to the embeddings, was left as it was: no step of the recipe takes it."
-        found.append(Notice(sentence, False))
-    after, untouched = c.summary["bytes_after"], c.summary["bytes_after"] - c.compressed_bytes
-    if c.rows and untouched > 0.2 * after:
-        sentence = f"{untouched / after:.0%} of the file, {human_bytes(untouched)}, was copied as it was, such as embeddings."
-        found.append(Notice(sentence, False))
-    return found
-
-
-def notices(c: Checkpoint) -> list[Notice]:
-    """What a user should know before using the checkpoint, in sentences."""
-    found = []
-    if c.evaluation is None:
-        found.append(Notice("Quality was not measured. Measure it with compress eval before you rely on this checkpoint."))
-    elif c.calibration is not None and c.evaluation["ids_sha256"] == c.calibration.sha256:
-        found.append(Notice("Quality was measured on the calibration data itself, so it looks better than it is on other text."))
-    if kind := c.summary.get("decoded_from"):
-        found.append(Notice(f"The original is stored in {kind}; it was decoded to bfloat16 before it was compressed.", False))
-    found += _tokens_notices(c) + _size_notices(c)
-    if c.rows:
-        errors = [charts.ordered(row.error) for row in c.rows]
-        worst, middle = worst_first(c.rows)[0], median(errors)
-        times = f", {worst.error / middle:.1f} times the median" if 0 < middle < math.inf and worst.error > middle else ""
-        found.append(Notice(f"The largest error is that of {worst.site}: {worst.error:.3g}{times}.", False))
-        if bad := sum(error >= 1 for error in errors):
-            few = _count(bad, "matrix has", "matrices have")
-            found.append(Notice(f"{few} an error of 1 or more: zeros in their place would be no worse."))
-    return found
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
@@ -331,7 +253,7 @@ def parts_of(c: Checkpoint, folder: Path) -> list[tuple[str, int, bool, str]]:
     for row in c.rows:
         kinds_.setdefault(row.kind, []).append(row)
     found = [
-        (name, sum(row.stored_bits for row in members) // 8, True, f" ({_count(len(members), 'matrix', 'matrices')})")
+        (name, sum(row.stored_bits for row in members) // 8, True, f" ({counted(len(members), 'matrix', 'matrices')})")
         for name, members in kinds_.items()
     ]
     sites = {row.site for row in c.rows}
@@ -342,7 +264,7 @@ def parts_of(c: Checkpoint, folder: Path) -> list[tuple[str, int, bool, str]]:
             if owner not in sites or name.endswith(".bias"):
                 copied.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(size)
     if copied:
-        found += [(name, sum(sizes), False, f" ({_count(len(sizes), 'tensor')})") for name, sizes in copied.items()]
+        found += [(name, sum(sizes), False, f" ({counted(len(sizes), 'tensor')})") for name, sizes in copied.items()]
     else:
         found.append(("everything else", c.summary["bytes_after"] - c.compressed_bytes, False, ""))
     return found
@@ -376,7 +298,7 @@ def figures(c: Checkpoint) -> list[Figure]:
         ),
         *(_quality_figures(e) if e is not None else []),
         time,
-        Figure("Fallbacks", f"{s['fallbacks']:,}", "", f"of {_count(s['sites'], 'matrix', 'matrices')}"),
+        Figure("Fallbacks", f"{s['fallbacks']:,}", "", f"of {counted(s['sites'], 'matrix', 'matrices')}"),
     ]
 
 

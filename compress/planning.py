@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from torch import Tensor
 
 from compress import prepare, registry
 from compress import recipe as recipes
-from compress._version import __version__
-from compress.calibration.data import fingerprint
 from compress.calibration.families import Site
 from compress.candidates import Candidate, check_candidates, default_candidates, parse_candidates
 from compress.errors import RecipeError
-from compress.files import human_bytes, write_json, write_text, writing
+from compress.files import human_bytes, write_text
 from compress.folding import fold
-from compress.measurement import measure
+from compress.measured import Kept
 from compress.plan._problem import Choice, Problem
 from compress.prepare import Plan
 from compress.recipe import Recipe
-from compress.sensitivity import Sensitivity, check, sites_of
+from compress.sensitivity import Sensitivity, sites_of
 from compress.streams import Listen
 
-VERSION = 1  # of what a sensitivity file means
 _FRONT = 12  # points of the front
 _ROUNDS = 6  # of planning for a KL
 _MARGIN = 0.97  # by which each aims lower than the one before
@@ -140,67 +134,6 @@ def prepared(
     if not sites_of(plan):
         raise RecipeError(f"{model}: has no linears in blocks; there is nothing to plan")
     return plan
-
-
-def _identity(plan: Plan, ids: Tensor, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Every field that decides the sensitivities."""
-    return {
-        "version": VERSION,
-        "source": plan.source.fingerprint(),
-        "calibration": fingerprint(ids),
-        "candidates": [c.plain() for c in candidates],
-        "batch_tokens": plan.recipe.batch_tokens,
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "device": plan.device.type,
-        "compress": __version__,
-        "torch": torch.__version__,
-    }
-
-
-class Kept:
-    """The file that measurements of one model, data and set of candidates are kept in, in the folder of what was asked for."""
-
-    def __init__(self, plan: Plan, ids: Tensor, candidates: Sequence[Candidate], folder: Path) -> None:
-        self.plan, self.ids, self.candidates = plan, ids, candidates
-        self.identity = _identity(plan, ids, candidates)
-        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:12]
-        self.path = folder / f"sensitivity-{digest}.json"
-        self.sensitivity: Sensitivity | None = None
-        self.checks: dict[str, list[float | None]] = {}
-        try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
-            if values["identity"] == self.identity:
-                self.sensitivity, self.checks = Sensitivity.parse(values["sensitivity"]), dict(values["checks"])
-        except (OSError, ValueError, LookupError, TypeError):
-            pass  # not there, or not what this command writes: measured, and written over
-
-    def _write(self) -> None:
-        assert self.sensitivity is not None
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"identity": self.identity, "sensitivity": self.sensitivity.plain(), "checks": self.checks})
-
-    def measured(self, room: int, listen: Listen) -> tuple[Sensitivity, bool]:
-        """The sensitivities, and whether they were there already."""
-        if self.sensitivity is not None:
-            return self.sensitivity, True
-        begun = self.path.with_suffix(".begun")
-        self.sensitivity = measure(self.plan, self.ids, self.candidates, room, listen, begun)
-        self._write()
-        shutil.rmtree(begun)
-        return self.sensitivity, False
-
-    def checked(self, choices: dict[str, int], room: int, listen: Listen) -> tuple[float, float | None]:
-        """The measured KL of a plan and its standard error."""
-        transforms = [{"method": s.method.path, **s.method.model_dump(mode="json")} for s in self.plan.transforms]
-        key = hashlib.sha256(json.dumps([choices, transforms] if transforms else choices).encode()).hexdigest()
-        if key not in self.checks:
-            methods = {name: self.candidates[c] for name, c in choices.items()}
-            self.checks[key] = list(check(self.plan, self.ids, methods, room, listen))
-            self._write()
-        kl, error = self.checks[key]
-        assert kl is not None
-        return kl, error
 
 
 class Model:

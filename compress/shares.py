@@ -10,6 +10,7 @@ from compress import planning, prepare
 from compress import recipe as recipes
 from compress.candidates import candidate
 from compress.distribution import by_magnitude, by_outliers, steps_of
+from compress.measured import Kept
 from compress.sensitivity import sites_of
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities that a measured plan may give
@@ -42,7 +43,7 @@ def steps(
         return steps_of(by_outliers(plan, sites, ids, sparsity, room, listen)[0], others, method, options)
     choices = sorted({*GRID, sparsity})
     candidates = [candidate(method, {**options, "sparsity": share}) for share in choices]
-    measured, _ = planning.Kept(plan, ids, candidates, folder).measured(room, listen)
+    measured, _ = Kept(plan, ids, candidates, folder).measured(room, listen)
     # The budget is what the same sparsity everywhere takes: every stored bit, as it was measured.
     bits = sum(row.bits[choices.index(sparsity)] or 0 for row in measured.sites)
     budget = planning.Budget(bpw=bits / sum(site.numel for site in sites))

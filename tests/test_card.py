@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from pages import EVIL, SECRET, checkpoint, dense, measure, moe, site
 
-from compress import card, charts, facts
+from compress import card, charts, facts, notices
 from compress.files import duration
 
 VOID = {"meta", "br", "hr", "link", "img", "input"}
@@ -220,7 +220,7 @@ def test_notices(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "out", [*dense(), *moe(3, 8), site("model.layers.0.bad", 0, "bad", 1.5)])
     measure(folder, ids_sha256="c" * 64)
     change_config(folder, tie_word_embeddings=False)
-    text = " ".join(notice.text for notice in facts.notices(facts.Checkpoint.read(folder)))
+    text = " ".join(notice.text for notice in notices.notices(facts.Checkpoint.read(folder)))
     cold = sum(row.fallback is not None for row in moe(3, 8))
     for sentence in (
         "measured on the calibration data itself",

@@ -104,7 +104,8 @@ TABLE: dict[str, Row] = {
     "treemap": Row("files"),
     "front": Row("charts files errors"),
     "facts": Row("charts report published recipe_data files errors", "yaml"),
-    "card": Row("treemap front _version facts charts report files errors", "jinja2 yaml"),
+    "notices": Row("facts charts report files"),
+    "card": Row("treemap front _version notices facts charts report files errors", "jinja2 yaml"),
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
     "job": Row("files errors"),
     "prepare": Row(
@@ -150,19 +151,23 @@ TABLE: dict[str, Row] = {
         "memory files errors",
         "torch",
     ),
+    "measured": Row(
+        "measurement sensitivity streams candidates prepare calibration.data _version files errors",
+        "torch",
+    ),
     "folding": Row(),
     "distribution": Row(
         "block prepare recipe folding calibration.families calibration.observe calibration.skeleton calibration.statistics",
         "torch",
     ),
     "planning": Row(
-        "sensitivity measurement streams candidates folding plan._* prepare recipe registry calibration.data "
+        "sensitivity measured streams candidates folding plan._* prepare recipe registry calibration.data "
         "calibration.families _version files errors",
         "torch numpy yaml",
     ),
     "outlook": Row("planning prepare estimate sizes recipe errors"),
     "sweep": Row("streams candidates prepare recipe report calibration.skeleton files errors", "torch"),
-    "shares": Row("planning sensitivity candidates distribution prepare recipe errors"),
+    "shares": Row("planning measured sensitivity candidates distribution prepare recipe errors"),
     "plots": Row("planning sweep errors", lazy_third="matplotlib"),
     "seal": Row("packed calibration.claims calibration.families checkpoint container files errors"),
     # A second reader of the format shares nothing with what writes it.

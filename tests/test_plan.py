@@ -15,10 +15,11 @@ import torch
 import yaml
 from runs import ids_file
 
-from compress import cli, planning, prepare, recipe
+from compress import cli, measured, planning, prepare, recipe
 from compress import sensitivity as sensitivity_module
 from compress.candidates import default_candidates, parse_candidates
 from compress.errors import RecipeError
+from compress.measured import Kept
 from compress.report import read_rows
 from compress.sensitivity import split
 
@@ -104,14 +105,14 @@ def test_measurements_are_kept_and_used_again(
     def never(*_: Any) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(planning, "measure", never)
+    monkeypatch.setattr(measured, "measure", never)
     other = run(*common, "--bpw", 3, "-o", tmp_path / "three.yaml", "--planner", "lim")
     assert (other.code, "reused from" in other.out) == (0, True)
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", [])
     for text in ("{}", "not JSON", json.dumps({"identity": {}, "sensitivity": {}, "checks": {}})):
         kept.write_text(text)
-        found = planning.Kept(*prepared(tiny("llama"), ids), parse_candidates(SMALL[1::2]), tmp_path)
+        found = Kept(*prepared(tiny("llama"), ids), parse_candidates(SMALL[1::2]), tmp_path)
         assert (found.path, found.sensitivity) == (kept, None)
 
 
@@ -124,10 +125,10 @@ def test_other_data_or_candidates_are_measured_anew(tiny: Tiny, ids: Path, tmp_p
     candidates = parse_candidates(SMALL[1::2])
     plan, tokens = prepared(tiny("llama"), ids)
     names = {
-        planning.Kept(plan, tokens, candidates, tmp_path).path.name,
-        planning.Kept(plan, tokens[:-1], candidates, tmp_path).path.name,
-        planning.Kept(plan, tokens, candidates[:-1], tmp_path).path.name,
-        planning.Kept(*prepared(tiny("gpt2"), ids), candidates, tmp_path).path.name,
+        Kept(plan, tokens, candidates, tmp_path).path.name,
+        Kept(plan, tokens[:-1], candidates, tmp_path).path.name,
+        Kept(plan, tokens, candidates[:-1], tmp_path).path.name,
+        Kept(*prepared(tiny("gpt2"), ids), candidates, tmp_path).path.name,
     }
     assert len(names) == 4
 
@@ -152,13 +153,13 @@ def test_a_plan_that_measures_above_is_made_again(tiny: Tiny, ids: Path, tmp_pat
     """Predictions that are half of what is measured: the plan becomes larger, and in the end it is within."""
     plan, tokens = prepared(tiny("llama"), ids)
     candidates = parse_candidates([*SMALL[1::2], "gptq:bits=6,group_size=16"])
-    real = planning.check
+    real = measured.check
 
     def doubled(*arguments: Any) -> tuple[float, float | None]:
         kl, error = real(*arguments)
         return 2 * kl, error
 
-    monkeypatch.setattr(planning, "check", doubled)
+    monkeypatch.setattr(measured, "check", doubled)
     budget = planning.Budget.of(None, None, 0.1)
     made = planning.make(plan, tokens, candidates, budget, tmp_path, lambda *_: None)
     assert made.measured is not None
