@@ -212,6 +212,9 @@ def _kind(found: Diagnosis, config: dict[str, Any], source: Source | None, regis
             what = f"no {packed.FILE_KEY}, so {left} without `import compress` from taking random weights"
             advice = f'add "{packed.FILE_KEY}": "{packed.IMPORT_FIRST}", or write it anew: `compress convert --to native`'
             found.add("warning" if guarded else "error", "model", f"config.json: {what}; {advice}")
+    elif source is not None and source.coded is not None:
+        found.kind = source.coded
+        found.add("note", "tensors", f"weights are in {source.coded}; compress decodes them to bfloat16 as it reads them")
     elif method is not None:
         found.kind = str(method)
         if importer({"quant_method": method}) is None:
