@@ -63,8 +63,10 @@ class Diagnosis:
         self.problems.append(Problem(severity, stage, message))
 
 
-def diagnose(folder: Path, target: str | None, parallel: int, listen: Listen) -> Diagnosis:
-    """Examine a folder; nothing in it can make this fail. `target` makes what that runtime refuses an error."""
+def diagnose(folder: Path, target: str | None, parallel: int, listen: Listen, registered: bool = True) -> Diagnosis:
+    """Examine a folder; nothing in it can make this fail. `target` makes what that runtime refuses an error, and not `registered`
+    what a program meets that does not import this package.
+    """
     found = Diagnosis(str(folder))
     if target is not None:
         targets.find(target)
@@ -91,7 +93,7 @@ def diagnose(folder: Path, target: str | None, parallel: int, listen: Listen) ->
     except CheckpointError as error:
         if not any(problem.severity == "error" and problem.stage == "files" for problem in found.problems):
             found.add("error", "tensors", str(error))  # of files, everything is said already
-    _kind(found, config, source)
+    _kind(found, config, source, registered)
     if source is None:
         return found
     _config_and_weights(source, found)
@@ -194,7 +196,7 @@ def _checksums(folder: Path, found: Diagnosis) -> None:
                 found.add("error", "checksums", f"{name}: {what}. The file changed since it was written: fetch it again")
 
 
-def _kind(found: Diagnosis, config: dict[str, Any], source: Source | None) -> None:
+def _kind(found: Diagnosis, config: dict[str, Any], source: Source | None, registered: bool) -> None:
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if isinstance(source, ForeignSource):
@@ -203,7 +205,16 @@ def _kind(found: Diagnosis, config: dict[str, Any], source: Source | None) -> No
         found.kind = "native"
         what = "quant_method is compress, which transformers knows only after `import compress`"
         advice = "put that line before from_pretrained; without it loading fails, so that no random weights are used"
-        found.add("note", "model", f"config.json: {what}; {advice}")
+        found.add("note" if registered else "error", "model", f"config.json: {what}; {advice}")
+        if config.get(packed.FILE_KEY) != packed.IMPORT_FIRST:
+            guarded = quantization is not None and quantization.get("guard") is not None
+            left = "only an empty tensor stops programs" if guarded else "nothing stops programs"
+            what = f"no {packed.FILE_KEY}, so {left} without `import compress` from taking random weights"
+            advice = f'add "{packed.FILE_KEY}": "{packed.IMPORT_FIRST}", or write it anew: `compress convert --to native`'
+            found.add("warning" if guarded else "error", "model", f"config.json: {what}; {advice}")
+    elif source is not None and source.coded is not None:
+        found.kind = source.coded
+        found.add("note", "tensors", f"weights are in {source.coded}; compress decodes them to bfloat16 as it reads them")
     elif method is not None:
         found.kind = str(method)
         if importer({"quant_method": method}) is None:

@@ -17,6 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from compress import coded
 from compress.checkpoint import Source
+from compress.diagnosis import diagnose
 from compress.errors import CheckpointError
 
 Tiny = Callable[..., Path]
@@ -141,6 +142,12 @@ def test_experts_in_mxfp4(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     for name, model in models.items():
         run(model, tmp_path / name, ids, steps("quant/rtn", match="*.experts.*", bits=4, group_size=-1))
     assert digests(tmp_path / "mxfp4")["model.safetensors"] == digests(tmp_path / "plain")["model.safetensors"]
+
+
+def test_doctor_reads_them(pair: tuple[Path, Path]) -> None:
+    found = diagnose(pair[0], None, 1, lambda *_: None)
+    assert found.healthy and found.kind == "FP8"
+    assert [problem for problem in found.problems if "decodes them to bfloat16" in problem.message]
 
 
 def test_what_other_methods_packed_is_left_to_others(pair: tuple[Path, Path], tmp_path: Path) -> None:

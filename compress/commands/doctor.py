@@ -16,6 +16,9 @@ def doctor(
     folder: Annotated[Path, typer.Argument(help="Folder of a checkpoint: dense, ours, or another tool's.")],
     target: Target = None,
     tensor_parallel: TensorParallel = 1,
+    without_import: Annotated[
+        bool, typer.Option("--without-import", help="As a program meets it that does not `import compress`.")
+    ] = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -28,7 +31,7 @@ def doctor(
     from compress.screen.checkpoints import show_diagnosis
 
     with progress(quiet or json_) as listen:
-        found = diagnose(folder, target, tensor_parallel, listen)
+        found = diagnose(folder, target, tensor_parallel, listen, registered=not without_import)
     print(json.dumps(found.plain(), indent=2)) if json_ else show_diagnosis(found)
     if not found.healthy:
         raise typer.Exit(9)
