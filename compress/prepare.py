@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress import recipe as recipes
 from compress._version import __version__
+from compress.biases import with_biases
 from compress.calibration.claims import Claims, claim, context_length, find, settings, vocabulary
 from compress.calibration.data import fingerprint, load_ids
 from compress.checkpoint import Source
@@ -80,6 +81,8 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
     Raises CheckpointError, RecipeError.
     """
     source = Source.headers(model, revision) if headers else Source.open(model, revision)
+    if any(stage.options.get("add_biases") for stage in (*recipe.tuning, *recipe.retraining)):
+        source = with_biases(source, find(source))
     claims = claim(source, find(source), recipe.copy_, recipe.drop)
     assignments = recipes.resolve(recipe, claims.sites)
     chosen = pick_device(device)

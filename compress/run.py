@@ -18,6 +18,7 @@ from torch import Tensor
 from compress import card, distributed, memory, packed, published, report, retraining, seal, students
 from compress import recipe as recipes
 from compress._version import __version__
+from compress.biases import filled
 from compress.calibration.skeleton import Skeleton
 from compress.errors import CalibrationError, CheckpointError, RecipeError, VerificationError
 from compress.estimate import Estimate, check_disk, predictions
@@ -211,7 +212,8 @@ def finish(
     listen(blocks, blocks, "writing", 0.0)
     folder = job.checkpoint
     folder.mkdir()
-    specs, entries = seal.collect(job.parts / name for record in job.records for name in sorted(record.parts))
+    specs, made = seal.collect(job.parts / name for record in job.records for name in sorted(record.parts))
+    entries = filled(plan.source, made, job.parts)
     tensors, guard = seal.plan(plan.source, plan.claims, specs, entries)
     seal.write_shards(folder, tensors, recipes.parse_size(plan.recipe.max_shard_size))
     seal.carry(plan.source, folder)

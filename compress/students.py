@@ -49,6 +49,8 @@ class Student:
                 )
         others = {}
         for name in claims.copied:
+            if name in getattr(original, "added", ()) and name not in source.entries:
+                continue  # a bias that this training is to add
             if name not in source.entries or source.entries[name].shape != original.entries[name].shape:
                 raise CheckpointError(f"{source.folder}: {name} is not as in {original.folder}; give the model it was made from")
             value = source.tensor(name)

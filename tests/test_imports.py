@@ -108,8 +108,9 @@ TABLE: dict[str, Row] = {
     "card": Row("treemap front _version notices facts charts report files errors", "jinja2 yaml"),
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
     "job": Row("files errors"),
+    "biases": Row("calibration.claims calibration.families checkpoint container errors", "torch"),
     "prepare": Row(
-        "calibration.data calibration.claims recipe recipe_data checkpoint distributed _version errors",
+        "biases calibration.data calibration.claims recipe recipe_data checkpoint distributed _version errors",
         "torch",
         "kernels.calibration",
     ),
@@ -203,7 +204,7 @@ TABLE: dict[str, Row] = {
         "torch",
     ),
     "run": Row(
-        "pipeline retraining students seal job prepare estimate card published report recipe packed calibration.skeleton "
+        "pipeline retraining students seal job prepare biases estimate card published report recipe packed calibration.skeleton "
         "evaluate.* distributed memory files _version errors",
         "torch yaml",
     ),

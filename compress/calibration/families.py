@@ -98,6 +98,7 @@ class Family:
     scalings: tuple[Scaling, ...] = ()  # where scales can move from one tensor to others; none are known if it is empty
     heads: Heads | None = None  # what `compress cut` may cut; None: not at all
     channels: Channels | None = None
+    biases: tuple[tuple[str, tuple[str, ...]], ...] = ()  # settings of config.json, and the linears that they give a bias
     norm_offset: float = 0.0  # norms multiply by this plus their weight
     blocks: str = "model.layers"
     outer: tuple[str, ...] = ("model.embed_tokens.weight", "model.norm.weight")  # globs outside the blocks, copied
@@ -140,14 +141,27 @@ _MIXTRAL_EXPERTS = Experts(
 )
 _DEEPSEEK_EXPERTS = Experts(routers=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"))
 _FUSED_EXPERTS = Experts(inputs=("gate_up_proj",), fused=True, routers=("mlp.router.weight", "mlp.router.bias"))
+_ATTENTION_BIASES = ("attention_bias", (*_ATTENTION[0], *_ATTENTION[1]))
 _CUTS: Any = {"heads": Heads(), "channels": Channels()}
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", keep=(*_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.*_proj.bias"), scalings=_SCALINGS, **_CUTS),
+        Family(
+            "llama",
+            keep=(*_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.*_proj.bias"),
+            scalings=_SCALINGS,
+            biases=(_ATTENTION_BIASES, ("mlp_bias", (*_MLP[0], *_MLP[1]))),
+            **_CUTS,
+        ),
         Family("mistral", scalings=_SCALINGS, **_CUTS),
         Family("qwen2", keep=(*_NORMS, *_QKV_BIASES), scalings=_SCALINGS, **_CUTS),
-        Family("qwen3", keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias"), scalings=_SCALINGS, **_CUTS),
+        Family(
+            "qwen3",
+            keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias"),
+            scalings=_SCALINGS,
+            biases=(_ATTENTION_BIASES,),
+            **_CUTS,
+        ),
         Family("gemma2", keep=(*_NORMS, *_GEMMA_NORMS), scalings=_GEMMA_SCALINGS, norm_offset=1.0, tied=True),
         Family(
             "gemma3_text",

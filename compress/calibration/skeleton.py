@@ -72,6 +72,9 @@ def build_model(config: dict[str, Any], folder: str, dtype: torch.dtype) -> nn.M
         loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(loaded, "quantization_config"):
             del loaded.quantization_config
+        for key in ("attention_bias", "mlp_bias"):  # which a run may turn on, see `compress.biases`
+            if config.get(key):
+                setattr(loaded, key, True)
         with parameters_on_meta():
             model: nn.Module = AutoModelForCausalLM.from_config(loaded, dtype=dtype)
     except Exception as error:  # a config of someone else's goes through code of someone else's: anything may come of it

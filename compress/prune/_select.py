@@ -1,6 +1,6 @@
 """Which weights are kept, given a score for each: exact numbers, ties broken by index.
 
-    row       the round(s in) lowest of every row go
+    row       the floor(s in) lowest of every row go, as in the published programs
     matrix    the round(s out in) lowest of the whole matrix go
     group     the same, of runs of `group` neighbouring columns; the score of a run is the root of its scores' sum of squares
     pattern   of every M neighbouring columns the N highest are kept, whatever the sparsity
@@ -10,6 +10,7 @@ Of equal scores the first columns are kept, in a matrix those of the first rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,8 +34,9 @@ class Target:
     within: Within = "row"
 
     def pruned(self, units: int) -> int:
-        """How many of so many competing units go."""
-        return round(self.sparsity * units)
+        """How many of so many competing units go; of a row no more than the share, but for what a product of floats is off by."""
+        exact = self.sparsity * units
+        return math.floor(exact + 1e-6) if self.within == "row" else round(exact)
 
 
 def select(score: Tensor, target: Target) -> Tensor:

@@ -11,8 +11,9 @@ Zeros     stay exactly 0: through training, as gradients pass the mask; through 
 Defaults  rank 16, alpha 32 (the paper's code). Rates and rounds are ours; docs/results.md has what they give. The paper starts
           ScaleLoRA from equal numbers in both factors, whose rows then stay equal for ever and have rank one; ours start as
           LoRA's do.
-Failures  `lora_prune` trains a weight that is not the one it stores, and loses at high sparsity. New biases are not added: most
-          models have no place for them in a checkpoint.
+Biases    those that are there; with `add_biases` every linear gets one where the model's config has a setting for it (llama:
+          `attention_bias` and `mlp_bias`; qwen3: `attention_bias`), which is then set. They are stored, and count in the bytes.
+Failures  `lora_prune` trains a weight that is not the one it stores, and loses at high sparsity.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Perp(Retraining):
     weights: Annotated[Variant, Field(description="how values of dense bases move")] = "mask_lora"
     rank: Annotated[int, Field(ge=1, description="of the factors")] = 16
     alpha: Annotated[float, Field(gt=0, description="their product counts alpha / rank times")] = 32.0
+    add_biases: Annotated[bool, Field(description="give linears without a bias one, where the config has a place for it")] = False
     scales: Annotated[bool, Field(description="train scales and offsets of quantized bases")] = True
 
     def added_bits(self, shape: tuple[int, int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -44,7 +45,9 @@ def reference(
         if k % run == 0:
             stop = min(k + run, columns)
             per = rows if target.pattern is None and target.within == "matrix" else 1
-            due = run - target.pattern[0] if target.pattern else round(target.sparsity * stop * per) - gone
+            share = target.sparsity * stop * per
+            whole = round(share) if target.within == "matrix" else math.floor(share + 1e-6)
+            due = run - target.pattern[0] if target.pattern else whole - gone
             gone += 0 if target.pattern else due
             for r, c in choose(scored(range(k, stop)), due):
                 keep[r, c] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def reference(weight: Tensor, rows: Tensor, target: Target) -> Tensor:
             kept, of = target.pattern
             pieces, count = [list(range(g, g + of)) for g in range(0, len(scores), of)], of - kept
         else:
-            pieces, count = [list(range(len(scores)))], round(target.sparsity * len(scores))
+            pieces, count = [list(range(len(scores)))], math.floor(target.sparsity * len(scores) + 1e-6)
         for piece in pieces:
             for j in sorted(piece, key=lambda j: (scores[j], -j))[:count]:
                 keep[r, j] = False

@@ -51,12 +51,16 @@ def slowly_selected(score: Tensor, sparsity: float, group: int, within: Within) 
     """One competition after another, sorted in Python: lowest score first, of equal ones the last."""
     rows, columns = score.shape
     keep = torch.ones(rows, columns, dtype=torch.bool)
+
+    def due(count: int) -> int:
+        return round(sparsity * count) if within == "matrix" else math.floor(sparsity * count + 1e-6)
+
     units = [
         (math.sqrt(sum(float(score[r, c + i]) ** 2 for i in range(group))) if group > 1 else float(score[r, c]), r, c)
         for r in range(rows)
         for c in range(0, columns, group)
     ]
     for some in [units] if within == "matrix" else [[u for u in units if u[1] == r] for r in range(rows)]:
-        for _, r, c in sorted(some, key=lambda unit: (unit[0], -unit[1], -unit[2]))[: round(sparsity * len(some))]:
+        for _, r, c in sorted(some, key=lambda unit: (unit[0], -unit[1], -unit[2]))[: due(len(some))]:
             keep[r, c : c + group] = False
     return keep
