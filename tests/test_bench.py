@@ -59,6 +59,43 @@ def test_activations_in_8_bits() -> None:
     assert differences[1] < 1e-5
 
 
+def test_several_widths_of_activations() -> None:
+    """Beside products of integers stands torch's of int8 matrices."""
+    arguments = ("--shapes", "64x128", "--tokens", "3", "--device", "cpu", "--json", "--activation-bits", "16,8")
+    wide, narrow = json.loads(run(*arguments))["rows"]
+    assert (wide["activation_bits"], narrow["activation_bits"]) == (16, 8)
+    assert wide["int8"] is None
+    assert narrow["int8"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "stored"),
+    [
+        (("--bits", "16,4", "--pattern", "2:4"), ["BF16 + 2:4", "4-bit g32 + 2:4"]),
+        (("--bits", "16,3", "--sparsity", "0.7"), ["BF16 + mask", "3-bit g32 + mask"]),
+        (("--bits", "4", "--sparsity", "0.5", "--run", "16"), ["4-bit g32 + mask of 16s"]),
+    ],
+)
+def test_pruned_random_weights(options: tuple[str, ...], stored: list[str]) -> None:
+    arguments = ("--shapes", "64x256", "--group-size", "32", "--tokens", "2", "--device", "cpu", "--json")
+    rows = json.loads(run(*arguments, *options))["rows"]
+    assert [row["stored"] for row in rows] == stored
+    assert all(row["difference"] < 1e-2 and row["path"] == "torch_reference" for row in rows)
+
+
+def row(path: str, microseconds: float, activation_bits: int = 8) -> bench.Row:
+    return bench.Row(64, 128, "2-bit g128", 16, path, "graph", microseconds, 1.0, 8.0, 0.0, activation_bits, 6.0)
+
+
+def test_where_single_bits_win_is_said() -> None:
+    rows = [row("weight_only", 5.0, 16), row("int8", 4.0), row("bit_serial, 8 bits", 10.0), row("bit_serial, 2 bits", 2.0, 2)]
+    loses, wins = bench.verdict(rows)
+    assert loses == "64 x 128, 2-bit g128, 8-bit activations, 16 tokens: int8 wins, 2.50 times as fast"
+    assert wins.endswith("2-bit activations, 16 tokens: bit-serial wins, 2.00 times as fast as int8")
+    assert bench.verdict(rows[:2]) == []
+    assert "dense int8 wins, 1.67" in bench.verdict([row("bit_serial, 8 bits", 10.0)])[0]
+
+
 def test_a_model(tiny: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "out"
     compress(tiny("llama"), folder, None, steps("quant/rtn", group_size=16))
@@ -80,7 +117,13 @@ def test_what_is_wrong_is_said(tiny: Callable[..., Path]) -> None:
         (["--shapes", "64x128", "--bits", "9"], "numbers from 1 to 8"),
         (["--shapes", "64x128", "--tokens", "0"], "--tokens 0"),
         (["--shapes", "64x128", "--dtype", "int8"], "--dtype int8"),
-        (["--shapes", "64x128", "--activation-bits", "4"], "--activation-bits 4"),
+        (["--shapes", "64x128", "--activation-bits", "9"], "--activation-bits 9"),
+        (["--shapes", "64x128", "--activation-bits", "4", "--device", "cpu"], "--activation-bits 4"),
+        (["--shapes", "64x128", "--bits", "16"], "or 16 with --pattern"),
+        (["--shapes", "64x128", "--pattern", "2:4", "--sparsity", "0.5"], "expected one of them"),
+        (["somewhere", "--pattern", "2:4"], "with --shapes"),
+        (["--shapes", "64x128", "--pattern", "4:2"], "--pattern 4:2"),
+        (["--shapes", "64x128", "--sparsity", "0.5", "--run", "3"], "--run 3"),
         ([str(tiny("llama"))], "not compressed"),
     ):
         with pytest.raises(RecipeError, match=message):

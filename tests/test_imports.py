@@ -178,7 +178,8 @@ TABLE: dict[str, Row] = {
     "evaluate.exported": Row("evaluate.independent evaluate.stored evaluate.recorded gguf_file foreign packed errors"),
     "evaluate.speed": Row("errors", "torch", lazy_third="transformers"),
     "evaluate.bench": Row(
-        "evaluate.quality evaluate.speed runtime.linear kernels.weight_only parts.uniform foreign packed weight errors", "torch"
+        "evaluate.quality evaluate.speed runtime.linear kernels.* parts.* foreign packed weight errors",
+        "torch",
     ),
     "evaluate.*": Row(
         "evaluate.* prepare packed foreign calibration.* checkpoint container published recipe_data memory files errors",

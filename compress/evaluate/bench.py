@@ -3,14 +3,18 @@
 Weights are rotated over copies that no cache holds, as in a model other layers lie between two uses of one. On a GPU a CUDA graph
 of one product per copy is replayed, so that what Python takes does not count; a path that cannot be captured is timed by events
 around its calls, and the row says `eager`. Times are medians; the machine's rates are its best.
+
+Where activations have 8 bits or fewer, products of integers are timed too: by int8 tensor cores (`int8`), and on a GPU from
+single bits (`bit_serial`), which no model uses before this has shown where it wins; beside them torch's product of int8 matrices.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +22,13 @@ import torch
 from torch import Tensor
 
 from compress import packed
-from compress.errors import RecipeError
+from compress.errors import KernelError, RecipeError
 from compress.evaluate.quality import base_of
 from compress.evaluate.speed import tokens_per_second
 from compress.foreign import open_any
-from compress.kernels import weight_only
+from compress.kernels import bit_serial, int8, weight_only
+from compress.parts.dense import Dense
+from compress.parts.mask import Bitmask, Pattern
 from compress.parts.uniform import Uniform
 from compress.runtime.linear import CompressedLinear, round_activations
 from compress.weight import CompressedWeight
@@ -49,6 +55,8 @@ class Row:
     floor: float  # microseconds that the bytes or the arithmetic take at least, at the rates measured on this machine
     dense: float  # microseconds of torch's product with a dense weight in the type of x
     difference: float  # |y - product with the decoded weight| over its norm
+    activation_bits: int = 16
+    int8: float | None = None  # microseconds of torch's product of int8 matrices, where activations have at most 8 bits
 
     @property
     def share(self) -> float:
@@ -81,7 +89,8 @@ class Bench:
     def plain(self) -> dict[str, Any]:
         """The measurement as JSON values."""
         values = asdict(self)
-        return {**values, "rows": [row.plain() for row in self.rows], "measured": time.strftime("%Y-%m-%d")}
+        rows = [row.plain() for row in self.rows]
+        return {**values, "rows": rows, "bit_serial": verdict(self.rows), "measured": time.strftime("%Y-%m-%d")}
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
@@ -165,35 +174,93 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
     machine: tuple[float, float],
-    activation_bits: int = 16,
+    activation_bits: Sequence[int] = (16,),
 ) -> Iterator[Row]:
-    """Time products of rows of x with one weight, through `CompressedLinear` as a model does."""
+    """Time products of rows of x with one weight: through `CompressedLinear` as a model does, and of integers."""
     linear = CompressedLinear.of(weight)
     (rows, columns), nbytes = weight.shape, weight.stored_bits // 8
-    decoded = weight.dequantize()
-    copies = [_cloned(linear, device) for _ in range(_copies(nbytes, device))]
-    round_activations(torch.nn.ModuleList(copies), activation_bits)
+    decoded, stored = weight.dequantize(), packed.short(linear.spec)
+    count_copies = _copies(nbytes, device)
     dense = [decoded.to(device, dtype, copy=True) for _ in range(_copies(rows * columns * dtype.itemsize, device))]
-    generator = torch.Generator().manual_seed(0)
-    for count in tokens:
-        x = torch.randn(count, columns, generator=generator).to(device, dtype)
-        with torch.no_grad():
-            y = copies[0](x)
+    octets = _octets(decoded, device) if min(activation_bits) <= 8 else []
+    whole = int8.reason(linear.spec) is None
+    for bits in activation_bits:
+        ways: dict[str, list[Callable[[Tensor], Tensor]]] = {}
+        if bits == 16 or (bits == 8 and (whole or len(activation_bits) == 1)):
+            copies = [_cloned(linear, device) for _ in range(count_copies)]
+            round_activations(torch.nn.ModuleList(copies), bits)
+            ways["linear"] = [*copies]
+        if bits <= 8 and device.type == "cuda" and (planes := _bit_planes(weight, device)) is not None:
+            clones = [planes, *(replace(planes, words=planes.words.clone()) for _ in range(count_copies - 1))]
+            ways[f"bit_serial, {bits} bits"] = [partial(bit_serial.matmul_bits, weight=one, bits=bits) for one in clones]
+        generator = torch.Generator().manual_seed(0)
+        for count in tokens:
+            x = torch.randn(count, columns, generator=generator).to(device, dtype)
             expected = x.cpu().double() @ decoded.double().T
-            difference = float((y.cpu().double() - expected).norm() / expected.norm())
-            calls = [partial(layer, x) for layer in copies]
-            seconds, how = _median(calls, device, copies[0].path(x) in ("weight_only", "int8"))
-            before, _ = _median([partial(torch.nn.functional.linear, x, w) for w in dense], device, True)
-        moved = nbytes + count * (rows + columns) * dtype.itemsize
-        floor = max(moved / machine[0], 2 * count * rows * columns / machine[1])
-        path = copies[0].path(x)
-        if path == "weight_only" and count >= weight_only.CROSSOVER:
-            path = "weight_only, decoded"
-        stored = packed.short(linear.spec)
-        yield Row(rows, columns, stored, count, path, how, 1e6 * seconds, 1e6 * floor, 1e6 * before, difference)
+            for name, products in ways.items():
+                first = products[0]
+                with torch.no_grad():
+                    y = first(x)
+                    difference = float((y.cpu().double() - expected).norm() / expected.norm())
+                    path = first.path(x) if isinstance(first, CompressedLinear) else name
+                    seconds, how = _median([partial(one, x) for one in products], device, path != "torch_reference")
+                    before, _ = _median([partial(torch.nn.functional.linear, x, w) for w in dense], device, True)
+                    integers = _int8_seconds(count, octets, device) if bits <= 8 else None
+                moved = nbytes + count * (rows + columns) * dtype.itemsize
+                floor = max(moved / machine[0], 2 * count * rows * columns / machine[1])
+                if path in ("weight_only", "masked") and count >= weight_only.CROSSOVER:
+                    path += ", decoded"
+                times = 1e6 * seconds, 1e6 * floor, 1e6 * before, difference, bits
+                yield Row(rows, columns, stored, count, path, how, *times, None if integers is None else 1e6 * integers)
 
 
-def random_uniform(shape: tuple[int, int], bits: int, group_size: int, zero: bool) -> CompressedWeight:
+def _octets(decoded: Tensor, device: torch.device) -> list[Tensor]:
+    """A weight (out, in) as int8, as often as no cache holds; none where torch does not multiply such a shape."""
+    if any(size % 8 for size in decoded.shape):
+        return []
+    whole = (decoded / decoded.abs().amax().clamp_min(1e-30) * 127).round().to(torch.int8)
+    return [whole.to(device, copy=True) for _ in range(_copies(whole.numel(), device))]
+
+
+def _int8_seconds(count: int, octets: Sequence[Tensor], device: torch.device) -> float | None:
+    """Seconds of torch's product of int8 matrices, of 32 rows at least on a GPU, which takes no fewer."""
+    if not octets:
+        return None
+    rows = max(count, 32) if device.type == "cuda" else count
+    x = torch.ones(rows + -rows % 8 if device.type == "cuda" else rows, octets[0].shape[1], dtype=torch.int8, device=device)
+    return _median([partial(torch._int_mm, x, one.T) for one in octets], device, True)[0]
+
+
+def _bit_planes(weight: CompressedWeight, device: torch.device) -> bit_serial.Bits | None:
+    """A weight as single bits, or None where no product takes such."""
+    if not isinstance(weight.base, Uniform) or len(weight.parts) > 1:
+        return None
+    base = weight.base
+    try:
+        return bit_serial.prepare(replace(base, codes=base.codes.to(device), scale=base.scale.to(device)))
+    except KernelError:  # zero points, groups that do not fit
+        return None
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """Say of each product from single bits whether it was faster than those of int8 and of dense weights."""
+    found = []
+    for row in rows:
+        if not row.path.startswith("bit_serial"):
+            continue
+        same = [r for r in rows if (r.out, r.columns, r.stored, r.tokens) == (row.out, row.columns, row.stored, row.tokens)]
+        others = {r.path: r.microseconds for r in same if not r.path.startswith("bit_serial")} | {"dense": row.dense}
+        if row.int8 is not None:
+            others["dense int8"] = row.int8
+        best = min(others, key=lambda name: others[name])
+        ratio = others[best] / row.microseconds
+        what = f"{row.out} x {row.columns}, {row.stored}, {row.activation_bits}-bit activations, {row.tokens} tokens"
+        won = f"bit-serial wins, {ratio:.2f} times as fast as {best}"
+        found.append(f"{what}: " + (won if ratio > 1 else f"{best} wins, {1 / ratio:.2f} times as fast"))
+    return found
+
+
+def random_uniform(shape: tuple[int, int], bits: int, group_size: int, zero: bool) -> Uniform:
     """A weight of random codes and scales. Raises RecipeError for a group size that does not divide its columns."""
     rows, columns = shape
     size = columns if group_size == -1 else group_size
@@ -203,7 +270,33 @@ def random_uniform(shape: tuple[int, int], bits: int, group_size: int, zero: boo
     codes = torch.randint(0, 1 << bits, shape, generator=generator, dtype=torch.uint8)
     scale = (torch.rand(rows, columns // size, generator=generator) * columns**-0.5 / (1 << bits)).to(torch.bfloat16)
     zeros = torch.randint(0, 1 << bits, tuple(scale.shape), generator=generator, dtype=torch.uint8) if zero else None
-    return CompressedWeight(Uniform(codes, scale, bits, size, zeros))
+    return Uniform(codes, scale, bits, size, zeros)
+
+
+def random_values(shape: tuple[int, int], dtype: torch.dtype) -> Dense:
+    """Random values of 16 bits."""
+    kept = dtype if dtype.itemsize == 2 else torch.bfloat16
+    return Dense((torch.randn(shape, generator=torch.Generator().manual_seed(0)) * shape[1] ** -0.5).to(kept))
+
+
+def weight_of(base: Dense | Uniform, pattern: str | None, sparsity: float | None, run: int) -> CompressedWeight:
+    """A weight, under a random mask if wanted: N:M, or runs of columns of which a share is gone. Raises RecipeError."""
+    rows, columns = base.shape
+    if pattern is None and sparsity is None:
+        return CompressedWeight(base)
+    generator = torch.Generator().manual_seed(1)
+    if sparsity is not None or pattern is None:
+        if run < 1 or columns % run:
+            raise RecipeError(f"--run {run}: expected a divisor of in={columns}")
+        return CompressedWeight.pruned(
+            base, Bitmask(torch.rand(rows, columns // run, generator=generator) >= (sparsity or 0), run)
+        )
+    kept, _, of = pattern.partition(":")
+    if not (kept.isdecimal() and of.isdecimal() and 0 < int(kept) < int(of) <= 8) or columns % int(of):
+        raise RecipeError(f"--pattern {pattern}: expected N:M as 2:4, M at most 8 and a divisor of in={columns}")
+    combinations = math.comb(int(of), int(kept))
+    choice = torch.randint(0, combinations, (rows, columns // int(of)), generator=generator, dtype=torch.uint8)
+    return CompressedWeight.pruned(base, Pattern(choice, int(kept), int(of)))
 
 
 def of_model(folder: str) -> list[CompressedWeight]:
@@ -213,7 +306,7 @@ def of_model(folder: str) -> list[CompressedWeight]:
         raise RecipeError(f"{folder}: not compressed; give a checkpoint that compress wrote, or --shapes OUTxIN")
     first: dict[str, str] = {}
     for site, spec in source.table.items():
-        first.setdefault(f"{spec['shape']} {spec['base']} {sorted(spec)}", site)
+        first.setdefault(f"{spec['shape']} {packed.short(spec)}", site)
     return [source.compressed(site) for site in first.values()]
 
 
@@ -224,7 +317,7 @@ def bench(
     dtype: torch.dtype,
     model: str | None,
     original: str | None,
-    activation_bits: int,
+    activation_bits: Sequence[int],
     listen: Listen,
 ) -> Bench:
     """Time products with some weights and, where a model is given, its generation against the original's."""

@@ -61,12 +61,13 @@ enum Meta {
   HALF,       // likewise, and shift scale / 2: zero points half a step below the middle
   ZERO,       // 16 scales, 16 zero codes of a byte, padded to 16 bytes: shift = scale * (middle - zero)
   SHIFT,      // 16 scales, 16 float32 shifts
+  WIDE,       // 16 float32 scales, 16 float32 shifts
   TWO_LEVEL,  // 16 bytes, scale code in the lower 4 bits and zero code in the upper; float32 top, step, zero, zero step
   SELECT,     // 16 scales, 16 bytes that choose a table
 };
 template <int META> struct Record {
-  static constexpr int BYTES = META == SHIFT ? 96 : META == ZERO || META == SELECT ? 48 : 32;
-  static constexpr bool SHIFTS = META == HALF || META == ZERO || META == SHIFT || META == TWO_LEVEL;
+  static constexpr int BYTES = META == WIDE ? 128 : META == SHIFT ? 96 : META == ZERO || META == SELECT ? 48 : 32;
+  static constexpr bool SHIFTS = META == HALF || META == ZERO || META == SHIFT || META == WIDE || META == TWO_LEVEL;
 };
 
 // Scales and shifts of the rows g and g + 8 from a record, whose values are ordered 0, 8, 1, 9, ...
@@ -79,6 +80,14 @@ template <int META, int WIDTH> DEVICE void scales(const unsigned char* record, i
     scale[1] = top - float((codes >> 8) & 15) * step;
     shift[0] = -scale[0] * (zero + float((codes >> 4) & 15) * zero_step);
     shift[1] = -scale[1] * (zero + float(codes >> 12) * zero_step);
+    return;
+  }
+  if constexpr (META == WIDE) {
+    const float* both = reinterpret_cast<const float*>(record) + 2 * g;
+    scale[0] = load(both);
+    scale[1] = load(both + 1);
+    shift[0] = load(both + 16);
+    shift[1] = load(both + 17);
     return;
   }
   const u32 pair = load(reinterpret_cast<const u32*>(record + 4 * g));

@@ -1,7 +1,8 @@
 """Quantized weights as kernels read them: codes in tiles, and what a group has beside its codes in records of 16 rows.
 
 A group's value is `scale * number + shift`, where the number is the code less the middle of its range, or an entry of a table.
-`Meta` in _decode.cuh says what a record holds. Scales are exact in bfloat16; scales of whole rows stand apart in float32.
+`Meta` in _decode.cuh says what a record holds. Scales are exact in bfloat16, or in float32 beside their shifts;
+scales of whole rows stand apart in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from compress.parts.uniform import Uniform, middle
 from compress.weight import Part
 
 STEP = 16  # columns of a tensor core's product
-RECORD = {"SYMMETRIC": 32, "HALF": 32, "ZERO": 48, "SHIFT": 96, "TWO_LEVEL": 32, "SELECT": 48}  # bytes
+RECORD = {"SYMMETRIC": 32, "HALF": 32, "ZERO": 48, "SHIFT": 96, "WIDE": 128, "TWO_LEVEL": 32, "SELECT": 48}  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +71,8 @@ class Beside:
     """What groups have beside their codes, by row: the value of a code is (code - middle) * scale + shift."""
 
     kind: str
-    scale: Tensor  # (out, groups) bfloat16
-    second: Tensor | None  # (out, groups): of ZERO zero codes, of SHIFT the shift in float32
+    scale: Tensor  # (out, groups) bfloat16; of WIDE float32
+    second: Tensor | None  # (out, groups): of ZERO zero codes, of SHIFT and WIDE the shift in float32
 
     def rows(self, start: int, stop: int) -> Beside:
         """Return that of rows start..stop."""
@@ -81,9 +82,11 @@ class Beside:
 def beside(part: Uniform) -> Beside:
     """Say what the groups of a part have beside their codes."""
     bits, scale = part.bits, part.scale
-    if part.offset is not None:
+    wide = scale.dtype != torch.bfloat16  # as other tools have stored it
+    if part.offset is not None or wide:
         away = middle_of(bits) - (middle(bits, part.bipolar) if part.zero is None else part.zero.float())
-        return Beside("SHIFT", scale, part.offset.float() + scale.float() * away)
+        shift = scale.float() * away + (0 if part.offset is None else part.offset.float())
+        return Beside("WIDE" if wide else "SHIFT", scale.float() if wide else scale, shift)
     if part.zero is not None:
         return Beside("ZERO", scale, part.zero)
     return Beside("SYMMETRIC" if middle(bits, part.bipolar) == middle_of(bits) else "HALF", scale, None)
@@ -173,6 +176,8 @@ def decode(tiles: Tiles) -> Tensor:
         top, step, zero, zero_step = grid.unbind(2)
         scale = top - (both & 15).float() * step
         shift = -scale * (zero + (both >> 4).float() * zero_step)
+    elif tiles.kind == "WIDE":
+        scale, shift = field(0, 64, torch.float32), field(64, 128, torch.float32)
     else:
         scale = field(0, 32, torch.bfloat16).float()
         if tiles.kind == "HALF":

@@ -77,7 +77,7 @@ def _(
 
 def assign_instance(dimensions: int, weighted: bool) -> _cuda.Kernel:
     """Name the kernel for points of one of `DIMENSIONS`."""
-    return _cuda.Kernel("calibration", f"nearest_centroids<{dimensions}, {str(weighted).lower()}>", 256)
+    return _cuda.Kernel("nearest", f"nearest_centroids<{dimensions}, {str(weighted).lower()}>", 256)
 
 
 def assign_kernel(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:

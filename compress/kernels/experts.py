@@ -7,7 +7,7 @@ tokens could need, and those without a token return at once. Experts of differen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,20 +15,31 @@ from torch import Tensor
 
 from compress.errors import KernelError
 from compress.kernels import _cuda, weight_only
-from compress.kernels._weights import Tiles
+from compress.kernels._weights import Tiles, decode
 from compress.kernels.weight_only import TYPES
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Experts whose weights are laid out alike."""
+    """Experts whose weights are laid out alike, one behind the other."""
 
-    tiles: list[Tiles]
+    tiles: dict[int, Tiles]  # of each expert, as views of the tensors here
+    codes: Tensor  # (experts, words) int32
+    meta: Tensor  # (experts, groups, row-blocks, record) uint8
+    row_scale: Tensor | None  # (experts, out) float32
     table: Tensor  # (experts, 4) int64: addresses of codes, records and scales of rows (or 0), number of the expert
+
+    @property
+    def like(self) -> Tiles:
+        """One of the experts."""
+        return next(iter(self.tiles.values()))
 
 
 def group(experts: Mapping[int, Tiles]) -> list[Group]:
-    """Bring experts of the same shape, width and records together. Raises KernelError for columns in an order of their own."""
+    """Bring experts of the same shape, width and records together, in memory too. Raises KernelError.
+
+    That is for columns in an order of their own, and weights laid out for bytes.
+    """
     alike: dict[tuple[object, ...], dict[int, Tiles]] = {}
     for number, tiles in experts.items():
         if tiles.order is not None or tiles.field != 16:
@@ -36,15 +47,20 @@ def group(experts: Mapping[int, Tiles]) -> list[Group]:
         values = None if tiles.table is None else tuple(tiles.table.tolist())
         key = (tiles.shape, tiles.bits, tiles.steps, tiles.kind, values, tiles.row_scale is None)
         alike.setdefault(key, {})[number] = tiles
-    groups = []
-    for members in alike.values():
-        rows = [
-            (t.codes.data_ptr(), t.meta.data_ptr(), 0 if t.row_scale is None else t.row_scale.data_ptr(), number)
-            for number, t in members.items()
-        ]
-        device = next(iter(members.values())).codes.device
-        groups.append(Group(list(members.values()), torch.tensor(rows, dtype=torch.int64).to(device)))
-    return groups
+    return [_joined(members) for members in alike.values()]
+
+
+def _joined(members: Mapping[int, Tiles]) -> Group:
+    codes = torch.stack([t.codes for t in members.values()])
+    meta = torch.stack([t.meta for t in members.values()])
+    scales = [t.row_scale for t in members.values() if t.row_scale is not None]
+    row_scale = torch.stack(scales) if scales else None
+    views, rows = {}, []
+    for i, (number, tiles) in enumerate(members.items()):
+        own = None if row_scale is None else row_scale[i]
+        views[number] = replace(tiles, codes=codes[i], meta=meta[i], row_scale=own)
+        rows.append((codes[i].data_ptr(), meta[i].data_ptr(), 0 if own is None else own.data_ptr(), number))
+    return Group(views, codes, meta, row_scale, torch.tensor(rows, dtype=torch.int64).to(codes.device))
 
 
 def matmul(x: Tensor, starts: Tensor, groups: Sequence[Group], most: int) -> Tensor:
@@ -53,7 +69,7 @@ def matmul(x: Tensor, starts: Tensor, groups: Sequence[Group], most: int) -> Ten
     starts (experts + 1,) int32: where the rows of each expert begin. `most` is the largest number of rows that one can have.
     Raises KernelError.
     """
-    first = groups[0].tiles[0]
+    first = groups[0].like
     outputs, columns = first.shape
     if x.dim() != 2 or x.shape[1] != columns or x.dtype not in TYPES or starts.dtype != torch.int32 or not starts.is_contiguous():
         raise KernelError(f"x is {x.dtype} {tuple(x.shape)}, starts {starts.dtype}; expected 16-bit (rows, {columns}) and int32")
@@ -63,7 +79,7 @@ def matmul(x: Tensor, starts: Tensor, groups: Sequence[Group], most: int) -> Ten
     rows = weight_only.rows_of(x, first)
     average = -(-len(x) // max(1, len(starts) - 1))
     for one in groups:
-        tiles = one.tiles[0]
+        tiles = one.like
         shape, device = weight_only.shape_of(tiles), _cuda.device(x.device.index or 0)
         # As many tokens in a block as twice what an expert has in the mean: a few have more, and take more blocks.
         tokens, stages, shared, _ = weight_only.plan(min(most, 2 * average), tiles, shape, device)
@@ -72,6 +88,84 @@ def matmul(x: Tensor, starts: Tensor, groups: Sequence[Group], most: int) -> Ten
         arguments: list[_cuda.Argument] = [rows, None, None, None, tiles.table, None, None, None, y, None, None, None]
         arguments += [one.table, starts, batches, 0, outputs, rows.shape[1], np.int64(rows.stride(0)), shape.tiles]
         arguments += [shape.row_blocks, shape.tiles, shape.record_bits, shape.steps, shape.reciprocal, stages, shape.entries]
-        reads = [t for member in one.tiles for t in (member.codes, member.meta, member.row_scale) if t is not None]
+        reads = [t for t in (one.codes, one.meta, one.row_scale) if t is not None]
         _cuda.launch(kernel, (panels, 1, len(one.tiles) * batches), arguments, shared, x.device, reads)
+    return y
+
+
+def _by_torch(x: Tensor, starts: Tensor, groups: Sequence[Group]) -> Tensor:
+    """As `matmul`, expert by expert."""
+    y = torch.zeros(len(x), groups[0].like.shape[0], dtype=x.dtype, device=x.device)
+    bounds = starts.tolist()
+    for one in groups:
+        for number, tiles in one.tiles.items():
+            rows = slice(bounds[number], bounds[number + 1])
+            y[rows] = torch.nn.functional.linear(x[rows], decode(tiles).to(x.dtype))
+    return y
+
+
+@torch.library.custom_op("compress::experts", mutates_args=())
+def _op(
+    x: Tensor,
+    starts: Tensor,
+    tables: list[Tensor],
+    codes: list[Tensor],
+    metas: list[Tensor],
+    row_scales: list[Tensor],
+    values: list[Tensor],
+    bits: list[int],
+    steps: list[int],
+    kinds: str,
+    rows: int,
+    most: int,
+) -> Tensor:
+    groups = []
+    for i, kind in enumerate(kinds.split()):
+        scale, value = (tensors[i] if tensors[i].numel() else None for tensors in (row_scales, values))
+        like = Tiles(codes[i][0], metas[i][0], value, None, None, (rows, x.shape[-1]), bits[i], steps[i], kind)
+        members = {0: like}
+        if not x.is_cuda:
+            members = {
+                number: replace(like, codes=codes[i][e], meta=metas[i][e], row_scale=None if scale is None else scale[e])
+                for e, number in enumerate(tables[i][:, 3].tolist())
+            }
+        groups.append(Group(members, codes[i], metas[i], scale, tables[i]))
+    return matmul(x, starts, groups, most) if x.is_cuda else _by_torch(x, starts, groups)
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    starts: Tensor,
+    tables: list[Tensor],
+    codes: list[Tensor],
+    metas: list[Tensor],
+    row_scales: list[Tensor],
+    values: list[Tensor],
+    bits: list[int],
+    steps: list[int],
+    kinds: str,
+    rows: int,
+    most: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], rows))
+
+
+def product(x: Tensor, starts: Tensor, groups: Sequence[Group], most: int) -> Tensor:
+    """As `matmul`, as an operator for torch.compile; on a CPU in plain torch. Raises KernelError."""
+    likes, none = [one.like for one in groups], x.new_empty(0, dtype=torch.float32)
+    y: Tensor = _op(
+        x,
+        starts,
+        [one.table for one in groups],
+        [one.codes for one in groups],
+        [one.meta for one in groups],
+        [none if one.row_scale is None else one.row_scale for one in groups],
+        [none if like.table is None else like.table for like in likes],
+        [like.bits for like in likes],
+        [like.steps for like in likes],
+        " ".join(like.kind for like in likes),
+        likes[0].shape[0],
+        most,
+    )
     return y

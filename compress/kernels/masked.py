@@ -41,6 +41,8 @@ def reason(spec: Mapping[str, Any]) -> str | None:
     base = spec["base"]
     if base["format"] == "dense":
         return None if base["dtype"] in ("BF16", "F16") else f"values of {base['dtype']}; expected 16 bits"
+    if "scale" in base:
+        return f"scales of {base['scale']} under a mask; expected BF16"
     return _weights.reason(spec)
 
 

@@ -16,7 +16,7 @@ class ExpertProducts:
 
     def __init__(self, loop: ExpertLoop) -> None:
         self.loop = loop
-        self._made: dict[str, tuple[list[Tiles], list[experts.Group] | None]] = {}
+        self._made: dict[str, tuple[list[Tiles | None], list[experts.Group] | None]] = {}
 
     def __call__(self, name: str, rows: Tensor, starts: Tensor, most: int) -> Tensor | None:
         """Rows (rows, in) sorted by expert -> (rows, out), or None where experts have to run one by one."""
@@ -28,13 +28,25 @@ class ExpertProducts:
             return None
         for linear in packed:
             linear.lay_out()
-        tiles = [linear.plain_tiles for linear in packed]
         known, groups = self._made.get(name, ([], None))
+        tiles = [linear.plain_tiles for linear in packed]
         if len(known) != len(tiles) or any(a is not b for a, b in zip(known, tiles, strict=True)):
-            whole = [one for one in tiles if one is not None]
-            try:
-                groups = experts.group(dict(enumerate(whole))) if len(whole) == len(tiles) else None
-            except KernelError:  # scattered columns: one by one
-                groups = None
-            self._made[name] = whole, groups
-        return None if groups is None else experts.matmul(rows, starts, groups, most)
+            groups = self._grouped(packed)
+            self._made[name] = [linear.plain_tiles for linear in packed], groups
+        return None if groups is None else experts.product(rows, starts, groups, most)
+
+    @staticmethod
+    def _grouped(linears: list[CompressedLinear]) -> list[experts.Group] | None:
+        """Bring the weights of experts together, or None where they have to run one by one."""
+        tiles = {number: linear.plain_tiles for number, linear in enumerate(linears)}
+        plain = {number: one for number, one in tiles.items() if one is not None}
+        if len(plain) < len(tiles):
+            return None
+        try:
+            groups = experts.group(plain)
+        except KernelError:  # scattered columns
+            return None
+        for one in groups:
+            for number, view in one.tiles.items():
+                linears[number].share(view)
+        return groups

@@ -84,6 +84,11 @@ class CompressedLinear(nn.Module):
             return None
         return self._tiles.get("codes")
 
+    def share(self, tiles: _weights.Tiles) -> None:
+        """Take the same codes from memory that others share."""
+        assert self._tiles is not None
+        self._tiles = {"codes": tiles}
+
     def lay_out(self) -> None:
         """Lay the codes out for the kernels, on the device where they are, and let go of the stored ones."""
         if self.laid_out:

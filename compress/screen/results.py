@@ -144,6 +144,7 @@ def show_bench(b: Bench) -> None:
         table.add_row(f"{r.out} x {r.columns}", r.stored, str(r.tokens), f"{r.path} ({r.how})", *times)
     out.print(table)
     out.print("us: median of one product; floor: what bytes and arithmetic take at these rates; gain: dense over us")
+    out.print("\n".join(b.plain()["bit_serial"]), end="\n" if b.plain()["bit_serial"] else "")
     if b.tokens_per_second is not None:
         before = "" if b.tokens_per_second_before is None else f", its original {b.tokens_per_second_before:.4g}"
         out.print(f"generation: {b.tokens_per_second:.4g} tokens per second{before}")

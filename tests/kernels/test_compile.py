@@ -18,6 +18,7 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 FEW: list[tuple[_cuda.Kernel, tuple[str, ...]]] = [
     (weight_only.instance("wqmm", BF16, 4, "SYMMETRIC", False, 8), ARCHITECTURES),
     (weight_only.instance("wqmm", FP16, 8, "SHIFT", False, 64), ARCHITECTURES),
+    (weight_only.instance("wqmm", BF16, 4, "WIDE", False, 64), ("sm_90",)),
     (weight_only.instance("wqmm", BF16, 3, "ZERO", False, 16), ("sm_80", "sm_90")),
     (weight_only.instance("wqmm", BF16, 1, "HALF", False, 32), ("sm_90",)),
     (weight_only.instance("wqmm", BF16, 7, "TWO_LEVEL", False, 64), ("sm_80", "sm_90")),
@@ -47,7 +48,7 @@ FEW: list[tuple[_cuda.Kernel, tuple[str, ...]]] = [
 
 def every(dtype: torch.dtype, bits: int) -> Iterator[_cuda.Kernel]:
     """All instantiations for weights of a width that the package can ask for."""
-    kinds = [(kind, False) for kind in ("SYMMETRIC", "HALF", "ZERO", "SHIFT", "TWO_LEVEL")]
+    kinds = [(kind, False) for kind in ("SYMMETRIC", "HALF", "ZERO", "SHIFT", "WIDE", "TWO_LEVEL")]
     kinds += [(kind, True) for kind in ("SYMMETRIC", "SELECT") if bits in (3, 4)]
     for of in kinds:
         yield weight_only.instance("dequantize", dtype, bits, *of)
@@ -131,7 +132,7 @@ def test_two_of_four_goes_to_sparse_tensor_cores(bits: int, architecture: str) -
 
 def test_a_source_has_no_includes() -> None:
     """CuPy's cache does not look into included files, and NVRTC comes without any."""
-    for stem in ("weight_only", "masked", "sparse_rows", "calibration", "int8", "bit_serial"):
+    for stem in ("weight_only", "masked", "sparse_rows", "calibration", "nearest", "int8", "bit_serial"):
         assert "#include" not in _cuda.source(stem)
 
 

@@ -332,7 +332,8 @@ def test_speed(bits: int, gpu: torch.device) -> None:
     machine = bench.rates(gpu, BF16)
     rows = []
     for shape in ((4096, 4096), (14336, 4096), (28672, 8192)):
-        rows += list(bench.measure(bench.random_uniform(shape, bits, 128, False), bench.TOKENS, gpu, BF16, machine))
+        weight = CompressedWeight(bench.random_uniform(shape, bits, 128, False))
+        rows += list(bench.measure(weight, bench.TOKENS, gpu, BF16, machine))
     name = torch.cuda.get_device_name(gpu)
     found = bench.Bench(name, "bfloat16", torch.__version__, *machine, rows)
     RESULTS.mkdir(parents=True, exist_ok=True)

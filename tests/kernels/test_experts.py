@@ -5,6 +5,7 @@ from __future__ import annotations
 import host_cuda
 import pytest
 import torch
+from examples.table import table
 from kernel_parts import Part, activations, close, uniform
 from torch import Tensor
 
@@ -59,3 +60,41 @@ def test_no_rows_and_what_does_not_fit(host: host_cuda.Host) -> None:
         experts.group({0: _weights.prepare(uniform(16, 128, 4, 64, scattered=True))})
     with pytest.raises(KernelError, match="one by one"):
         experts.group({0: _weights.prepare(uniform(16, 128, 4, 64), 8)})
+
+
+def test_experts_lie_behind_one_another() -> None:
+    """In memory once: each expert's weight is a part of its group's."""
+    tables = {e: _weights.prepare(table(40, 2, 64, "nf4", "uint8", seed=e)) for e in range(3)}
+    for tiles in (tables, {e: _weights.prepare(part) for e, part in enumerate(PARTS)}):
+        for one in experts.group(tiles):
+            for i, (number, view) in enumerate(one.tiles.items()):
+                assert view.codes.data_ptr() == one.codes[i].data_ptr() == int(one.table[i, 0])
+                assert view.meta.data_ptr() == int(one.table[i, 1])
+                assert int(one.table[i, 2]) == (0 if view.row_scale is None else view.row_scale.data_ptr())
+                assert int(one.table[i, 3]) == number
+                assert torch.equal(_weights.decode(view), _weights.decode(tiles[number]))
+
+
+def test_the_operator() -> None:
+    """Its schema, its shapes under torch.compile, and on a CPU its values."""
+    several = {e: _weights.prepare(part) for e, part in enumerate(PARTS[:3])} | {
+        3: _weights.prepare(table(40, 2, 64, "nf4", "uint8"))
+    }
+    groups, starts = experts.group(several), starts_of([2, 0, 3, 1])
+    x = activations(7, 128, torch.float32)
+    recorded: list[tuple[object, ...]] = []
+    op = experts._op
+    try:
+        experts._op = lambda *arguments: recorded.append(arguments) or op(*arguments)  # type: ignore[assignment, func-returns-value]
+        y = experts.product(x, starts, groups, 3)
+    finally:
+        experts._op = op  # type: ignore[assignment]
+    torch.library.opcheck(torch.ops.compress.experts.default, recorded[0])
+    begin = 0
+    for number, count in enumerate([2, 0, 3, 1]):
+        expected = x[begin : begin + count] @ _weights.decode(several[number]).T
+        torch.testing.assert_close(y[begin : begin + count], expected)
+        begin += count
+    assert not y[begin:].any()
+    compiled = torch.compile(lambda x, starts: 2 * experts.product(x, starts, groups, len(x)), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, starts), 2 * y)

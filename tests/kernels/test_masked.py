@@ -315,6 +315,8 @@ def test_what_has_no_kernel_is_said() -> None:
     for tensors, spec in (three, narrow):
         with pytest.raises(KernelError, match="masked: "):
             masked.prepare(spec, tensors)
+    wide = replace(uniform(16, 64, 4, 32), scale=torch.ones(16, 2, dtype=FP16))
+    assert "scales of F16" in str(masked.reason(packed.pack(pruned(wide, mask("2:4", 16, 64)))[1]))
     tensors, spec = packed.pack(CompressedWeight(uniform(16, 64, 4, 32)))
     with pytest.raises(KernelError, match="no mask"):
         masked.prepare(spec, tensors)

@@ -64,7 +64,8 @@ def test_decoded_weights_of_every_kind(name: str, dtype: torch.dtype, host: host
     order = torch.arange(part.shape[1]) if tiles.order is None else tiles.order
     expected = part.dequantize()[:, order].to(dtype)
     ulp = 2**-7 if dtype == BF16 else 2**-10
-    slack = ulp if name in ("nf4",) or "offset" in name or "levels" in name else 0  # two roundings where values are not exact
+    # Two roundings where values are not exact.
+    slack = ulp if name in ("nf4",) or "offset" in name or "levels" in name else 0
     assert w.dtype == dtype
     difference, size = (w.float() - expected.float()).abs(), expected.float().abs()
     near = 1e-2 if "offset" in name else 0.0  # offsets may cancel

@@ -44,6 +44,7 @@ def test_together_is_one_by_one(family: str, tiny: Callable[..., Path], tmp_path
         expected = loop(hidden, index, weights)
         host = host_cuda.Host().install(monkeypatch)
         monkeypatch.setattr(CompressedLinear, "path", lambda self, x: "weight_only")
+        monkeypatch.setattr(experts, "product", experts.matmul)
         together = loop.together(hidden, index, weights, products)
         assert together is not None
         assert len(host.launched) == 2 * (len(loop.layout.inputs) + 1)  # expert 1 has a width of its own
@@ -57,6 +58,29 @@ def test_together_is_one_by_one(family: str, tiny: Callable[..., Path], tmp_path
     assert float((together.float() - expected.float()).norm() / size) < 1e-2
     assert torch.equal(partly[1:], together[1:])
     assert not torch.equal(partly[0], together[0])
+    codes = [m.compressed().base.codes for m in loop.modules() if isinstance(m, CompressedLinear)]  # type: ignore[attr-defined]
+    stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    fresh = [m.compressed().base.codes for m in loops(stored)[-1].modules() if isinstance(m, CompressedLinear)]  # type: ignore[attr-defined]
+    assert all(torch.equal(a, b) for a, b in zip(codes, fresh, strict=True))  # which share memory now
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_traced_as_a_whole(
+    family: str, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a break, once the model has run: as on a GPU, with operators that do their work in plain torch."""
+    folder = tmp_path / "out"
+    compress(tiny(family), folder, None, steps("quant/rtn", bits=4, group_size=16))
+    loop = loops(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))[-1]
+    monkeypatch.setattr(CompressedLinear, "path", lambda self, x: "weight_only")
+    width = loop.linear(0, loop.layout.inputs[0]).in_features
+    hidden, weights = torch.randn(6, width), torch.rand(6, 2)
+    index = torch.tensor([[0, 1], [1, 2], [0, 2], [3, 1], [2, 3], [0, 3]]) % loop.num_experts
+    with torch.no_grad():
+        expected = loop(hidden, index, weights)
+        loop.together(hidden, index, weights, loop.products)
+        compiled = torch.compile(lambda h, i, w: loop.together(h, i, w, loop.products), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(hidden, index, weights), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_scattered_experts_go_one_by_one(
@@ -66,7 +90,7 @@ def test_scattered_experts_go_one_by_one(
     compress(tiny("mixtral"), folder, ids, steps("quant/gptq", order="desc_act", group_size=16))
     loop = loops(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))[0]
     monkeypatch.setattr(CompressedLinear, "path", lambda self, x: "weight_only")
-    monkeypatch.setattr(experts, "matmul", lambda *_: pytest.fail("scattered columns need x in an order of their own"))
+    monkeypatch.setattr(experts, "product", lambda *_: pytest.fail("scattered columns need x in an order of their own"))
     assert isinstance(loop.products, ExpertProducts)
     rows = torch.zeros(2, loop.linear(0, loop.layout.inputs[0]).in_features, dtype=torch.bfloat16)  # type: ignore[arg-type]
     assert loop.products(loop.layout.inputs[0], rows, torch.zeros(3, dtype=torch.int32), 2) is None

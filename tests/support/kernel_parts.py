@@ -60,6 +60,10 @@ def kinds(rows: int = 48, columns: int = 192) -> dict[str, Part]:
     parts["3 bits, bipolar"] = uniform(rows, columns, 3, 64, bipolar=True)
     parts["3 bits, offsets"] = uniform(rows, columns, 3, 64, offset=True)
     parts["4 bits, zeros and offsets"] = uniform(rows, columns, 4, 16, zero=True, offset=True)
+    for name, dtype in (("half", torch.float16), ("single", torch.float32)):  # as other tools store scales
+        wide = uniform(rows, columns, 4, 64, zero=name == "half", seed=9)
+        generator = torch.Generator().manual_seed(9)
+        parts[f"4 bits, {name} scales"] = replace(wide, scale=torch.randn(wide.scale.shape, generator=generator).to(dtype))
     parts["4 bits, scattered"] = uniform(rows, columns, 4, 64, zero=True, scattered=True)
     groups = columns // 64
     for datatype in ("fp3", "fp4", "nf4", "bitmod-fp3", "bitmod-fp4"):
