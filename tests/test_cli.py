@@ -597,6 +597,7 @@ def test_every_option_does_something(command: str, option: str, run: Run, speaki
             return run("run", recipe, speaking, "-o", out, *flags, *arguments), out
         if command == "prune":
             flags += ["--set", "steps.0.options.group_size=16"] if "--set" in arguments else []
+            flags += [] if "--method" in arguments else ["--method", "sparsegpt"]  # the default takes longer
             return run("prune", speaking, "-o", out, *flags, *arguments), out
         if not {"--recipe", "--group-size", "--bpw", "--size", "--max-kl"} & set(arguments):
             flags += ["--group-size", "16"]
