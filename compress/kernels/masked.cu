@@ -24,7 +24,6 @@ template <class D> struct Fields {
     return f;
   }
   DEVICE_MEMBER const unsigned char* behind(const unsigned char* from, int count) {
-    if constexpr (!SCALED<D>) return from + aligned(2 * count);
 #pragma unroll
     for (int p = 8; p > 0; p >>= 1)
       if (D::BITS & p) from += aligned((count * p + 7) >> 3);
