@@ -17,7 +17,8 @@ import typer.main
 from compress import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("quickstart", "choosing", "commands", "adding-a-method")
+OFFLINE = ROOT / "tests/support/offline"  # processes with it on their path have no network
+PAGES = ("quickstart", "choosing", "commands", "adding-a-method", "all-methods")
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
 
@@ -30,7 +31,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def run(command: list[str], folder: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{OFFLINE}:{ROOT}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-2000:]}"
 
