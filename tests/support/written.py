@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shlex
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -16,6 +21,7 @@ from compress import cli
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo"
+OFFLINE = ROOT / "tests" / "support" / "offline"  # processes with it on their path have no network
 _FEWER = {"--samples": "8", "--length": "64", "--limit": "4"}
 
 
@@ -42,17 +48,28 @@ def less(words: list[str], more: dict[str, str] | None = None) -> list[str]:
     return [*found, *(word for option in (more or {}).items() if option[0] not in words for word in option)]
 
 
+@contextmanager
+def no_network() -> Iterator[None]:
+    """Take the network from this process for as long as it lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("socket", "getaddrinfo"):
+            patch.setattr(socket, name, getattr(socket, name))  # what is put back in the end
+        runpy.run_path(str(OFFLINE / "sitecustomize.py"))
+        yield
+
+
 def compress(words: list[str]) -> None:
-    """Run a command of compress in this process and working folder."""
-    done = CliRunner().invoke(cli.app, words)
+    """Run a command of compress in this process and working folder, without a network."""
+    with no_network():
+        done = CliRunner().invoke(cli.app, words)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise AssertionError(f"compress {shlex.join(words)}") from done.exception
     assert done.exit_code == 0, f"compress {shlex.join(words)}\n{done.output[-2000:]}"
 
 
 def process(command: list[str], folder: Path) -> None:
-    """Run a command in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    """Run a command in a process of its own, without a network."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{OFFLINE}:{ROOT}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-2000:]}"
 
