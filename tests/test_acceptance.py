@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -62,18 +61,6 @@ def recipes() -> dict[str, dict[str, Any]]:
             step = {"match": "*.*", "method": base, "options": options(*base.split("/"))}
             found[path] = {"steps": [step], place: [{"method": path, "options": options(folder, name)}]}
     return found
-
-
-@pytest.fixture(scope="module")
-def forks() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "support"), prepend=os.pathsep)
-        process = context.Process(target=print)
-        process.start()
-        process.join()
-    return context
 
 
 @pytest.fixture
