@@ -89,7 +89,7 @@ def runs() -> Iterator[tuple[str, str]]:
         yield from ((name, family) for family in (both if len(values) == 1 else both[number % 2 :][:1]))
 
 
-@pytest.mark.parametrize(("name", "family"), runs())
+@pytest.mark.parametrize(("name", "family"), list(runs()))
 def test_killed_and_run_again_with_every_method(
     name: str, family: str, forks: Any, tiny: Tiny, ids: Path, tmp_path: Path
 ) -> None:
