@@ -246,7 +246,7 @@ def main() -> None:
     if len(arguments.seeds) > 1 and arguments.samples is None:
         parser.error("--seeds: give --samples, fewer than the calibration has: seeds draw windows")
     given = Setting(arguments.calibration, arguments.heldout, arguments.samples, arguments.seeds, arguments.device)
-    shown = " ".join(Path(word).name if Path(word).exists() else word for word in sys.argv[1:])
+    shown = " ".join(Path(word).name if "/" in word else word for word in sys.argv[1:])
     result: dict[str, Any] = {"machine": machine(), "command": f"python bench/quality.py {shown}", "rows": []}
     failed: list[RunError] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:

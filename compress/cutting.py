@@ -44,7 +44,7 @@ def cut(
 ) -> dict[str, Any]:
     """Write a smaller model and return its summary. Raises CompressError."""
     started = time.time()
-    memory.return_large()
+    memory.be_sparing()
     source = Source.open(model, revision)
     claims = claim(source, find(source))
     _check_config(source, wish)
