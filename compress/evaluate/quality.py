@@ -199,6 +199,8 @@ def evaluate(
                 "model": score["value"],
                 "before": theirs[name]["value"] if name in theirs else None,
                 "standard_error": score["standard_error"],
+                "chance": score["chance"],
+                "retained": tasks.retained(score["value"], theirs.get(name, {}).get("value"), score["chance"]),
             }
             for name, score in mine.items()
         }

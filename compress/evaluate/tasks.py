@@ -51,7 +51,7 @@ def split(wanted: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def scores(model: str, wanted: Sequence[str], device: torch.device, limit: int | None = None, batch: int = 8) -> Scores:
-    """Return metric, value and standard error of each task, for the checkpoint in a folder. Raises RecipeError."""
+    """Return metric, value, standard error and the value of a guess, for the checkpoint in a folder. Raises RecipeError."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -76,7 +76,26 @@ def scores(model: str, wanted: Sequence[str], device: torch.device, limit: int |
     except (OSError, KeyError, ValueError, TypeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CalibrationError(f"--tasks {', '.join(wanted)}: lm-eval cannot run them ({first}); check the task files") from error
-    return {name: _primary(values) for name, values in sorted(found["results"].items())}
+    return {
+        name: _primary(values)
+        | {"chance": _chance(found.get("configs", {}).get(name, {}), found.get("samples", {}).get(name, []))}
+        for name, values in sorted(found["results"].items())
+    }
+
+
+def _chance(config: dict[str, Any], samples: Sequence[dict[str, Any]]) -> float:
+    """What guessing gives: the mean of one over the number of endings to choose from; 0 where text is generated."""
+    if config.get("output_type") != "multiple_choice" or not samples:
+        return 0.0
+    return sum(1 / max(len(sample["resps"]), 1) for sample in samples) / len(samples)
+
+
+def retained(value: float, before: float | None, chance: float) -> float | None:
+    """The share of what the original knows beyond guessing that is left, (value - chance) / (before - chance) (LLM-KICK).
+
+    None where the original knows nothing beyond guessing, or is not there.
+    """
+    return None if before is None or before <= chance else (value - chance) / (before - chance)
 
 
 @contextlib.contextmanager

@@ -96,7 +96,8 @@ def _quality_rows(table: Table, q: Quality) -> None:
     for name, score in (q.tasks or {}).items():
         before = "" if score["before"] is None else f"{score['before']:.3f}"
         error = "" if score["standard_error"] is None else f" ± {score['standard_error']:.3f}"
-        table.add_row(f"{name} ({score['metric']})", before, f"{score['model']:.3f}{error}")
+        kept = "" if score.get("retained") is None else f", {score['retained']:.0%} kept"
+        table.add_row(f"{name} ({score['metric']})", before, f"{score['model']:.3f}{error}{kept}")
     if q.tokens_per_second is not None:
         before = "" if q.tokens_per_second_before is None else f"{q.tokens_per_second_before:.1f}"
         table.add_row("tokens per second, batch 1", before, f"{q.tokens_per_second:.1f}")

@@ -46,9 +46,20 @@ def test_a_ruined_model_fails_what_the_original_passes(folder: Path, tmp_path: P
     assert found.tasks is not None
     assert found.tasks["agreement"]["before"] > 0.8
     assert found.tasks["agreement"]["model"] < 0.5
+    score = found.tasks["cloze"]
+    assert score["chance"] == 0.5, "one of two endings"
+    assert score["retained"] == pytest.approx((score["model"] - 0.5) / (score["before"] - 0.5))
+    assert found.tasks["agreement"]["chance"] == 0
     save(out, found)
     assert "| agreement, exact\\_match | " in (out / "README.md").read_text()
     assert "agreement" in (out / "report.html").read_text()
+
+
+def test_what_is_kept_is_counted_from_guessing() -> None:
+    assert tasks.retained(0.625, 0.75, 0.25) == 0.75
+    assert tasks.retained(0.2, 0.75, 0.25) == pytest.approx(-0.1), "worse than guessing"
+    assert tasks.retained(0.5, 0.25, 0.25) is None
+    assert tasks.retained(0.5, None, 0.25) is None
 
 
 def test_what_is_not_a_task(folder: Path, tmp_path: Path) -> None:
