@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import distributed
+from compress import distributed, memory
 from compress.calibration.families import Site
 from compress.calibration.observe import Tap, observe, passes
 from compress.calibration.skeleton import Skeleton
@@ -150,6 +150,7 @@ def compress_block(
     """
     read = read or (lambda site: skeleton.weight(site).to(skeleton.device).float())
     for unit, stats, pooled in observed(skeleton, assignments, run, budget, listen, cache):
+        memory.give_back()  # holes that the calibration or the last weight has left, before others are torn beside them
         yield from _compress_unit(read, unit, stats, pooled)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import distributed, scalings
+from compress import distributed, memory, scalings
 from compress.block import Done, site_row
 from compress.calibration.claims import settings
 from compress.calibration.hidden import States
@@ -115,6 +115,7 @@ class View:
             for tap in [tap.name for tap in group]:
                 drift = found.pop(tap)
                 _everyones(drift)
+                memory.give_back()
                 yield tuple(site.name for site in by_tap[tap]), drift
 
     def _both(self) -> Iterator[bool]:

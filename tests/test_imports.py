@@ -116,13 +116,13 @@ TABLE: dict[str, Row] = {
     ),
     "block": Row(
         "calibration.families calibration.observe calibration.skeleton calibration.statistics method recipe report weight "
-        "distributed errors",
+        "distributed memory errors",
         "torch",
     ),
     "scalings": Row("calibration.claims calibration.families method", "torch"),
     "block_methods": Row(
         "block scalings method calibration.claims calibration.hidden calibration.observe calibration.skeleton "
-        "calibration.statistics recipe weight distributed errors",
+        "calibration.statistics recipe weight distributed memory errors",
         "torch",
     ),
     "students": Row("packed job report weight calibration.claims checkpoint container files errors", "torch"),
