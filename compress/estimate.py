@@ -21,7 +21,8 @@ from compress.recipe import Assignment, parse_size
 from compress.sizes import sizes
 
 _BASE = 500 << 20  # bytes that Python, torch and transformers occupy, where nobody has looked
-_LATER = 24 << 20  # of it, what is loaded only on the way: without it runs of `bench/predict.py` took 26 to 75 MB more than said
+# Of it, what is loaded only on the way, and holes: without it runs of `bench/predict.py`, and of experts, took 26 to 115 MB more than said.
+_LATER = 64 << 20
 # Copies in float32 that a method holds at its peak, measured on quant/rtn and quant/gptq: of the weight of a call, of the
 # Hessian while it is factored, and of the Hessian beside the weight.
 _WEIGHTS, _FACTORED, _BESIDE = 4.5, 5.0, 3.0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress import memory
 from compress import recipe as recipes
 from compress._version import __version__
 from compress.biases import with_biases
@@ -80,6 +81,7 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
 
     Raises CheckpointError, RecipeError.
     """
+    memory.be_sparing()  # before anything is computed, the probe of a dry run included
     source = Source.headers(model, revision) if headers else Source.open(model, revision)
     if any(stage.options.get("add_biases") for stage in (*recipe.tuning, *recipe.retraining)):
         source = with_biases(source, find(source))

@@ -56,7 +56,6 @@ def run(
 ) -> Summary:
     """Do what is planned, or go on with what an earlier run left, and give the result its name `out`. Raises CompressError."""
     started = time.time()
-    memory.be_sparing()
     device = distributed.start(plan.device)
     mine = identity(plan, ids)
     if (before := seal.finished(out)) is not None:
@@ -110,7 +109,6 @@ def retrain(
 ) -> Summary:
     """Do the last stage of a plan's retraining to a compressed checkpoint of its source. Raises CompressError."""
     started = time.time()
-    memory.be_sparing()
     before = seal.finished(start.folder)
     if before is None:
         raise CheckpointError(f"{start.folder}: is empty; give a checkpoint that compress wrote")

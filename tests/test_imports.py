@@ -110,7 +110,7 @@ TABLE: dict[str, Row] = {
     "job": Row("files errors"),
     "biases": Row("calibration.claims calibration.families checkpoint container errors", "torch"),
     "prepare": Row(
-        "biases calibration.data calibration.claims recipe recipe_data checkpoint distributed _version errors",
+        "biases calibration.data calibration.claims recipe recipe_data checkpoint distributed memory _version errors",
         "torch",
         "kernels.calibration",
     ),
