@@ -21,7 +21,7 @@ from compress.recipe import Assignment, parse_size
 from compress.sizes import sizes
 
 _BASE = 500 << 20  # bytes that Python, torch and transformers occupy, where nobody has looked
-# What is loaded only on the way, and holes: without it runs of `bench/predict.py`, and of experts, took 26 to 140 MB more than said.
+# What is loaded on the way, and holes: without it runs of `bench/predict.py`, and of experts, took 26 to 140 MB more than said.
 _LATER = 64 << 20
 # Copies in float32 that a method holds at its peak, measured on quant/rtn and quant/gptq: of the weight of a call, of the
 # Hessian while it is factored, and of the Hessian beside the weight.
