@@ -38,6 +38,11 @@ class BiasedSource(Source):
         return sum(entry.nbytes for name, entry in self.entries.items() if name not in self.added)
 
     @property
+    def stored_nbytes(self) -> int:
+        """Bytes of all tensors as they lie in files."""
+        return sum(entry.stored for name, entry in self.entries.items() if name not in self.added)
+
+    @property
     def numel(self) -> int:
         """Number of values in all tensors that are there."""
         return sum(entry.numel for name, entry in self.entries.items() if name not in self.added)

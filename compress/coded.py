@@ -83,8 +83,8 @@ def decoded(config: dict[str, Any], entries: dict[str, Entry]) -> tuple[dict[str
         if name.endswith(".weight") and entry.dtype == "F8_E4M3" and len(entry.shape) == 2:
             scales = [entries[key] for leaf in _SCALES if (key := f"{owner}.{leaf}") in entries]
             if not scales:
-                if not quantization:
-                    continue  # values as they are
+                if quantization.get("quant_method") != "fp8" and "float" not in str(quantization.get("format", "")):
+                    continue  # values as they are: nothing says that weights are in FP8
                 raise CheckpointError(f"{entry.file}: {name} is FP8, and there is no scale for it; fetch the checkpoint again")
             call: Any = partial(fp8, block=_block(name, entry.shape, scales[0], size))
             result[name] = Coded.of(name, entry.shape, (entry, scales[0]), call)

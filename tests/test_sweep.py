@@ -130,7 +130,7 @@ def test_the_command(
         capsys, monkeypatch, *common, "--method", "wanda", "--sparsity", "0:0.6:0.3", "-o", tmp_path / "c.json"
     )
     assert code == 0, err
-    assert re.search(r"\n 0\.3 +3[01]\.\d\d% ", out), out
+    assert re.search(r"\n 0\.3 +(28|29|3[01])\.\d\d% ", out), out
     assert "block 9/9" in err
     kept = json.loads((tmp_path / "c.json").read_text())
     assert [p["setting"] for p in kept["points"]] == [0.0, 0.3, 0.6]
