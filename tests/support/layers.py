@@ -27,6 +27,36 @@ def weights(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
+def any_inputs(rows: Tensor) -> dict[str, Tensor]:
+    """Calibration rows (tokens, 64 or more columns) as they are, and all that may come instead."""
+    silent = rows.clone()
+    silent[:, [0, 7, 40]] = 0
+    return {
+        "correlated": rows,
+        "no token": rows[:0],
+        "one token": rows[:1],
+        "columns that are always zero": silent,
+        "all zero": torch.zeros_like(rows[:50]),
+        "constant": torch.ones_like(rows[:50]),
+        "huge": rows * 1e12,
+        "tiny": rows * 1e-15,
+        "one channel far above the others": torch.cat([rows[:, :1] * 1e6, rows[:, 1:]], 1),
+    }
+
+
+def any_weights(weight: Tensor) -> dict[str, Tensor]:
+    """A weight (out, in) as it is, and all that may come instead."""
+    return {
+        "random": weight,
+        "zero": torch.zeros_like(weight),
+        "constant": torch.full_like(weight, -0.3),
+        "one row of zeros": torch.cat([torch.zeros_like(weight[:1]), weight[1:]]),
+        "one outlier": torch.cat([torch.full_like(weight[:, :1], 30.0), weight[:, 1:]], 1),
+        "positive": weight.abs(),
+        "tiny": weight * 1e-30,
+    }
+
+
 def observed(rows: Tensor, needs: Iterable[Any]) -> dict[type[Statistics], Statistics]:
     """What a method needs to know of inputs (tokens, in)."""
     found: dict[type[Statistics], Statistics] = {}
