@@ -34,6 +34,38 @@ template <int COUNT, int N> DEVICE void take(u32 (&words)[N], int start, const u
   }
 }
 
+// The words of this lane of a tile's planes of 4, 2 and 1 bits, one behind the other.
+template <int BITS> DEVICE void take_planes(u32 (&words)[BITS], const u32* planes) {
+  const int lane = lane_id();
+  if constexpr (BITS & 4) take<4>(words, 0, planes + 4 * lane);
+  if constexpr (BITS & 2) take<2>(words, BITS & 4, planes + 32 * (BITS & 4) + 2 * lane);
+  if constexpr (BITS & 1) take<1>(words, BITS & 6, planes + 32 * (BITS & 6) + lane);
+}
+
+// Compute on a warp's tiles while copies of the next ones are under way, into a ring of `stages` pieces of shared memory. A call of
+// `fetch` begins the copies of the next tile, or none, and commits them.
+template <class Fetch, class Compute>
+DEVICE void through_ring(unsigned char* ring, int stages, int stage_bytes, int count, Fetch& fetch, Compute& compute) {
+  int slot = 0;
+  for (int i = 0; i < stages - 1; i++) fetch(ring + i * stage_bytes);
+  for (int tile = 0; tile < count; tile++) {
+    if (stages == 2) {
+      copy_wait<0>();
+    } else if (stages == 3) {
+      copy_wait<1>();
+    } else {
+      copy_wait<2>();
+    }
+    sync_warp();  // copies of all lanes are there, and all have read what the next copies overwrite
+    const int free = slot == 0 ? stages - 1 : slot - 1;
+    fetch(ring + free * stage_bytes);
+    compute(ring + slot * stage_bytes);
+    slot = slot + 1 == stages ? 0 : slot + 1;
+  }
+  copy_wait<0>();
+  sync_block();
+}
+
 // Where sums go: y = (sum * scale of the token * scale of the row + addend) + bias, or without the bias to `whole` in float32.
 struct Output {
   const float* x_scale;

@@ -218,9 +218,7 @@ template <class D, int META> struct TwoOfFour {
       take<4>(words, 0, plane + 8 * lane);
       take<4>(words, 4, plane + 8 * lane + 4);
     } else {
-      if constexpr (D::BITS & 4) take<4>(words, 0, plane + 4 * lane);
-      if constexpr (D::BITS & 2) take<2>(words, D::BITS & 4, plane + 32 * (D::BITS & 4) + 2 * lane);
-      if constexpr (D::BITS & 1) take<1>(words, D::BITS & 6, plane + 32 * (D::BITS & 6) + lane);
+      take_planes<D::BITS>(words, plane);
     }
   }
   template <class T> DEVICE_METHOD void fragment(int step, u32 (&a)[4], u32 (&ones)[4]) const {
@@ -358,24 +356,7 @@ masked_products(const unsigned char* x, const unsigned char* packets, const int*
     }
   };
 
-  int slot = 0;
-  for (int i = 0; i < stages - 1; i++) fetch(ring + i * stage_bytes);
-  for (int tile = begin + warp; tile < end; tile += WARPS) {
-    if (stages == 2) {
-      copy_wait<0>();
-    } else if (stages == 3) {
-      copy_wait<1>();
-    } else {
-      copy_wait<2>();
-    }
-    sync_warp();  // copies of all lanes are there, and all have read what the next copies overwrite
-    const int free = slot == 0 ? stages - 1 : slot - 1;
-    fetch(ring + free * stage_bytes);
-    compute(ring + slot * stage_bytes);
-    slot = slot + 1 == stages ? 0 : slot + 1;
-  }
-  copy_wait<0>();
-  sync_block();
+  through_ring(ring, stages, stage_bytes, (end - begin - warp + WARPS - 1) / WARPS, fetch, compute);
   add_up<T, TOKENS>(shared, sum, {nullptr, nullptr, bias, addend, y, nullptr, workspace, counters}, first_block, first_token, tokens,
                     rows);
 }

@@ -1,6 +1,6 @@
 """y = x W^T for pruned weights and 16-bit x, from the kept weights and their mask: codes on a grid, or 16-bit values.
 
-Shapes      x (tokens, in), W (out, in) as `_packets.Packets`, y (tokens, out) in the type of x.
+Shapes      x (tokens, in), W (out, in) as `_layouts.Packets`, y (tokens, out) in the type of x.
 Two of four the weight is the sparse operand of `mma.sp`, which skips what is not there: half the products.
 Runs        of 16 neighbouring columns, whole groups kept or gone: what is gone is not read, and is 0 in a dense product.
 Others      single weights anywhere are read as a mask and kept weights and put where they belong in registers.
@@ -22,7 +22,7 @@ from compress import packed
 from compress.errors import KernelError
 from compress.formats import _bits, bitmask, pattern
 from compress.kernels import _cuda, _packets, _tiles, _weights, weight_only
-from compress.kernels._packets import VALUE, Packets
+from compress.kernels._layouts import VALUE, Packets
 from compress.kernels.weight_only import BLOCKS, TOKENS, TYPES
 from compress.parts.dense import Dense
 from compress.parts.kept import Stream

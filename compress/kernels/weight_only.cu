@@ -112,9 +112,7 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
         take<4>(words[b], 0, from + 4 * lane);
         take<4>(words[b], 4, from + 128 + 4 * lane);
       } else {
-        if constexpr (D::BITS & 4) take<4>(words[b], 0, from + 4 * lane);
-        if constexpr (D::BITS & 2) take<2>(words[b], D::BITS & 4, from + 32 * (D::BITS & 4) + 2 * lane);
-        if constexpr (D::BITS & 1) take<1>(words[b], D::BITS & 6, from + 32 * (D::BITS & 6) + lane);
+        take_planes<D::BITS>(words[b], from);
       }
     }
     const unsigned char* record = stage + S::X + BLOCKS * S::CODES;
@@ -213,25 +211,7 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
     }
   };
 
-  int slot = 0;
-  for (int i = 0; i < stages - 1; i++) fetch(ring + i * stage_bytes);
-  for (int tile = begin + warp; tile < end; tile += WARPS) {
-    if (stages == 2) {
-      copy_wait<0>();
-    } else if (stages == 3) {
-      copy_wait<1>();
-    } else {
-      copy_wait<2>();
-    }
-    sync_warp();  // copies of all lanes are there, and all have read what the next copies overwrite
-    const int free = slot == 0 ? stages - 1 : slot - 1;
-    fetch(ring + free * stage_bytes);
-    compute(ring + slot * stage_bytes);
-    slot = slot + 1 == stages ? 0 : slot + 1;
-  }
-  copy_wait<0>();
-  sync_block();
-
+  through_ring(ring, stages, stage_bytes, (end - begin - warp + WARPS - 1) / WARPS, fetch, compute);
   add_up<T, TOKENS>(shared, sum, {x_scale, row_scale, bias, addend, y, whole, workspace, counters}, first_block, first_token, tokens,
                     rows);
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compress import packed
 from compress.errors import KernelError
 from compress.kernels import _cuda, _weights, int4_cpu, int8, low_rank, masked, mixed, sparse_rows, torch_reference, weight_only
-from compress.kernels._packets import Packets
+from compress.kernels._layouts import Packets
 from compress.parts.mixed import Mixed
 from compress.weight import CompressedWeight
 

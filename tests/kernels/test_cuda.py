@@ -22,6 +22,7 @@ from compress import operators, prepare
 from compress.calibration.statistics import Hessian
 from compress.evaluate import bench
 from compress.kernels import _cuda, _packets, _weights, bit_serial, experts, int8, masked, mixed, sparse_rows, weight_only
+from compress.kernels._layouts import Packets
 from compress.parts.uniform import Uniform
 from compress.quant.gptq import gptq
 from compress.runtime.linear import CompressedLinear
@@ -260,7 +261,7 @@ def test_groups_of_different_widths(tokens: int, gpu: torch.device) -> None:
     assert float((y - expected).norm() / expected.norm()) < 5e-3
 
 
-def packets_on(weight: CompressedWeight, where: torch.device) -> _packets.Packets:
+def packets_on(weight: CompressedWeight, where: torch.device) -> Packets:
     assert weight.keep is not None
     return _packets.prepare(on(weight.base, where), on(weight.keep, where))  # type: ignore[arg-type]
 

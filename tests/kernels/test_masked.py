@@ -15,7 +15,7 @@ from torch import Tensor
 from compress import packed
 from compress.errors import KernelError
 from compress.kernels import _cuda, _packets, masked, weight_only
-from compress.kernels._packets import Packets
+from compress.kernels._layouts import Packets
 from compress.parts.dense import Dense
 from compress.parts.mask import Bitmask, Pattern
 from compress.parts.uniform import Uniform
