@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -40,7 +41,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
 
@@ -96,4 +97,5 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "recipes": recipes,
 }
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    _first = re.split(r"[.;:]\s", " ".join((_command.__doc__ or "").split()), maxsplit=1)[0]  # whole, not what fits a line
+    app.command(_name, short_help=_first.rstrip("."))(_command)
