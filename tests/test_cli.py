@@ -1018,6 +1018,7 @@ def test_progress_on_a_terminal(tiny: Tiny, tmp_path: Path) -> None:
     assert b"Traceback" not in seen
     assert re.search(rb"block \d+/10  (calibrating|compressing|running)", seen)
     assert b"peak" in seen
+    assert not re.search(rb"-\d+:\d+ left", seen), "no time is less than none"
     assert b"bits per weight" in seen
 
 

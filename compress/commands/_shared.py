@@ -198,7 +198,7 @@ def run_recipe(model: str, output: Path, recipe: Recipe, how: Running) -> None:
         evaluation.save(output, result)
     distributed.stop()
     if leader:
-        with progress(how.silent) as listen:
+        with progress(how.silent or not delivery.formats) as listen:
             made = export_to(str(output), delivery.places(output), delivery.target, delivery.tensor_parallel, listen)
         exports = {"exports": made} if made else {}
         if how.json:

@@ -31,9 +31,12 @@ class _TimeLeft(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         done = task.completed - task.fields["begun"]
+        left = (task.total or 0) - task.completed
+        if left <= 0:  # the checks at the end
+            return Text("")
         if done < 0.02 * task.fields["blocks"] or not task.elapsed:
             return Text("-:-- left")
-        seconds = int(task.elapsed / done * ((task.total or 0) - task.completed))
+        seconds = int(task.elapsed / done * left)
         return Text(
             f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
             if seconds >= 3600
