@@ -30,7 +30,8 @@ def show_contents(c: Contents) -> None:
     table.add_row("other tensors", str(c.other_tensors), "", "", "", human_bytes(c.other_bytes), "")
     out.print(table)
     sizes = [size for label, _, size in c.by_block if label != "head"]
-    out.print(f"{c.blocks} blocks of {human_bytes(min(sizes))} to {human_bytes(max(sizes))}")
+    least, most = human_bytes(min(sizes)), human_bytes(max(sizes))
+    out.print(f"{c.blocks} blocks of {least}" + ("" if least == most else f" to {most}"))
     out.print(f"{c.weights:,} weights in {human_bytes(c.bytes)}: {c.bytes * 8 / c.weights:.3f} bits per weight")
 
 

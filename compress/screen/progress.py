@@ -85,13 +85,8 @@ def _plain_lines() -> Listen:
         if key in said or step == "loading":
             return
         said.add(key)
-        what = (
-            f"block {block + 1}/{blocks}"
-            if key[1] == "block"
-            else step
-            if block >= blocks
-            else f"block {block + 1}/{blocks} {step}"
-        )
+        of = f"{block + 1}/{blocks}"
+        what = f"block {of}" if key[1] == "block" else step if block >= blocks or blocks == 1 else f"{step} {of}"
         print(f"{time.monotonic() - start:8.1f} s  {what}  ({human_bytes(memory.peak())} peak)", file=sys.stderr, flush=True)
 
     return listen
