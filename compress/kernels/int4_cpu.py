@@ -1,7 +1,11 @@
 """torch's 4-bit CPU kernel, for few rows of bfloat16 activations.
 
 It multiplies without decoding the weight to memory, which is what limits generation. Its own layout is made when it is first
-used and kept beside the stored one.
+used and kept beside the stored one; it takes 4 bits per weight also of weights that are stored in fewer:
+
+    value = (code4 - 8) scale4    code4 = code - 2^(bits - 1) + 8        scale4 = scale
+    bipolar integers, single bits code4 = 2 code - (2^bits - 1) + 8      scale4 = scale / 2
+    where a mask keeps nothing    code4 = 8
 
 Where it pays, in ms for a product of M rows (`python bench/cpu_int4.py --repeat 25`, 2 cores AMD EPYC with AVX-512, torch 2.13,
 2026-11-21). `decode` is what runs otherwise (`torch_reference`), `dense` a bfloat16 weight that was never compressed:
@@ -27,14 +31,20 @@ from compress import packed
 from compress.parts.uniform import Uniform
 
 GROUP_SIZES = (32, 64, 128, 256)  # the kernel refuses others
+_KEYS = {"format", "bits", "group_size", "zero", "bipolar", "kept", "fields", "scales"}  # of a base without offsets
 MAX_ROWS = 128  # beyond this, decoding and a dense product are as fast: see above
 
 
 def supports(spec: Mapping[str, Any]) -> bool:
-    """Whether a site's weight fits the kernel: 4-bit codes, symmetric, neighbouring columns in groups, out a multiple of 16."""
+    """Whether a site's weight fits: up to 4 bits without zero points, neighbouring columns in groups, out a multiple of 16.
+
+    Bipolar integers of up to 3 bits fit; masks over all of these too.
+    """
     base = spec["base"]
-    wanted = {"format": "bitpack", "bits": 4, "group_size": base.get("group_size"), "zero": False}
-    return base == wanted and set(spec) == {"shape", "base"} and base["group_size"] in GROUP_SIZES and spec["shape"][0] % 16 == 0
+    if base["format"] != "bitpack" or not set(base) <= _KEYS or base["zero"]:
+        return False
+    fits = base["bits"] <= (3 if base.get("bipolar") else 4) and base["group_size"] in GROUP_SIZES
+    return fits and set(spec) <= {"shape", "base", "keep"} and spec["shape"][0] % 16 == 0
 
 
 def pays(x: Tensor) -> bool:
@@ -48,11 +58,19 @@ def pays(x: Tensor) -> bool:
 
 def prepare(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the kernel's own layout: codes, and (groups, out, 2) of scales and zeros."""
-    base = packed.unpack(dict(spec), tensors).base
+    weight = packed.unpack(dict(spec), tensors)
+    base = weight.base
     assert isinstance(base, Uniform)
-    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(base.codes.int(), 1)
-    scale = base.scale.T.contiguous()  # (groups, out)
-    return codes, torch.stack((scale, torch.zeros_like(scale)), dim=2)
+    codes, scale = base.codes.int(), base.scale
+    if base.bipolar or base.bits == 1:
+        codes, scale = 2 * codes - ((1 << base.bits) - 1) + 8, scale / 2
+    else:
+        codes = codes - (1 << base.bits - 1) + 8
+    if weight.keep is not None:
+        codes = codes.masked_fill(~weight.keep.mask(), 8)
+    scale = scale.T.contiguous()  # (groups, out)
+    made = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return made, torch.stack((scale, torch.zeros_like(scale)), dim=2)
 
 
 def matmul(x: Tensor, spec: Mapping[str, Any], prepared: tuple[Tensor, Tensor]) -> Tensor:

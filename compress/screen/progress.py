@@ -15,6 +15,7 @@ from compress import memory
 from compress.files import human_bytes
 
 Listen = Callable[[int, int, str, float], None]
+_SECONDS = 0.5  # between lines of one kind
 # Where a step of a block begins and how much of the block's time it is likely to take.
 _STEPS = {
     "loading": (0.0, 0.02),
@@ -78,15 +79,19 @@ def show_progress(quiet: bool) -> Iterator[Listen]:
 
 def _plain_lines() -> Listen:
     said: set[tuple[int, str]] = set()
-    start = time.monotonic()
+    start = last = time.monotonic()
+    current = ""
 
     def listen(block: int, blocks: int, step: str, share: float) -> None:
+        nonlocal last, current
         key = (block, step if step not in ("calibrating", "compressing", "running") else "block")
-        if key in said or step == "loading":
+        now = time.monotonic()
+        if key in said or step == "loading" or (key[1] == current and now - last < _SECONDS):
             return
         said.add(key)
+        last, current = now, key[1]
         of = f"{block + 1}/{blocks}"
         what = f"block {of}" if key[1] == "block" else step if block >= blocks or blocks == 1 else f"{step} {of}"
-        print(f"{time.monotonic() - start:8.1f} s  {what}  ({human_bytes(memory.peak())} peak)", file=sys.stderr, flush=True)
+        print(f"{now - start:8.1f} s  {what}  ({human_bytes(memory.peak())} peak)", file=sys.stderr, flush=True)
 
     return listen

@@ -9,6 +9,8 @@ from typing import Any
 import host_cuda
 import pytest
 import torch
+from kernel_parts import uniform
+from pruned_parts import mask, pruned
 from torch import Tensor
 from weights import random_weight
 
@@ -161,7 +163,9 @@ def test_int4_takes_each_of_its_group_sizes(group_size: int, rows: int) -> None:
 @pytest.mark.parametrize(
     ("refused", "weight"),
     [
-        ("3 bits", random_weight(32, 64, 3)),
+        ("5 bits", random_weight(32, 64, 5)),
+        ("offsets", CompressedWeight(uniform(32, 64, 3, 32, offset=True))),
+        ("bipolar integers of 4 bits", CompressedWeight(uniform(32, 64, 4, 32, bipolar=True))),
         ("zero points", random_weight(32, 64, 4, 32, zero=True)),
         ("scattered groups", random_weight(32, 64, 4, 32, desc_act=True)),
         ("groups of 16", random_weight(32, 64, 4, 16)),
@@ -171,6 +175,18 @@ def test_int4_takes_each_of_its_group_sizes(group_size: int, rows: int) -> None:
 )
 def test_int4_refuses(refused: str, weight: CompressedWeight) -> None:
     assert not int4_cpu.supports(packed.pack(weight)[1])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_int4_takes_fewer_bits_bipolar_integers_and_masks(bits: int) -> None:
+    bases = [uniform(48, 256, bits, 64), *([uniform(48, 256, bits, 128, bipolar=True)] if bits < 4 else [])]
+    x = activations(256, 3, torch.bfloat16)
+    for base in bases:
+        masks = [mask(kind, 48, 256) for kind in ("2:4", "3:4", "single", "runs 16", "single none", "single rows")]
+        for weight in (CompressedWeight(base), *(pruned(base, keep) for keep in masks)):
+            tensors, spec = packed.pack(weight)
+            assert int4_cpu.supports(spec)
+            close(int4(x, spec, tensors), x, weight)
 
 
 def test_int4_pays_for_few_rows_of_bfloat16_on_the_cpu() -> None:

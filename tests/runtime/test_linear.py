@@ -131,7 +131,7 @@ def test_int4_runs_for_few_rows_of_bfloat16_only(monkeypatch: pytest.MonkeyPatch
     linear, calls = linear_of(), count_int4(monkeypatch)
     for x in (x_of(), x_of(dtype=torch.float16), x_of(rows=9, dtype=torch.bfloat16), x_of(dtype=torch.float64)):
         linear(x)
-    linear_of(bits=3)(x_of(dtype=torch.bfloat16))
+    linear_of(bits=5)(x_of(dtype=torch.bfloat16))
     linear_of(zero=True)(x_of(dtype=torch.bfloat16))
     linear_of(desc_act=True)(x_of(dtype=torch.bfloat16))
     linear_of(group_size=16)(x_of(dtype=torch.bfloat16))
