@@ -126,7 +126,7 @@ def _no_format(runtime: Target, stored: Stored) -> Finding:
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(sorted(names)[:_SHOWN]) + more
 
 
 def _scheme(spec: Spec | None) -> str:

@@ -199,7 +199,8 @@ def run_recipe(model: str, output: Path, recipe: Recipe, how: Running) -> None:
     distributed.stop()
     if leader:
         with progress(how.silent or not delivery.formats) as listen:
-            made = export_to(str(output), delivery.places(output), delivery.target, delivery.tensor_parallel, listen)
+            said, places = findings.get("warnings", []), delivery.places(output)
+            made = export_to(str(output), places, delivery.target, delivery.tensor_parallel, listen, said)
         exports = {"exports": made} if made else {}
         if how.json:
             print(json.dumps(plain_summary(summary, result) | exports, indent=2))
@@ -247,17 +248,19 @@ def check_plan(plan: Plan, delivery: Delivery, output: Path) -> dict[str, Any]:
     return {"target": delivery.target, "warnings": [finding.message for finding in found]}
 
 
-def check_source(source: PackedSource, target: str, tensor_parallel: int, formats: list[str]) -> None:
-    """Lint a compressed checkpoint for a runtime. Raises RecipeError with what the runtime refuses."""
+def check_source(source: PackedSource, target: str, tensor_parallel: int, formats: list[str], said: Sequence[str] = ()) -> None:
+    """Lint a compressed checkpoint for a runtime; print what was not `said` before. Raises RecipeError with what it refuses."""
     from compress import targets
     from compress.screen.checkpoints import show_findings
 
     found = targets.lint(target, targets.of_checkpoint(source), tensor_parallel, formats)
     targets.raise_refused(f"--target {target}", found)
-    show_findings(target, found)
+    show_findings(target, [finding for finding in found if finding.message not in said])
 
 
-def export_to(model: str, places: dict[str, Path], target: str | None, tensor_parallel: int, listen: Any) -> list[dict[str, Any]]:
+def export_to(
+    model: str, places: dict[str, Path], target: str | None, tensor_parallel: int, listen: Any, said: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Write a compressed checkpoint in some layouts, each to its place. All are checked before the first is written."""
     from compress import exporting
 
@@ -265,7 +268,7 @@ def export_to(model: str, places: dict[str, Path], target: str | None, tensor_pa
         return []
     source = exporting.open_packed(model)
     if target is not None:
-        check_source(source, target, tensor_parallel, list(places))
+        check_source(source, target, tensor_parallel, list(places), said)
     works = [(exporting.prepare(source, name), place) for name, place in places.items()]
     return [{"output": str(place), **exporting.export(work, place, listen)} for work, place in works]
 
