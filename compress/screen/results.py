@@ -27,7 +27,6 @@ def plain_summary(summary: Summary, quality: Quality | None) -> dict[str, Any]:
     return {
         "output": str(summary.out),
         **values,
-        "peak_memory": memory.peak(),
         "pruned": pruned and pruned.plain(),
         "evaluation": evaluation,
     }
@@ -51,7 +50,9 @@ def show_summary(summary: Summary, quality: Quality | None) -> None:
         for place, sentence in zip(("pruned", ""), pruned.sentences, strict=False):
             out.print(f"{place:10} {sentence}", soft_wrap=True)
     fallbacks = f", {v['fallbacks']} weights by a fallback (see the report)" if v["fallbacks"] else ""
-    out.print(f"{v['seconds']:.1f} s, {human_bytes(memory.peak())} peak memory{fallbacks}")
+    out.print(f"{v['seconds']:.1f} s, {human_bytes(v['peak_memory'])} peak memory{fallbacks}")
+    if quality is not None and (more := memory.peak()) > v["peak_memory"]:
+        out.print(f"measuring  took more: {human_bytes(more)} peak memory")
     if (said := v.get("predicted")) and said["seconds"] is not None:
         files = sum(path.stat().st_size for path in summary.out.glob("model*.safetensors*"))
         right = (
