@@ -375,11 +375,12 @@ masked_weight(const unsigned char* packets, const int* offsets, u16* w, int firs
     L of;
     of.open(packets + 16 * s64(load(offsets + s64(first / 16) * tiles + at)), 1 << record_bits);
     constexpr bool SPARSE = L::COLUMNS == 32 * L::STEPS;
+    constexpr int AT_ONCE = SPARSE ? L::STEPS : 2;  // what is unrolled takes registers; words in registers need it
     if constexpr (SPARSE) {
       for (int i = lane; i < PARTS * 512; i += 32) reinterpret_cast<u32*>(stage)[i] = 0;
       sync_warp();
     }
-#pragma unroll
+#pragma unroll AT_ONCE
     for (int step = 0; step < L::STEPS; step++) {
       u32 a[4], kept[4];
       of.template fragment<T>(step, a, kept);

@@ -43,6 +43,7 @@ FEW: list[tuple[_cuda.Kernel, tuple[str, ...]]] = [
     (masked.instance("masked_products", BF16, "RUNS", 4, "SYMMETRIC", 8), ("sm_90",)),
     (masked.instance("masked_weight", BF16, "TWO_OF_FOUR", 4, "ZERO"), ("sm_90",)),
     (masked.instance("masked_weight", FP16, "SINGLE", 3, "SHIFT"), ("sm_80",)),
+    (masked.instance("masked_weight", BF16, "SINGLE", 1, "SHIFT"), ("sm_90",)),
 ]
 
 
