@@ -28,6 +28,7 @@ Done = tuple[CompressedWeight, SiteRow]
 class Cache:
     """Where the statistics of some taps of a block are read from (None: they are not there) and kept."""
 
+    holds: Callable[[list[Tap]], bool]
     read: Callable[[list[Tap]], dict[str, Stats] | None]
     write: Callable[[list[Tap], dict[str, Stats]], None]
 
@@ -83,7 +84,7 @@ def taps(skeleton: Skeleton, work: Sequence[Unit]) -> list[Tap]:
     result = []
     for name, members in pooled.items():
         modules = tuple(skeleton.linear(unit.assignments[0].site) for unit in members)
-        result.append(Tap(name, modules, members[0].columns, (Hessian,)))
+        result.append(Tap(name, modules, members[0].columns, (Hessian,), tuple(unit.tap for unit in members)))
     for unit in work:
         if unit.kinds:
             result.append(Tap(unit.tap, (skeleton.linear(unit.assignments[0].site),), unit.columns, unit.kinds))

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from compress._version import __version__
 from compress.checkpoint import Source
+from compress.facts import evaluation
+from compress.rendering import environment, plain
 
 _LOADERS = {
     "compressed-tensors": "transformers (with the package compressed-tensors), vLLM, SGLang",
@@ -33,14 +34,18 @@ def _matter(folder: Path) -> dict[str, Any]:
 
 
 def text(source: Source, summary: dict[str, Any], name: str) -> str:
-    """Return the README of an export, given its record."""
-    rows = "\n".join(f"- {count} weights: {how}" for how, count in summary["stored"].items())
-    wider = "".join(f"\nCodes are stored wider than they are ({how}, {n} weights)." for how, n in summary["widened"].items())
+    """Return the README of an export, given its record: with the scores of what it was made from, if there are any."""
+    scores = evaluation(source.folder)
     kept = {key: value for key, value in _matter(source.folder).items() if key in _KEPT}
     matter = yaml.safe_dump({**kept, "tags": ["compress", summary["format"], "quantized"]}, sort_keys=False, allow_unicode=True)
-    return (
-        f"---\n{matter}---\n\n# {name}\n\n"
-        f"A {source.model_type} checkpoint in the layout of {summary['format']}, exported by compress {__version__} "
-        f"without a change of any value.\n\n{rows}\n{wider}\n\n{summary['bits_per_weight']:.3f} bits per weight over all "
-        f"tensors; scales in {', '.join(summary['scale_dtypes'])}.\n\nReaders: {_LOADERS[summary['format']]}.\n"
+    body = environment(markdown=True).get_template("export.md.jinja")
+    shown = body.render(
+        name=name,
+        model_type=source.model_type,
+        s=summary,
+        readers=plain(_LOADERS[summary["format"]]),
+        e=scores and scores | {"tokens_per_second": None},  # another runtime is as fast as it is
+        whose="source checkpoint",
+        left_out=summary.get("left_out", []),
     )
+    return f"---\n{matter}---\n\n{shown}"

@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,8 @@ from compress.published import base_model, cleaned_recipe, data_name, is_hub_id
 from compress.recipe_data import PRESETS, Data
 from compress.report import SiteRow, bits_per_weight, read_rows
 
-# What an evaluation may leave out.
+# What an evaluation has in any case, and what it may leave out.
+_MEASURED = ("data", "perplexity", "windows", "length", "ids_sha256", "dtype", "device")
 _OPTIONAL = (
     "original",
     "perplexity_before",
@@ -110,13 +111,12 @@ class Checkpoint:
         """Read the files that a run and an evaluation left in a folder."""
         summary = _json(folder / "summary.json")
         rows = read_rows(folder / "report.jsonl")
-        measured = folder / "evaluation.json"
         return cls(
             summary,
             rows,
             _recipe((folder / "recipe.yaml").read_text(encoding="utf-8")),
             _json(folder / "config.json"),
-            _evaluation(measured) if measured.is_file() else None,
+            evaluation(folder),
             _base(summary.get("base_model"), summary.get("base_revision")),
             _calibration(summary["identity"], rows),
         )
@@ -174,9 +174,15 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
-    values = dict.fromkeys(_OPTIONAL) | _json(path)
-    return values | {"data": data_name(str(values["data"]))}
+def evaluation(folder: Path) -> dict[str, Any] | None:
+    """What was measured on a checkpoint, as it may be shown; None where nothing was, or not by this package."""
+    try:
+        values = dict.fromkeys(_OPTIONAL) | _json(folder / "evaluation.json")
+        if any(key not in values for key in _MEASURED):
+            return None
+        return values | {"data": data_name(str(values["data"]))}
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _recipe(text: str) -> str:
@@ -241,10 +247,18 @@ def predicted(c: Checkpoint) -> list[Predicted]:
         return [] if not before else [Predicted(name, text(before), text(after), after / before)]
 
     return [
-        *row("time", said["seconds"], s["seconds"], duration),
+        *row("time, on a machine as busy as in the beginning", said["seconds"], s["seconds"], duration),
         *row("peak memory", said["memory"], s["peak_memory"], human_bytes),
         *row("bytes of all tensors", said["bytes_after"], s["bytes_after"], lambda count: f"{int(count):,}"),
     ]
+
+
+def reused(cache: Mapping[str, int]) -> str:
+    """What a run found of statistics that were kept, and what it made."""
+    text = f"{cache['found']:,} passes of the calibration over a block skipped, {cache['made']:,} made and kept"
+    if left_out := cache.get("blocks_left_out"):
+        text += f"; the calibration was not run through {counted(left_out, 'block')} at all"
+    return text
 
 
 def parts_of(c: Checkpoint, folder: Path) -> list[tuple[str, int, bool, str]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress import block_methods, distributed, packed
 from compress._version import __version__
-from compress.block import Cache, Done, compress_block
+from compress.block import Cache, Done, compress_block, taps, units
 from compress.block_methods import Surroundings
 from compress.calibration.cache import StatisticsCache
 from compress.calibration.data import fingerprint
@@ -54,6 +54,7 @@ class Work:
     transforms: list[StageAssignment] = field(default_factory=list)
     tuning: list[StageAssignment] = field(default_factory=list)
     compares: bool = False  # whether a method needs what the original model gives
+    own_inputs: bool = False  # statistics are those of the original's own inputs, not of what compressed blocks give
     seed: int = 0
     held: Tensor | None = None  # windows (samples, length) that are kept from the calibration and watched
     limit: float = math.inf  # of the relative difference of their hidden states
@@ -87,6 +88,10 @@ class Run:
         self.targets: Hidden | None = None  # those after the block that is being compressed
         self.watched: list[Hidden] = []  # held-out windows: behind compressed blocks, and behind the original's
         self.end: Tensor | None = None  # output of the last block for the first batch
+        self.followed: Hidden | None = None  # with the original's own inputs: the first window, behind compressed blocks
+        self.at = 0  # then: the block that the hidden states enter, which falls behind where nothing needs them
+        self.last = -1  # then: the last block whose statistics are not kept
+        self.left_out: set[int] = set()  # then: blocks that the calibration was not run through
         self._saved = time.monotonic()
         self.cache: StatisticsCache | None = None
         if settings.cache is not None:
@@ -116,11 +121,21 @@ class Run:
     def _watch(self) -> None:
         """Send the held-out windows through the embeddings."""
         if self.todo.held is not None:
-            with self.skeleton.outer():
-                first = self.skeleton.embed(self.todo.held)
-            self.watched = [Hidden([len(first)], first.shape[1], first.shape[2], first.dtype, None) for _ in range(2)]
-            for hidden in self.watched:
-                hidden.update(iter([first]), "")
+            self.watched = [self._in_memory(self.todo.held) for _ in range(2)]
+
+    def _in_memory(self, ids: Tensor) -> Hidden:
+        """Send a few windows through the embeddings; what comes of them is never on disk alone."""
+        with self.skeleton.outer():
+            first = self.skeleton.embed(ids)
+        hidden = Hidden([len(first)], first.shape[1], first.shape[2], first.dtype, None)
+        hidden.update(iter([first]), "")
+        return hidden
+
+    def _states(self) -> dict[str, Hidden]:
+        """All hidden states that a run needs to go on, by what their files are called."""
+        beside = {".original": self.original, ".followed": self.followed}
+        watched = {f".watched{number}": hidden for number, hidden in enumerate(self.watched)}
+        return {what: hidden for what, hidden in ({"": self.hidden} | beside | watched).items() if hidden is not None}
 
     def _watch_through(self, block: int, which: int) -> None:
         """Send the held-out windows through a filled block: the compressed one (0) or the original (1)."""
@@ -158,6 +173,7 @@ class Run:
     def _outputs(self, block: int, step: str, hidden: Hidden | None = None) -> Iterator[Tensor]:
         hidden = hidden or self.hidden
         assert hidden is not None
+        self.left_out.discard(block)
         for batch in range(len(self.batches)):
             self.listen(block, self.total, step, batch / len(self.batches))
             yield self.skeleton.forward(block, hidden.read(batch).to(self.skeleton.device))
@@ -170,6 +186,7 @@ class Run:
     def _observe(self, block: int) -> None:
         """Send the calibration through a block, or to the head, for the hooks on it."""
         assert self.hidden is not None
+        self._reach(block)
         if block < self.blocks:
             for _ in self._outputs(block, "calibrating"):
                 pass
@@ -191,11 +208,27 @@ class Run:
             found = packed.part_others(self.job.parts / name)
             self.skeleton.put_others(block, {tensor: read_tensor(entry) for tensor, entry in found.items()})
 
+    def _run_on(self, block: int, step: str) -> None:
+        """Replace the hidden states before a filled block of the original by those after it."""
+        assert self.hidden is not None
+        self.hidden.update(self._outputs(block, step), self._name(block))
+        self.at = block + 1
+
+    def _reach(self, block: int) -> None:
+        """Send the original's own hidden states through the blocks before this one that were left out."""
+        if self.followed is not None:
+            for left in range(self.at, block):
+                self.skeleton.load(left)
+                self._run_on(left, "running")
+                self.skeleton.release(left)
+
     def _advance(self, block: int, step: str) -> None:
         """Replace the hidden states before a filled block by those after it, and let the block go."""
         assert self.hidden is not None
         self.original, self.targets = self.targets, None
-        if self._is_end(block):
+        if self.followed is not None:
+            self.followed.update(iter([self.skeleton.forward(block, self.followed.read(0).to(self.skeleton.device))]), "")
+        elif self._is_end(block):
             self.end = next(self._outputs(block, step), None)  # of all that comes out, only the check looks at one batch
         else:
             self.hidden.update(self._outputs(block, step), self._name(block))
@@ -211,15 +244,15 @@ class Run:
         self.hidden = self._embed()
         self.original = self._embed("embedded.original") if self.todo.compares else None
         self._watch()
+        if self.todo.own_inputs:
+            self.followed = self._in_memory(self.ids[:1])
         start = 0
         for record in reversed(records):
-            here = record.hidden and self.hidden.restore(self.job.hidden / self._name(record.block))
-            for number, hidden in enumerate(self.watched):
-                here = here and hidden.restore(self.job.hidden / self._name(record.block, f".watched{number}"))
-            if here and self.original is not None:
-                here = self.original.restore(self.job.hidden / self._name(record.block, ".original"))
+            here = record.hidden
+            for what, hidden in self._states().items():
+                here = here and hidden.restore(self.job.hidden / self._name(record.block, what))
             if all(distributed.gather(here)):
-                start = record.block + 1
+                start = self.at = record.block + 1
                 break
         for record in records[start:]:
             if record.block < self.blocks:
@@ -279,15 +312,30 @@ class Run:
         """Where statistics of a block may come from: with several ranks, or behind a transform, each run makes its own."""
         if self.cache is None or distributed.world() > 1 or within(self.todo.transforms, block):
             return None
-        cache = self.cache
-        cache.before = [digest for record in self.job.records for _, digest in sorted(record.parts.items())]
-        device = self.skeleton.device
-        return Cache(lambda taps: cache.read(block, taps, device), lambda taps, found: cache.write(block, taps, found))
+        cache, device = self.cache, self.skeleton.device
+        if self.todo.own_inputs:
+            cache.before = ["the original"] if block else []
+        else:
+            cache.before = [digest for record in self.job.records for _, digest in sorted(record.parts.items())]
+        return Cache(
+            lambda taps: cache.holds(block, taps),
+            lambda taps: cache.read(block, taps, device),
+            lambda taps, found: cache.write(block, taps, found),
+        )
+
+    def _kept(self, block: int) -> bool:
+        """Whether the statistics of a block need no pass of the calibration."""
+        wanted = taps(self.skeleton, units(self.work.get(block, [])))
+        cache = self._cache(block)
+        return not wanted or (cache is not None and cache.holds(wanted))
 
     @property
     def cached(self) -> dict[str, int] | None:
         """How many passes of the calibration over a block were found in the cache, and how many were made; None without one."""
-        return None if self.cache is None else {"found": self.cache.found, "made": self.cache.kept}
+        if self.cache is None:
+            return None
+        left_out = {"blocks_left_out": len(self.left_out)} if self.todo.own_inputs else {}
+        return {"found": self.cache.found, "made": self.cache.kept} | left_out
 
     def _jointly(
         self,
@@ -333,6 +381,8 @@ class Run:
     def _one(self, block: int) -> None:
         start = time.perf_counter()
         head = block == self.blocks
+        if block <= self.last:
+            self._reach(block)  # before the block is filled: one at a time in memory
         if not head:
             self.skeleton.load(block)
             self._aim(block, "running")
@@ -345,6 +395,8 @@ class Run:
         rows = sorted((row for _, _, theirs in everyone for row in theirs), key=lambda row: order[row["site"]])
         stored, difference = False, None
         if not head:
+            if block < self.last:
+                self._run_on(block, "running")
             for site, weight in self._decoded(list(parts)).items():
                 self.skeleton.put(self._site(block, site), weight)
             self._put_others(block, list(parts))
@@ -366,30 +418,27 @@ class Run:
     def _store(self, block: int) -> bool:
         """Put the hidden states on disk when they are not there and it is time; ranks agree on the time."""
         assert self.hidden is not None
-        if self._is_end(block):
+        if self._is_end(block) or (self.followed is not None and self.at != block + 1):
             return False
-        if self.settings.offload:
-            self._save_watched(block)
-            return True
-        due = distributed.gather(time.monotonic() - self._saved >= self.settings.snapshot_seconds)[0]
+        due = self.settings.offload or distributed.gather(time.monotonic() - self._saved >= self.settings.snapshot_seconds)[0]
         if due:
-            self.hidden.save(self.job.hidden / self._name(block))
-            if self.original is not None:
-                self.original.save(self.job.hidden / self._name(block, ".original"))
-            self._save_watched(block)
+            for what, hidden in self._states().items():
+                hidden.save(self.job.hidden / self._name(block, what))
             self._saved = time.monotonic()
         return bool(due)
 
-    def _save_watched(self, block: int) -> None:
-        for number, hidden in enumerate(self.watched):
-            hidden.save(self.job.hidden / self._name(block, f".watched{number}"))
-
     def all_blocks(self) -> Tensor | None:
         """Compress what is left; return the last block's output for this rank's first batch, None if it has no batch."""
-        for block in range(self.replay(), self.total):
+        start = self.replay()
+        if self.followed is not None:
+            self.last = max((block for block in range(start, self.total) if not self._kept(block)), default=-1)
+            self.left_out = set(range(start, self.blocks))
+        for block in range(start, self.total):
             self.listen(block, self.total, "loading", 0.0)
             self._one(block)
         assert self.hidden is not None
+        if self.followed is not None:
+            return self.followed.read(0)
         return self.hidden.read(0) if self.end is None and self.batches else self.end
 
 

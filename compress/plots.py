@@ -15,18 +15,8 @@ if TYPE_CHECKING:
 _KINDS = 24  # rows of the upper plot, at most
 
 
-def available() -> bool:
-    """Whether there is matplotlib."""
-    from importlib.util import find_spec
-
-    return find_spec("matplotlib") is not None
-
-
 def plot(planned: Planned, path: Path) -> None:
     """Write both plots into one file, of the kind that its name says. Raises RecipeError, OutputError."""
-    if not available():
-        raise RecipeError("--plot: needs matplotlib; pip install 'compress[plot]', or leave --plot out")
-    from matplotlib.backends import backend_svg  # noqa: F401
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -62,7 +52,6 @@ def plot(planned: Planned, path: Path) -> None:
 
 def curve(found: Curve, path: Path) -> None:
     """Write perplexity and divergence by setting into one file of the kind of its name. Raises RecipeError, OutputError."""
-    from matplotlib.backends import backend_svg  # noqa: F401
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7), layout="constrained")

@@ -91,7 +91,29 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
     before = recipes.stages(recipe.transforms, "transforms", assignments)
     after = recipes.stages(recipe.tuning, "tuning", assignments)
     last = recipes.stages(recipe.retraining, "retraining", assignments)
+    _check_inputs(recipe, assignments, before, after)
     return Plan(source, claims, recipe, assignments, before, after, last, pick_dtype(recipe.dtype, source, chosen), chosen)
+
+
+def _check_inputs(
+    recipe: Recipe, assignments: list[Assignment], before: list[StageAssignment], after: list[StageAssignment]
+) -> None:
+    """Raise RecipeError for a method that means nothing beside statistics of the original's own inputs."""
+    if recipe.inputs == "compressed":
+        return
+    for stage in before:
+        why = (
+            "corrects for what compressed blocks do to inputs, and these are the original's"
+            if stage.method.compares
+            else "looks at every block anew, so that no statistics could be kept"
+        )
+        raise RecipeError(f"inputs: original does not go with transforms: {stage.method.path} {why}; leave one of them out")
+    whole = [*(a.method for a in assignments if a.method.scope == "block"), *(stage.method for stage in after)]
+    if whole:
+        raise RecipeError(
+            f"inputs: original is for methods that see one weight at a time; {whole[0].path} works on whole blocks, as they are "
+            "behind compressed ones; leave one of them out"
+        )
 
 
 def calibration(plan: Plan, data: Data | None = None) -> Tensor:

@@ -96,6 +96,8 @@ class Recipe(_Strict):
     tuning: tuple[Stage, ...] = ()  # adjustments of a block's compressed weights, in this order
     retraining: tuple[Retrain, ...] = ()  # training of the whole compressed model, in this order
     data: Data | None = None
+    # What statistics are of: what compressed blocks give, or the original's own inputs, which hold for any recipe.
+    inputs: Literal["compressed", "original"] = "compressed"
     copy_: tuple[str, ...] = Field(default=(), alias="copy")  # globs of tensors to copy although no family rule names them
     drop: tuple[str, ...] = ()  # globs of tensors to leave out
     watch: Watch | None = None  # stop early when the model has broken

@@ -79,7 +79,8 @@ def run(
         job.check_parts()
     seed = plan.recipe.data.seed if plan.recipe.data is not None else 0
     calibrated, held, limit = _held(plan, ids)
-    work = Work(plan.assignments, plan.transforms, plan.tuning, plan.compares, seed, held, limit)
+    own = plan.recipe.inputs == "original"
+    work = Work(plan.assignments, plan.transforms, plan.tuning, plan.compares, own, seed, held, limit)
     through = Run(skeleton, work, calibrated, plan.recipe.batch_tokens, job, settings, listen)
     end = through.all_blocks()
     if plan.retraining:

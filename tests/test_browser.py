@@ -94,6 +94,24 @@ def test_tables_are_sorted_by_a_click(chromium: Browser, cases: dict[str, Case])
     assert least < worst
 
 
+def test_a_map_says_what_is_under_the_pointer(chromium: Browser, cases: dict[str, Case]) -> None:
+    point = """((map, row, column) => {
+      const svg = document.querySelectorAll("svg.map")[map], box = svg.getBoundingClientRect();
+      const hover = JSON.parse(document.getElementById("maps").textContent)[map];
+      const x = box.left + hover.left + (column + 0.5) * hover.wide, y = box.top + (row + 0.5) * hover.high;
+      svg.dispatchEvent(new MouseEvent("mousemove", { clientX: x, clientY: y }));
+      const tip = document.getElementById("tip");
+      return tip.hidden ? "" : tip.textContent;
+    })"""
+    with chromium.opened(cases["large"].page, 1280) as session:
+        said = chromium.evaluate(session, f"{point}(0, 1, 3)")
+        assert said == "mlp.down_proj, block 3: 4.125 bits per weight"
+        said = chromium.evaluate(session, f"{point}(1, 2, 5)")
+        assert said == "block 2, expert 5: 147 tokens, 0.32 of an even share"
+        assert "; shrunk Hessian" in chromium.evaluate(session, f"{point}(1, 0, 1)")
+        assert chromium.evaluate(session, f"{point}(0, 2, 40)") == "", "there is no such field"
+
+
 def test_what_is_wrong_is_seen(chromium: Browser, tmp_path: Path) -> None:
     """The checks above find each thing that they look for."""
     page = tmp_path / "bad.html"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -244,9 +245,9 @@ def test_without_calibration(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [0.0, float("nan"), float("inf"), 1e-30])
 def test_any_error_can_be_drawn(tmp_path: Path, error: float) -> None:
     rows = [*dense(), site("model.layers.1.x", 1, "self_attn.q_proj", error)]
-    page = made(checkpoint(tmp_path / "out", rows))[1]
-    Page(page)
-    assert not any(f'{key}="{value}' in page for key in ("cy", "y", "d") for value in ("nan", "inf", "-"))
+    page = Page(made(checkpoint(tmp_path / "out", rows))[1])
+    drawn = " ".join(str(a.get("d", "")) for _, a in page.seen)
+    assert drawn.strip() and not re.search(r"nan|inf|-\d", drawn), "every point is within the drawing"
 
 
 def test_nothing_compressed(tmp_path: Path) -> None:
@@ -260,18 +261,18 @@ def test_a_large_mixture_stays_a_small_file(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "out", rows)
     text, html = made(folder)
     page = Page(html)
-    assert len(html.encode()) < 3_000_000 and len(text) < 50_000
+    assert len(html.encode()) < 1_000_000 and len(text) < 50_000
     assert "The 200 matrices with the largest errors, of 46,080" in page.text
     table = [index for index, (tag, a) in enumerate(page.seen) if a.get("class") == "sortable"]
     assert sum(tag == "tr" for tag, _ in page.seen[table[0] :]) == 1 + card.SHOWN
-    outlines = [a["d"] for tag, a in page.seen if a.get("class") == "outline"]
+    outlines = [str(a["d"]) for tag, a in page.seen if tag == "path" and "stroke: var(--accent)" in str(a.get("style"))]
     cold = {(row.block, row.expert) for row in rows if row.fallback is not None}
-    assert [str(d).count("M") for d in outlines] == [len(cold)]
+    assert [line.count("M") for line in outlines] == [len(cold)]
 
 
 def test_one_block(tmp_path: Path) -> None:
     page = Page(made(checkpoint(tmp_path / "out", dense(1)))[1])
-    assert page.count("circle") == 2
+    assert sum(values.get("class") == "hit" for _, values in page.seen) == 2
 
 
 def test_bits_have_one_scale() -> None:
@@ -280,21 +281,21 @@ def test_bits_have_one_scale() -> None:
     many = [site(f"m.{b}", b, "k") for b in range(20)]
     many = [replace(row, stored_bits=row.numel * (2 + b) // 4) for b, row in enumerate(many)]
     spread = charts.bits_map(many)
-    assert spread is not None and spread.shades[0][0] == 1 and spread.shades[-1][0] == charts.LEVELS - 1
+    assert spread is not None
+    assert {0: 1, 19: charts.LEVELS - 1}.items() <= {c: cell.level for (_, c), cell in spread.cells.items()}.items()
 
 
-def test_a_line_breaks_where_a_block_lacks_the_kind() -> None:
+def test_a_block_may_lack_the_kind() -> None:
     rows = [site(f"m.{b}", b, "k") for b in (0, 1, 3)] + [site("m.2", 2, "other")]
     panel = charts.error_panels(rows)[0]
-    assert panel.line.count("M") == 2 and panel.line.count("L") == 1 and len(panel.dots) == 3
+    assert [spread is None for spread in panel.spreads] == [False, False, True, False]
 
 
 def test_axis_holds_all_errors() -> None:
-    panels = charts.error_panels([site("a", 0, "k", 0.0003), site("b", 1, "k", 0.04)])
-    ticks = {label.text: label.y for label in panels[0].grid}
-    assert list(ticks) == ["0.001", "0.01"]  # eight steps of 1, 2, 5 would be too close
-    low, high = (y for _, y in panels[0].dots)
-    assert high < ticks["0.01"] < ticks["0.001"] < low
+    panel = charts.error_panels([site("a", 0, "k", 0.0003), site("b", 1, "k", 0.04), site("c", 1, "k", float("nan"))])[0]
+    assert panel.axis == pytest.approx((0.0002, 0.05))
+    assert panel.several and panel.spreads[1] is not None and panel.spreads[1].high == float("inf")
+    assert charts.axis_over([]) == pytest.approx((1, 2)) and charts.axis_over([0.5, 0.5]) == pytest.approx((0.5, 1))
 
 
 def test_small_words() -> None:

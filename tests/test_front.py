@@ -36,13 +36,6 @@ def test_the_front_is_what_no_other_beats(tmp_path: Path) -> None:
     found = front.entries(folders)
     assert [entry.name for entry in found] == ["unmeasured", "small", "middle", "worse", "large"]
     assert [entry.name for entry in found if entry.best] == ["small", "middle", "large"]
-    drawn = front.chart(found)
-    assert drawn is not None
-    by_name = {point.entry.name: point for point in drawn.points}
-    assert by_name["small"].x < by_name["middle"].x < by_name["large"].x
-    assert by_name["small"].y < by_name["middle"].y < by_name["large"].y, "less divergence is lower"
-    assert by_name["small"].high < by_name["small"].y < by_name["small"].low
-    assert drawn.line.count("L") == 2
     assert any("unmeasured" in text for text in front.notices(found))
 
 
@@ -86,7 +79,7 @@ def test_the_page_is_well_formed_and_fetches_nothing(tmp_path: Path) -> None:
     card.write_comparison(front.entries(folders), tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     page = Page(text)
-    assert [tag for tag, _ in page.tags].count("circle") == 2
+    assert [attributes.get("class") for _, attributes in page.tags].count("point") == 4, "for screens and for phones"
     assert not [tag for tag, attributes in page.tags if {"src", "href", "data"} & set(attributes) or tag in ("script", "link")]
     assert "http" not in text and "url(" not in text and "<b>&" not in text
     card.write_comparison(front.entries(folders[:1]), tmp_path / "one.html")

@@ -98,14 +98,16 @@ TABLE: dict[str, Row] = {
     ),
     # What a run leaves for people.
     "report": Row("files errors"),
-    "charts": Row("report errors"),
+    "charts": Row("report"),
     "same_size": Row("report parts.uniform"),
     "published": Row("recipe_data", "yaml"),
     "treemap": Row("files"),
-    "front": Row("charts files errors"),
+    "front": Row("errors"),
+    "drawing": Row("front charts files", lazy_third="matplotlib"),
     "facts": Row("charts report published recipe_data files errors", "yaml"),
     "notices": Row("facts charts report files"),
-    "card": Row("treemap front _version notices facts charts report files errors", "jinja2 yaml"),
+    "rendering": Row("files", "jinja2"),
+    "card": Row("treemap drawing front rendering _version notices facts charts report files errors", "yaml"),
     # From here on modules know the whole of a run; the pipeline alone sees methods and formats together.
     "job": Row("files errors"),
     "biases": Row("calibration.claims calibration.families checkpoint container errors", "torch"),
@@ -192,7 +194,7 @@ TABLE: dict[str, Row] = {
     # What runtimes can load, from descriptions alone.
     "targets": Row("registry export._llama_cpp packed calibration.claims calibration.families checkpoint errors"),
     "gguf_file": Row("export._* export.gguf packed seal calibration.claims _version errors", "torch", lazy_third="gguf"),
-    "export_card": Row("checkpoint _version errors", "yaml"),
+    "export_card": Row("facts rendering checkpoint", "yaml"),
     "exporting": Row(
         "export_card published gguf_file registry foreign packed parts.table seal "
         "calibration.claims calibration.families checkpoint container files "
@@ -394,7 +396,7 @@ def python(code: str, *arguments: str) -> str:
     return done.stdout
 
 
-HEAVY = ("torch", "transformers", "numpy", "rich.table", "datasets", "scipy", "yaml")
+HEAVY = ("torch", "transformers", "numpy", "rich.table", "datasets", "scipy", "yaml", "matplotlib")
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

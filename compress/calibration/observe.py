@@ -21,6 +21,7 @@ class Tap:
     modules: tuple[nn.Module, ...]  # those whose input is watched: one for a tap, all experts' for a pooled one
     columns: int
     kinds: tuple[type[Statistics], ...]
+    pooled: tuple[str, ...] = ()  # names of the taps that a pooled one adds up
 
     @property
     def nbytes(self) -> int:

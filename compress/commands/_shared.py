@@ -187,7 +187,7 @@ def run_recipe(model: str, output: Path, recipe: Recipe, how: Running) -> None:
         print(json.dumps(found, indent=2)) if how.json else show_plan(found)
         return
     leader = distributed.leads()
-    with progress(how.silent or not leader) as listen:
+    with progress(how.silent or not leader, expected.seconds) as listen:
         settings = RunSettings(offload=how.offload, memory=room, reload=not how.no_reload, cache=how.cache)
         summary = runs.run(plan, ids, output, settings, listen, expected, how.job, how.keep_job)
     result = None
@@ -274,8 +274,8 @@ def export_to(
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Any]:
+def progress(quiet: bool, predicted: float | None = None) -> Iterator[Any]:
     from compress.screen.progress import show_progress
 
-    with show_progress(quiet) as listen:
+    with show_progress(quiet, predicted) as listen:
         yield listen

@@ -87,8 +87,7 @@ def plan_command(
             candidates or [], uniform_siblings, check, transforms,
         )  # fmt: skip
     planning.write(made.recipe, output)
-    drawn = plot or (output.with_suffix(".svg") if plots.available() else None)
-    if drawn is not None:
-        plots.plot(made.planned, drawn)
-    found = {"recipe": str(output), "plot": drawn and str(drawn), **made.planned.plain()}
+    drawn = plot or output.with_suffix(".svg")
+    plots.plot(made.planned, drawn)
+    found = {"recipe": str(output), "plot": str(drawn), **made.planned.plain()}
     print(json.dumps(found, indent=2)) if json_ else show_planned(found)

@@ -57,8 +57,6 @@ def sweep_command(
 
     option, values, fixed = _settings(sparsity, bits, pattern, settings or [])
     methods = sweeps.variants(_path(method), option, values, fixed)
-    if plot is not None and not plots.available():
-        raise RecipeError("--plot: needs matplotlib; pip install 'compress[plot]', or leave --plot out")
     plan = planning.prepared(model, data_values(data, samples, length, seed, chat_template), dtype, device, revision)
     for one in methods:
         for site in sites_of(plan):
@@ -73,7 +71,7 @@ def sweep_command(
         curve = sweeps.sweep(plan, fit, probes, option, values, methods, parse_room(memory), listen)
     if output is not None:
         write_json(output, curve.plain())
-    drawn = plot or (output.with_suffix(".svg") if output is not None and plots.available() else None)
+    drawn = plot or (output.with_suffix(".svg") if output is not None else None)
     if drawn is not None:
         plots.curve(curve, drawn)
     found = {**curve.plain(), "plot": drawn and str(drawn)}

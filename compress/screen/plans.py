@@ -102,7 +102,10 @@ def show_plan(found: dict[str, Any]) -> None:
         out.print(f"on the GPU about {human_bytes(found['device_memory'])}")
     out.print(f"disk       about {human_bytes(found['disk'])} while it runs")
     if found["seconds"] is not None:
-        out.print(f"time       about {duration(found['seconds'])} on this machine, to within a factor of two")
+        out.print(
+            f"time       about {duration(found['seconds'])}, to within a factor of two, from a probe of this machine just now:"
+        )
+        out.print("           if it gets busier, this takes longer; the run corrects what it shows by the blocks that are done")
     out.print(f"runs on    {found['device']} in {found['dtype']}")
     if found.get("target"):
         out.print(f"target     {found['target']} will load it" + (", see the warnings" if found["warnings"] else ""))
@@ -158,7 +161,7 @@ def show_planned(found: dict[str, Any]) -> None:
     out.print(f"sensitivity  {state} {found['sensitivities']}", soft_wrap=True)
     if found.get("recipe"):
         out.print(f"recipe       {found['recipe']}", soft_wrap=True)
-        out.print(f"plot         {found['plot'] or 'none: matplotlib is not installed'}", soft_wrap=True)
+        out.print(f"plot         {found['plot']}", soft_wrap=True)
 
 
 def show_rehearsal(found: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def plain_summary(summary: Summary, quality: Quality | None) -> dict[str, Any]:
 
 def show_summary(summary: Summary, quality: Quality | None) -> None:
     """Print what a run gave."""
-    from compress import same_size
+    from compress import facts, same_size
 
     v, out = summary.values, console()
     if summary.resumed:
@@ -62,9 +62,7 @@ def show_summary(summary: Summary, quality: Quality | None) -> None:
         )
         out.print(f"predicted  {duration(said['seconds'])}, {human_bytes(said['memory'])} peak memory; {right}")
     if v.get("cache"):
-        out.print(
-            f"cache      {v['cache']['found']} passes of the calibration over a block skipped, {v['cache']['made']} made and kept"
-        )
+        out.print(f"cache      {facts.reused(v['cache'])}", soft_wrap=True)
     out.print(f"checked    {_checked(v)}", soft_wrap=True)
     out.print(f"report     {summary.out / 'report.html'}", soft_wrap=True)
     out.print(f'load with  import compress; AutoModelForCausalLM.from_pretrained("{summary.out}")', soft_wrap=True)

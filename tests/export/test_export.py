@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pages import measure
 from runs import compress as run
 from safetensors.torch import load_file
 from tiny import VOCABULARY
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 import compress
-from compress import container, exporting
+from compress import container, export_card, exporting
 from compress.checkpoint import Source
 from compress.errors import CheckpointError, CompressError, FormatError, OutputError, RecipeError, VerificationError
 from compress.foreign import ForeignSource, open_any
@@ -351,6 +352,27 @@ def test_everything_else_goes_along(tiny: Tiny, tmp_path: Path) -> None:
     assert matter["tags"] == ["compress", "compressed-tensors", "quantized"]
     digests = json.loads((tmp_path / "out" / "export.json").read_text())["files"]
     assert digests == {n: hashlib.sha256((tmp_path / "out" / n).read_bytes()).hexdigest() for n in digests}
+
+
+def test_the_card_has_the_scores_of_what_was_exported(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny("llama", **SIZES), tmp_path / "native", None, [rtn()])
+    export(tmp_path / "native", "gptq", tmp_path / "before")
+    assert "Quality was not measured before the export" in (tmp_path / "before" / "README.md").read_text()
+    measure(tmp_path / "native", kl_interval=[0.0084, 0.0088])
+    work = exporting.prepare(str(tmp_path / "native"), "gptq")
+    exporting.export(work, tmp_path / "out", quiet)
+    text = (tmp_path / "out" / "README.md").read_text()
+    for word in ("| | original | source checkpoint |", "0.00861 (0.00840 to 0.00880)", "95.83%", "12.331", "heldout.npy"):
+        assert word in text, word
+    assert "Scores of `native`" in text and "All values are the same, bit for bit" in text
+    assert "tokens per second" not in text, "that is another runtime's business"
+    assert "secret" not in text and str(tmp_path) not in text
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    partial = export_card.text(work.source, {**record, "left_out": ["mtp.*.weight"]}, "name `<b>`")
+    assert "leaves out `mtp.*.weight`, for which gptq has no place" in partial and "bit for bit" not in partial
+    assert "# name &#96;&lt;b&gt;&#96;" in partial
+    (tmp_path / "native" / "evaluation.json").write_text('{"perplexity": 1.0}')
+    assert "not measured" in export_card.text(work.source, record, "name"), "a file that somebody else wrote"
 
 
 def test_several_files_have_an_index(made: Callable[..., Path], tmp_path: Path) -> None:

@@ -35,11 +35,13 @@ MEASURE = """(() => {
     const outside = b.width && b.right > wide + 1 && !e.closest("svg *");
     if (outside && !scrolls(e.parentElement)) out.push(e.tagName + ": " + Math.round(b.right));
   }
+  // A drawing for screens of another width is not shown, and neither is what is folded up.
+  const shown = (e) => e.getClientRects().length && !e.closest("details:not([open])");
   const box = (e) => { const b = e.getBoundingClientRect(); return [b.width, b.height]; };
   return {
     wide, scrolled: document.documentElement.scrollWidth, high: document.documentElement.scrollHeight, out,
-    drawings: [...document.querySelectorAll("svg, figure, .bars b")].filter((e) => !e.closest("details:not([open])")).map(box),
-    small: [...document.querySelectorAll("svg")].map((e) => e.viewBox.baseVal && e.viewBox.baseVal.width
+    drawings: [...document.querySelectorAll("svg, figure, .bars b")].filter(shown).map(box),
+    small: [...document.querySelectorAll("svg")].filter(shown).map((e) => e.viewBox.baseVal && e.viewBox.baseVal.width
       ? e.getBoundingClientRect().width / e.viewBox.baseVal.width : 1),
     text: document.body.innerText,
   };
