@@ -16,6 +16,7 @@ _LOADERS = {
     "gptq": "vLLM, SGLang, GPTQModel, transformers (with the packages optimum and gptqmodel)",
     "awq": "vLLM, SGLang, GPTQModel, transformers (with the package gptqmodel)",
     "native": "transformers, after `import compress`",
+    "dense": "whatever reads the original",
     "gguf": "llama.cpp and what is built on it; transformers, which decodes it (`gguf_file=`)",
 }
 

@@ -26,6 +26,7 @@ from compress.foreign import open_any
 from compress.packed import PackedSource
 from compress.parts.table import Table
 from compress.published import base_model
+from compress.weight import CompressedWeight
 
 RECORD = "export.json"
 SHARD = 5 * 10**9  # bytes of a file
@@ -105,8 +106,9 @@ def prepare(model: str | PackedSource, name: str) -> Exporting:
     scale = _scale(source, form)
     if refused := refusals(source, form, scale):
         site, reason = next(iter(refused.items()))
-        others = [o for o in formats() if o not in (name, "native") and not refusals(source, lookup(o), None)]
-        instead = f"export to {' or '.join(others)}, or compress with options that fit" if others else "compress anew to fit"
+        others = [o for o in formats() if o not in (name, "native", "dense") and not refusals(source, lookup(o), None)]
+        # Plain numbers hold everything and are for whom nothing else will do.
+        instead = f"export to {' or '.join(others or ['dense'])}, or compress with options that fit"
         more = f" ({len(refused)} of {len(source.table)} sites do not fit)" if len(refused) > 1 else ""
         raise FormatError(f"{site}: {reason}; {form.name} holds {form.holds}{more}. What to do: {instead}")
     family = family_of(source)
@@ -122,9 +124,9 @@ def prepare(model: str | PackedSource, name: str) -> Exporting:
         table = form.config(schemes, dense, head)
     except FormatError as error:
         raise FormatError(f"{source.folder}: {error}") from error
-    config = (
-        packed.config_with(source.config, table) if form.name == "native" else {**source.config, "quantization_config": table}
-    )
+    plain = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    described = {"quantization_config": table} if table else {}
+    config = packed.config_with(source.config, table) if form.name == "native" else plain | described
     return Exporting(source, form, scale, schemes, config)
 
 
@@ -276,10 +278,10 @@ def _write_folder(work: Exporting, folder: Path, limit: int, step: Callable[[str
         places = {e.name: name for name, members in zip(names, cut, strict=True) for unit in members for e in unit.entries}
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))})
     seal.carry(work.source, folder, leave=_LEFT)
-    for name, value in work.form.files(work.config["quantization_config"]).items():
+    for name, value in work.form.files(work.config.get("quantization_config", {})).items():
         write_json(folder / name, value)
     write_json(folder / "config.json", work.config)
-    values = check(work.source, folder, lambda site: step(site, "reading back"))
+    values = check(work.source, folder, work.form, lambda site: step(site, "reading back"))
     there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != _MARKER)
     return {"bytes": size, "files": {name: sha256(folder / name) for name in there}, "values": values}
 
@@ -300,14 +302,22 @@ def _write_gguf(work: Exporting, folder: Path, step: Callable[[str, str], None])
     return {"bytes": size, "files": files, "types": kinds, "left_out": left, "notes": notes, "values": values}
 
 
-def check(source: PackedSource, folder: Path, step: Callable[[str], None]) -> dict[str, str]:
+def weights_of(folder: Path, form: Any) -> Callable[[str], CompressedWeight]:
+    """Return what reads a site of a checkpoint in a layout that transformers reads too. Raises CheckpointError."""
+    if form.name != "dense":
+        return open_packed(str(folder)).compressed
+    entries = Source.open(folder).entries
+    return lambda site: form.weight(read_tensor(entries[f"{site}.weight"]))
+
+
+def check(source: PackedSource, folder: Path, form: Any, step: Callable[[str], None]) -> dict[str, str]:
     """Read every site back with the reader of its layout and compare, value for value. Return the digests of the values, which
     `compress verify` compares. Raises VerificationError.
     """
-    written, values = open_packed(str(folder)), {}
+    read, values = weights_of(folder, form), {}
     for site in source.table:
         step(site)
-        weight = written.compressed(site)
+        weight = read(site)
         values[site] = packed.digest(weight)
         if not torch.equal(weight.dequantize(), source.compressed(site).dequantize()):
             raise VerificationError(

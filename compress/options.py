@@ -52,7 +52,7 @@ MaxKl = Annotated[
 ]
 Formats = Annotated[
     list[str] | None,
-    typer.Option("--format", help="Export to compressed-tensors, gptq, awq or gguf. May be repeated: a folder each."),
+    typer.Option("--format", help="Export to compressed-tensors, gptq, awq, gguf or dense. May be repeated: a folder each."),
 ]
 Target = Annotated[
     str | None, typer.Option("--target", help="Check that vllm, sglang, transformers or llama.cpp will load it, before any work.")

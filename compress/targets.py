@@ -52,12 +52,13 @@ class Target:
     rules: tuple[Callable[[Stored, str, int], Iterable[Finding]], ...] = ()
     widths: Mapping[str, tuple[int, ...]] | None = None  # by layout, those that every build has fast kernels for
     group_sizes: tuple[int, ...] = ()  # with fast kernels; -1: the row
+    plain: bool = True  # whether it reads plain numbers, which are never chosen by themselves
 
 
 def lint(target: str, stored: Stored, parallel: int = 1, formats: Sequence[str] = ()) -> list[Finding]:
     """Return what a runtime will not like. `formats` are the layouts that are wanted; if none, the best that fits is judged."""
     runtime = find(target)
-    wanted = [name for name in formats if name in runtime.reads]
+    wanted = [name for name in formats if name in runtime.reads or (name == "dense" and runtime.plain)]
     if formats and not wanted:
         what = f"--format {' '.join(formats)}: {runtime.name} reads {', '.join(runtime.reads)}; add --format {runtime.reads[0]}"
         return [Finding("refuse", what)]
@@ -70,6 +71,8 @@ def lint(target: str, stored: Stored, parallel: int = 1, formats: Sequence[str] 
         found.append(Finding("warn", what))
     for name in judged if wanted else judged[:1]:
         found += misfits(stored, name)
+        if name == "dense":
+            continue  # as the original
         for rule in runtime.rules:
             found += rule(stored, name, parallel)
         if name != "native":
@@ -121,7 +124,8 @@ def _that_fit(runtime: Target, stored: Stored) -> list[str]:
 
 def _no_format(runtime: Target, stored: Stored) -> Finding:
     reasons = [f"{name}: {misfits(stored, name)[0].message}" for name in runtime.reads]
-    return Finding("refuse", f"no layout that {runtime.name} reads holds this. " + " | ".join(reasons))
+    instead = ". What it always reads are plain numbers: --format dense" if runtime.plain else ""
+    return Finding("refuse", f"no layout that {runtime.name} reads holds this. " + " | ".join(reasons) + instead)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -338,6 +342,6 @@ TARGETS = {
             (native_is_not_read, experts_everywhere, transformers_zeros, transformers_one_scheme),
             {"gptq": (2, 3, 4, 8)},
         ),
-        Target("llama.cpp", ("gguf",), (llama_cpp,)),
+        Target("llama.cpp", ("gguf",), (llama_cpp,), plain=False),
     )
 }

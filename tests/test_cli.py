@@ -448,7 +448,7 @@ def check_quiet(start: Start, tmp_path: Path) -> None:
     assert done.err == ""
     assert "bits per weight" in done.out
     done, _ = start()
-    assert re.search(r"\d+\.\d s  block 1/1  \(.* peak\)", done.err)
+    assert re.search(r"\d+\.\d s  block 1/1  \(.* peak.*\)", done.err)
 
 
 def check_prune_method(start: Start, tmp_path: Path) -> None:

@@ -177,7 +177,10 @@ TABLE: dict[str, Row] = {
     "evaluate.stored": Row("errors", "numpy"),
     "evaluate.independent": Row("evaluate.stored errors", "numpy"),
     "evaluate.recorded": Row("published files errors"),
-    "evaluate.exported": Row("evaluate.independent evaluate.stored evaluate.recorded gguf_file foreign packed errors"),
+    "evaluate.exported": Row(
+        "evaluate.independent evaluate.stored evaluate.recorded gguf_file foreign packed parts.dense weight checkpoint container "
+        "errors"
+    ),
     "evaluate.speed": Row("errors", "torch", lazy_third="transformers"),
     "evaluate.bench": Row(
         "evaluate.quality evaluate.speed runtime.linear kernels.* parts.* foreign packed weight errors",
@@ -196,7 +199,7 @@ TABLE: dict[str, Row] = {
     "gguf_file": Row("export._* export.gguf packed seal calibration.claims _version errors", "torch", lazy_third="gguf"),
     "export_card": Row("facts rendering checkpoint", "yaml"),
     "exporting": Row(
-        "export_card published gguf_file registry foreign packed parts.table seal "
+        "export_card published gguf_file registry foreign packed parts.table weight seal "
         "calibration.claims calibration.families checkpoint container files "
         "_version errors",
         "torch",

@@ -148,6 +148,8 @@ def test_what_no_layout_of_a_runtime_holds() -> None:
     specs = {name: {"shape": [512, 512], "base": {"format": "two_level"}} for name in stored.specs}
     found = said(lint("vllm", Stored(stored.family, stored.config, stored.sites, specs)))
     assert "no layout that vllm reads holds this" in found
+    assert "--format dense" in found
+    assert lint("vllm", Stored(stored.family, stored.config, stored.sites, specs), formats=["dense"]) == []
     assert all(f"{name}: model.layers.0" in found for name in ("compressed-tensors", "gptq", "awq"))
     assert lint("transformers", Stored(stored.family, stored.config, stored.sites, specs)) == []
 
@@ -163,6 +165,7 @@ def test_the_layout_is_the_first_that_fits() -> None:
 def test_formats_that_a_runtime_does_not_read() -> None:
     assert "vllm reads compressed-tensors, gptq, awq" in said(lint("vllm", dense_model(), formats=["gguf"]))
     assert lint("vllm", dense_model(), formats=["gguf", "awq"]) == []
+    assert "llama.cpp reads gguf" in said(lint("llama.cpp", dense_model(), formats=["dense"]))
 
 
 def test_llama_cpp() -> None:

@@ -43,7 +43,7 @@ def export(
 def convert(
     source: Model,
     output: Output,
-    to: Annotated[str, typer.Option("--to", help="native, gptq, awq or compressed-tensors.")] = "native",
+    to: Annotated[str, typer.Option("--to", help="native, gptq, awq, compressed-tensors or dense.")] = "native",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -1,22 +1,27 @@
 """Whether an export or a converted checkpoint is what was written: checksums, and every weight decoded once more.
 
-Ours is decoded by the second reader, GGUF by the package of llama.cpp, the others by the reader of their layout.
+Ours is decoded by the second reader, GGUF by the package of llama.cpp, the others by the reader of their layout; plain
+numbers are what they are.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from compress import gguf_file, packed
+from compress.checkpoint import Source
+from compress.container import read_tensor
 from compress.errors import CheckpointError
 from compress.evaluate import independent
 from compress.evaluate.recorded import EXPORTED, Listen, changed, refuse
 from compress.evaluate.stored import open_stored
 from compress.foreign import open_any
 from compress.packed import PackedSource
+from compress.parts.dense import Dense
+from compress.weight import CompressedWeight
 
 
 def _recorded(folder: Path) -> tuple[str, dict[str, str], dict[str, str]]:
@@ -38,13 +43,18 @@ def _recorded(folder: Path) -> tuple[str, dict[str, str], dict[str, str]]:
     return layout, files, values
 
 
-def _decoded(folder: Path, layout: str) -> Iterator[tuple[str, str]]:
-    """Yield name and digest of every compressed weight. Raises CheckpointError."""
+def _decoded(folder: Path, layout: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and digest of every compressed weight; `names` are those of plain ones. Raises CheckpointError."""
     if layout == "gguf":
         yield from gguf_file.digests(folder / gguf_file.FILE)
     elif layout == "native":
         stored = open_stored(folder)
         yield from ((site, independent.digest(stored, site)) for site in stored.sites)
+    elif layout == "dense":
+        entries = Source.open(folder).entries
+        for site in names:
+            if (entry := entries.get(f"{site}.weight")) is not None:
+                yield site, packed.digest(CompressedWeight(Dense(read_tensor(entry))))
     else:
         source = open_any(folder)
         assert isinstance(source, PackedSource)
@@ -56,7 +66,7 @@ def verify(folder: Path, listen: Listen) -> dict[str, Any]:
     layout, files, values = _recorded(folder)
     refuse(folder, changed(folder, files, listen))
     found: dict[str, str] = {}
-    for name, digest in _decoded(folder, layout):
+    for name, digest in _decoded(folder, layout, values):
         listen(1, 1, "decoding", len(found) / len(values))
         found[name] = digest
     wrong = [f"{name} decodes to other values than were written" for name in values if found.get(name) != values[name]]

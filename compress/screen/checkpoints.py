@@ -123,7 +123,8 @@ def show_exports(made: list[dict[str, Any]]) -> None:
             out.print(f"{count} weights: {how}")
         for how, count in found["widened"].items():
             out.print(f"{count} weights with wider codes: {how}")
-        out.print(f"scales in {', '.join(found['scale_dtypes'])}; all values read back as they were")
+        what = "values" if found["format"] == "dense" else "scales"
+        out.print(f"{what} in {', '.join(found['scale_dtypes'])}; all values read back as they were")
 
 
 def show_push(found: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from compress.rehearsal import small_tokenizer
 
 Tiny = Callable[..., Path]
 DEMO = Path(__file__).parent.parent.parent / "examples" / "demo"
-LAYOUTS = ("compressed-tensors", "gptq", "awq", "gguf", "native")
+LAYOUTS = ("compressed-tensors", "gptq", "awq", "gguf", "native", "dense")
 
 
 @pytest.fixture(scope="module")
