@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,32 +19,18 @@ from compress import importance
 from compress.calibration import uneven
 from compress.calibration.claims import Claims, matches, settings
 from compress.calibration.experts import ExpertLoop
-from compress.calibration.families import Site
-from compress.calibration.observe import Tap, batches, observe
+from compress.calibration.observe import Tap, batches, observe, passes
 from compress.calibration.skeleton import Skeleton
 from compress.calibration.statistics import Hessian
 from compress.checkpoint import Source
 from compress.errors import RecipeError
-from compress.smaller import Wish, after, channel_step, expert_sets, sizes_of, smaller_config
+from compress.groups import Cut, Groups, Reader, cut_of
+from compress.smaller import CHANNELS, Wish, after, channel_step, expert_sets, sizes_of, smaller_config
 
 TOKENS = 8192  # that pass through a block at a time
+BUDGET = 4 * 10**9  # bytes of second moments at a time: those of many experts are not formed at once
+WEIGHT_BYTES = 32  # for a weight whose gradient is looked at: itself, gradient, two sums, and its value in float64
 Listen = Callable[[int, int, str, float], None]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What stays of one block: places of heads, KV groups, channels and experts, and the linears that were repaired."""
-
-    heads: Tensor | None
-    groups: Tensor | None
-    channels: Tensor | None
-    experts: Tensor | None
-    weights: dict[str, Tensor]  # by disk name of the site, (out, in), columns that go are 0
-
-    def places(self) -> dict[str, Tensor]:
-        """The places of what stays, by what it is."""
-        found = {name: getattr(self, name) for name in ("heads", "groups", "channels", "experts")}
-        return {name: value for name, value in found.items() if value is not None}
 
 
 class Cutter:
@@ -57,6 +43,7 @@ class Cutter:
         self.left = after(wish, self.family, self.before)
         self.sets = expert_sets(settings(source), self.left, self.before) if wish.experts else 1
         self.skeleton = Skeleton(source, claims, torch.float32, device)
+        self.groups = Groups(self.family, self.skeleton.sites, self.before, self.left)
         self.cuts = list(batches(ids.shape[0], ids.shape[1], TOKENS))
 
     def _embedded(self) -> list[Tensor]:
@@ -86,34 +73,63 @@ class Cutter:
             self.skeleton.release(block)
         return found
 
-    def _readers(self, block: int) -> dict[str, Site]:
-        """The linears of a block that read heads and channels, as far as these are to be cut."""
-        sites = {site.kind: site for site in self.skeleton.sites[block]}
-        found = {}
-        if self.left.heads < self.before.heads and self.family.heads is not None:
-            found["heads"] = sites[self.family.heads.output]
-        if self.left.channels < self.before.channels and self.family.channels is not None:
-            found["channels"] = sites[self.family.channels.output]
-        return found
-
-    def _unit(self, what: str) -> int:
-        """Neighbouring channels that go together."""
-        if what == "channels":
-            return 1
-        per_group = self.before.heads // self.before.kv_groups
-        return self.before.head_dim * (per_group if self.left.kv_groups < self.before.kv_groups else 1)
-
-    def scores(self, kept: list[int]) -> dict[importance.Names, Tensor]:
-        """Return scores (groups,) by block and kind, from gradients; empty where they come from weights, block by block."""
-        sites = {(block, what): site for block in kept for what, site in self._readers(block).items()}
-        if self.wish.score not in importance.GRADIENTS or not sites:
+    def scores(self, kept: list[int], experts: Mapping[int, Tensor]) -> dict[importance.Names, Tensor]:
+        """Return scores (groups,) by block and site, from gradients; empty where they come from weights, block by block."""
+        readers = {(n, reader.site.name): reader for n in kept for reader in self.groups.readers(n, experts.get(n))}
+        if self.wish.score not in importance.GRADIENTS or not readers:
             return {}
-        linears = {name: self.skeleton.linear(site) for name, site in sites.items()}
-        widths = {name: site.shape[1] for name, site in sites.items()}
+        linears = {name: self.skeleton.linear(reader.site) for name, reader in readers.items()}
+        units = {name: reader.unit for name, reader in readers.items()}
+        gates = {name: torch.ones(reader.site.shape[1]) for name, reader in readers.items()}
         with self.skeleton.whole_model(), self._only(kept):
-            windows = self._windows()
-            found = importance.gate_gradients(linears, widths, windows, self.skeleton.whole)
-            return importance.group_scores(found, {name: self._unit(name[1]) for name in sites}, self.wish.score)
+            if self.wish.score == "mixed":
+                portions = list(self._portions(readers))
+                mixed = (self._mixed(portion, n, len(portions)) for n, portion in enumerate(portions))
+                return {name: score for scores in mixed for name, score in scores.items()}
+            for number in range(self.wish.rounds):
+                found = importance.gate_gradients(linears, gates, self._windows(number, self.wish.rounds), self.skeleton.whole)
+                scores = importance.group_scores(found, units, self.wish.score)
+                for name, reader in readers.items():
+                    scores[name][gates[name][:: reader.unit] == 0] = -1.0  # below all that are there
+                    gates[name] = self._gates(reader, scores[name], (number + 1) / self.wish.rounds)
+        return scores
+
+    def _gates(self, reader: Reader, score: Tensor, share: float) -> Tensor:
+        """Return gates (in,) of 1 for the groups that are left of a reader after this share of the rounds, 0 for the others."""
+        count, sets = self.groups.left_of(reader), self.groups.sets_of(reader)
+        kept = importance.kept_of(score, len(score) - importance.gone_by(len(score), count, sets, share), sets)
+        gates = torch.zeros(reader.site.shape[1])
+        gates[importance.spread(kept, reader.unit)] = 1.0
+        return gates
+
+    def _portions(self, readers: Mapping[importance.Names, Reader]) -> Iterator[dict[importance.Names, Reader]]:
+        """Cut readers up so that the gradients by the weights of their groups, and what is summed up of them, fit the budget."""
+        part: dict[importance.Names, Reader] = {}
+        used = 0
+        for name, reader in readers.items():
+            needed = WEIGHT_BYTES * sum(site.numel for site in self.groups.members(reader))
+            if part and used + needed > BUDGET:
+                yield part
+                part, used = {}, 0
+            part[name] = reader
+            used += needed
+        yield part
+
+    def _mixed(self, readers: Mapping[importance.Names, Reader], part: int, parts: int) -> dict[importance.Names, Tensor]:
+        """Return the scores (groups,) of readers from the gradients by all weights of their groups; needs the whole model."""
+        sites = [site for reader in readers.values() for site in self.groups.members(reader)]
+        device = self.skeleton.device
+        leaves = {site: self.skeleton.weight(site).to(device, torch.float32).requires_grad_() for site in sites}
+        moments = importance.weight_moments(
+            list(leaves.values()), self._windows(part, parts), lambda ids: self.skeleton.whole(ids, leaves)
+        )
+        with torch.no_grad():
+            values = {site: importance.mixed(w, *m) for (site, w), m in zip(leaves.items(), moments, strict=True)}
+            found = {}
+            for name, reader in readers.items():
+                terms = [self.groups.by_group(reader, site, values[site]) for site in self.groups.members(reader)]
+                found[name] = torch.stack(terms).sum(0).cpu()
+        return found
 
     def kept_experts(self, kept: list[int]) -> dict[int, Tensor]:
         """Return the experts that stay of every block that has some, by what each gives while all of them are there."""
@@ -136,19 +152,24 @@ class Cutter:
         return found
 
     def counts(self, scores: Mapping[importance.Names, Tensor]) -> dict[importance.Names, int]:
-        """Return how many groups stay by block and kind, where blocks may differ; empty where all keep the same number."""
+        """Return how many groups stay by block and site, where blocks may differ; empty where all keep the same number."""
         found: dict[importance.Names, int] = {}
-        for what in {name[1] for name in scores} if self.wish.uneven else set():
-            mine = {block: score for (block, kind), score in scores.items() if kind == what}
-            each, step = (
-                (self.left.channels, channel_step(self.wish, self.before)) if what == "channels" else (self.left.kv_groups, 1)
-            )
-            found |= {(block, what): count for block, count in importance.units_of(mine, each * len(mine), step).items()}
+        if not self.wish.uneven:
+            return found
+        sites = {site.name: site for block in self.skeleton.sites.values() for site in block}
+        for kind in {sites[name].kind for _, name in scores}:
+            mine = {block: score for (block, name), score in scores.items() if sites[name].kind == kind}
+            names = {block: name for block, name in scores if sites[name].kind == kind}
+            channels = next((c for c in self.family.channels if c.output == kind), None)
+            each, step = (self.left.kv_groups, 1)
+            if channels is not None:
+                each, step = getattr(self.left, channels.size), channel_step(self.wish, getattr(self.before, channels.size))
+            found |= {(b, names[b]): n for b, n in importance.units_of(mine, each * len(mine), step).items()}
         return found
 
-    def _windows(self) -> Iterator[Tensor]:
+    def _windows(self, part: int, parts: int) -> Iterator[Tensor]:
         for number in range(self.ids.shape[0]):
-            self.listen(0, 1, "gradients", number / self.ids.shape[0])
+            self.listen(part, parts, "gradients", number / self.ids.shape[0])
             yield self.ids[number : number + 1]
 
     @contextmanager
@@ -191,54 +212,67 @@ class Cutter:
         experts: Tensor | None,
         hidden: list[Tensor],
     ) -> Cut:
-        readers = self._readers(block)
-        # Heads go first: what channels are repaired on is what comes out of the block without them.
-        heads = groups = channels = None
+        heads = groups = None
+        channels: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
-        for what, site in readers.items():
-            weight, size = self.skeleton.weight(site).float(), self._unit(what)
-            matrix = self._hessian(block, site, hidden) if self.wish.repair or self.wish.score == "wanda" else None
-            score = scores.get((block, what))
+        plain: list[str] = []
+        # Heads go first: what channels are repaired on is what comes out of the block without them.
+        for reader, matrix in self._with_hessians(block, self.groups.readers(block, experts), hidden):
+            site, name = reader.site, (block, reader.site.name)
+            weight = self.skeleton.weight(site).to(self.skeleton.device).float()
+            score = scores.get(name)
             if score is None:
-                score = importance.weight_scores(weight, matrix if self.wish.score == "wanda" else None, size)
-            if what == "channels":
-                channels = columns = importance.kept_of(score, counts.get((block, what), self.left.channels))
+                score = importance.weight_scores(weight, matrix if self.wish.score == "wanda" else None, reader.unit)
+            if not bool((score > 0).any()):
+                score = importance.weight_scores(weight, None, reader.unit)
+                plain.append(site.name)
+            score = score.cpu()
+            if reader.channels is not None:
+                channels[site.name] = columns = importance.kept_of(score, counts.get(name, self.groups.left_of(reader)))
             else:
-                whole = self.left.kv_groups < self.before.kv_groups
-                keep = counts.get((block, what), len(score) * self.left.heads // self.before.heads)
-                chosen = importance.kept_of(score, keep, 1 if whole else self.before.kv_groups)
-                columns = importance.spread(chosen, size)
-                heads = importance.spread(chosen, size // self.before.head_dim)
-                groups = chosen if whole else torch.arange(self.before.kv_groups)
+                chosen = importance.kept_of(score, counts.get(name, self.groups.left_of(reader)), self.groups.sets_of(reader))
+                columns = importance.spread(chosen, reader.unit)
+                heads = importance.spread(chosen, self.before.heads // len(score))
+                groups = chosen if self.groups.whole(reader) else torch.arange(self.before.kv_groups)
             made = torch.zeros_like(weight)
             repaired = self.wish.repair and matrix is not None
             made[:, columns] = (
-                importance.repaired(weight, matrix, columns) if repaired and matrix is not None else weight[:, columns]
+                importance.repaired(weight, matrix, columns.to(weight.device))
+                if repaired and matrix is not None
+                else weight[:, columns]
             )
             # As it will be stored, so that the calibration runs on with what is on disk.
-            weights[site.name] = made.to(self.source.dtype(site.tensor)).float()
+            weights[site.name] = made.cpu().to(self.source.dtype(site.tensor)).float()
             self.skeleton.put(site, weights[site.name])
-        return Cut(heads, groups, channels, experts, weights)
+        return Cut(heads, groups, experts, channels, weights, tuple(plain))
 
-    def _hessian(self, block: int, site: Site, hidden: list[Tensor]) -> Tensor:
+    def _with_hessians(self, block: int, readers: list[Reader], hidden: list[Tensor]) -> Iterator[tuple[Reader, Tensor | None]]:
+        """Yield readers with the second moments (in, in) of their inputs where these are needed, in as few passes as can be."""
+
         def run() -> None:
             for batch in hidden:
                 self.skeleton.forward(block, batch)
 
-        tap = Tap(site.tap, (self.skeleton.linear(site),), site.shape[1], (Hessian,))
-        statistic = observe([tap], run, self.skeleton.device)[site.tap][Hessian]
-        assert isinstance(statistic, Hessian)
-        return statistic.matrix()
+        wanted = self.wish.repair or self.wish.score == "wanda"
+        for heads in (True, False):
+            mine = {reader.site.tap: reader for reader in readers if (reader.channels is None) == heads}
+            taps = [Tap(t, (self.skeleton.linear(r.site),), r.site.shape[1], (Hessian,)) for t, r in mine.items()]
+            for group in passes(taps, BUDGET):
+                found = observe(group, run, self.skeleton.device) if wanted else {}
+                for tap in group:
+                    statistic = found.pop(tap.name)[Hessian] if wanted else None
+                    assert statistic is None or isinstance(statistic, Hessian)
+                    yield mine[tap.name], None if statistic is None else statistic.matrix()
 
     def restored(self, block: int, places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Cut:
         """Return what an earlier run left of a block, given the places of what stays and the tensors that it stored."""
-        cut = Cut(places.get("heads"), places.get("groups"), places.get("channels"), places.get("experts"), {})
-        for site in self._readers(block).values():
-            columns = self.columns(site.kind, cut)
-            weight = self.skeleton.weight(site).float()
-            stored = tensors[site.tensor].float()
-            made = torch.zeros_like(weight)
-            made[:, columns] = stored.T if site.transposed else stored
+        cut = cut_of(places)
+        for reader in self.groups.readers(block, cut.experts):
+            site, stored = reader.site, tensors[reader.site.tensor]
+            if site.slice is not None:
+                stored = stored[site.slice if cut.experts is None else cut.experts.tolist().index(site.expert)]
+            made = torch.zeros_like(self.skeleton.weight(site).float())
+            made[:, self.groups.columns(site, cut)] = (stored.T if site.transposed else stored).float()
             cut.weights[site.name] = made
         return cut
 
@@ -246,7 +280,7 @@ class Cutter:
         """Return the sizes (out, in) of the linears that differ from the original's, by disk name in the smaller model."""
         found = {}
         for number, block in enumerate(kept):
-            for site in self.skeleton.sites[block]:
+            for site in (site for site in self.skeleton.sites[block] if site.expert is None):
                 name = site.name.replace(f"{self.family.blocks}.{block}.", f"{self.family.blocks}.{number}.", 1)
                 shape = shapes[f"{name}.weight"]
                 size = (shape[1], shape[0]) if site.transposed else (shape[0], shape[1])
@@ -254,42 +288,40 @@ class Cutter:
                     found[name] = size
         return found
 
-    def rows(self, kind: str, cut: Cut) -> Tensor | None:
-        """Return the rows of a linear of this kind that stay, None if all do."""
-        heads, channels, dim = self.family.heads, self.family.channels, self.before.head_dim
-        if heads is not None and kind == heads.queries and cut.heads is not None:
-            return importance.spread(cut.heads, dim)
-        if heads is not None and kind in heads.keys and cut.groups is not None:
-            return importance.spread(cut.groups, dim)
-        return cut.channels if channels is not None and kind in channels.inputs else None
-
-    def columns(self, kind: str, cut: Cut) -> Tensor | None:
-        """Return the columns of a linear of this kind that stay, None if all do."""
-        heads, channels = self.family.heads, self.family.channels
-        if heads is not None and kind == heads.output and cut.heads is not None:
-            return importance.spread(cut.heads, self.before.head_dim)
-        return cut.channels if channels is not None and kind == channels.output else None
-
     def tensors(self, block: int, cut: Cut) -> dict[str, Tensor | None]:
         """Return the tensors of a block that are not as they were, by disk name; None: it is gone."""
         found: dict[str, Tensor | None] = {}
+        fused: dict[str, list[Tensor]] = {}  # of experts that are in one tensor
         for site in self.skeleton.sites[block]:
-            rows, columns = self.rows(site.kind, cut), self.columns(site.kind, cut)
+            rows, columns = self.groups.rows(site, cut), self.groups.columns(site, cut)
             if rows is None and columns is None:
                 continue
             dtype = self.source.dtype(site.tensor)
             weight = cut.weights[site.name] if site.name in cut.weights else self.skeleton.weight(site)
             if rows is not None:
                 weight = weight[rows]
-                bias = f"{site.name}.bias"
-                if bias in self.source.entries:
+                if (bias := f"{site.name}.bias") in self.source.entries:
                     found[bias] = self.source.tensor(bias)[rows].contiguous()
+                if (joined := f"{site.tensor}_bias") in self.source.entries and site.slice is not None:
+                    fused.setdefault(joined, []).append(self.source.tensor(joined, site.slice)[rows])
             weight = weight if columns is None else weight[:, columns]
-            found[site.tensor] = (weight.T if site.transposed else weight).to(dtype).contiguous()
-        return found if cut.experts is None else found | self._experts(block, cut.experts)
+            weight = (weight.T if site.transposed else weight).to(dtype).contiguous()
+            if site.slice is None:
+                found[site.tensor] = weight
+            else:
+                fused.setdefault(site.tensor, []).append(weight)
+        found |= {name: torch.stack(parts) for name, parts in fused.items()}
+        base = f"{self.family.blocks}.{block}."
+        for single in (base + name for name in self.family.heads.single) if self.family.heads is not None else ():
+            if cut.heads is not None and single in self.source.entries:
+                found[single] = self.source.tensor(single)[cut.heads].contiguous()
+        return found if cut.experts is None else self._experts(block, cut.experts, found) | found
 
-    def _experts(self, block: int, kept: Tensor) -> dict[str, Tensor | None]:
-        """Return what changes where experts go: routers and what is stored for all of them; those that go, which are None."""
+    def _experts(self, block: int, kept: Tensor, made: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Return what changes where experts go: routers and what is stored for all of them; those that go, which are None.
+
+        Tensors that are made already hold the experts that stay.
+        """
         layout = self.family.experts
         assert layout is not None
         base = f"{self.family.blocks}.{block}."
@@ -297,7 +329,7 @@ class Cutter:
         names = [n for n in self.source.entries if n.startswith(base) and matches(n.removeprefix(base), together)]
         names += sorted({site.tensor for site in self.skeleton.sites[block] if site.slice is not None})
         found: dict[str, Tensor | None] = {}
-        for name in names:
+        for name in (name for name in names if name not in made):
             value = self.source.tensor(name)
             if value.shape[0] != self.before.experts:
                 raise RecipeError(
@@ -329,5 +361,6 @@ class Cutter:
         before = self.before
         left = self.left
         if self.wish.uneven:  # as many heads read a group as before, and every linear's size is its own
-            left = replace(left, heads=before.heads, kv_groups=before.kv_groups, channels=before.channels)
+            counts = {name: getattr(before, name) for name in CHANNELS}
+            left = replace(left, heads=before.heads, kv_groups=before.kv_groups, **counts)
         return uneven.config_with(smaller_config(self.source.config, self.family, before, left, kept), sizes)

@@ -23,11 +23,12 @@ from compress.calibration.claims import claim, context_length, find, settings, v
 from compress.calibration.data import fingerprint, load_ids
 from compress.checkpoint import Source
 from compress.container import Entry, bytes_of, load, read_header, read_tensor, save
-from compress.cutter import Cut, Cutter, Listen
+from compress.cutter import Cutter, Listen
 from compress.errors import RecipeError, VerificationError
 from compress.evaluate import recorded, reload, verify
 from compress.evaluate.streamed import last_hidden, token_losses
 from compress.files import sha256, write_json, write_text
+from compress.groups import Cut
 from compress.job import Job, Record, differ, flatten, remove_leftover
 from compress.prepare import pick_device
 from compress.recipe_data import Data
@@ -100,7 +101,7 @@ class Found:
             everything = list(range(cutter.before.blocks))
             self.kept, self.influences = cutter.kept_blocks() if cutter.wish.blocks else (everything, [])
             self.experts = cutter.kept_experts(self.kept)
-            self.scores = cutter.scores(self.kept)
+            self.scores = cutter.scores(self.kept, self.experts)
             tensors = {f"scores.{what}.{block}": score for (block, what), score in self.scores.items()}
             save(path, tensors | {f"experts.{block}": places for block, places in self.experts.items()})
             row = {"kept": self.kept, "influences": self.influences}
@@ -139,7 +140,7 @@ def _store(cutter: Cutter, job: Job, block: int, made: Cut) -> None:
     path = _part(job, block)
     save(path, left | {f"{PLACE}.{what}": value for what, value in made.places().items()})
     gone = [name for name, value in tensors.items() if value is None]
-    job.commit(Record(block, {path.name: sha256(path)}, rows=[{"gone": gone}]))
+    job.commit(Record(block, {path.name: sha256(path)}, rows=[{"gone": gone, "by_magnitude": list(made.by_magnitude)}]))
 
 
 def _entries(cutter: Cutter, job: Job, found: Found) -> list[Entry]:
@@ -198,6 +199,7 @@ def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: f
         "influences": found.influences,
         "experts": {str(block): places.tolist() for block, places in found.experts.items()},
         "sizes": {name: list(size) for name, size in sizes.items()},
+        "by_magnitude": [site for r in job.records if r.block != SCORES for site in r.rows[0]["by_magnitude"]],
         "weights": source.numel,
         "weights_after": sum(entry.numel for entry in entries),
         "bytes_before": source.stored_nbytes,
@@ -236,6 +238,9 @@ def card(values: dict[str, Any], source: Source) -> str:
         "| | before | after |\n|---|---|---|\n" + "\n".join(rows),
         f"Scores: {wish['score']}; what reads the rest was {'fitted by least squares' if wish['repair'] else 'left alone'}.",
     ]
+    if values["by_magnitude"]:
+        names = ", ".join(values["by_magnitude"])
+        lines.append(f"Cut by the magnitude of weights, since no token of the calibration reached them: {names}.")
     if values["experts"]:
         lines.append(
             "Experts that stay, by block of the original:\n\n"

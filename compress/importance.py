@@ -7,8 +7,11 @@ Gates     every channel c that a head or a channel hands on gets a factor of 1. 
 Scores    taylor     mean over windows of |sum|                      first order
           fisher     mean over windows of (sum)^2                    second order, by the Fisher information
           lora       |sum| of the mean over windows                  what LoRAPrune (arXiv 2305.18403) estimates from factors
+          mixed      sum |w g - w^2 f / 2|                           both orders, weight by weight (LLM-Pruner, arXiv 2305.11627)
           wanda      sum_c |w_:c|^2 H_cc                             what the group gives to the output, no gradient
           magnitude  sum_c |w_:c|^2                                  no data
+Rounds    in N rounds the groups go bit by bit: after round k of them 1 - (1 - k / N)^3 of what is to go has gone (LoRAPrune's
+          schedule), their gates are 0, and the others are scored anew. What has gone does not come back.
 Experts   the mean over the tokens that are routed to an expert of g |y|, what the router gives it times the norm of its output
           (REAP, arXiv 2510.13999); an expert that no token reached has 0.
 Blocks    influence 1 - cos(h_in, h_out), mean over tokens (ShortGPT, arXiv 2403.03853).
@@ -17,41 +20,77 @@ Repair    with K kept, V = W H_:K (H_KK + damping)^-1: the least squares on what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Score = Literal["fisher", "taylor", "lora", "wanda", "magnitude"]
-GRADIENTS = ("fisher", "taylor", "lora")
+Score = Literal["fisher", "taylor", "lora", "mixed", "wanda", "magnitude"]
+GATED = ("fisher", "taylor", "lora")
+GRADIENTS = (*GATED, "mixed")
 DAMP = 0.01
-Names = tuple[int, str]  # block, and the linear within it that reads the channels
+Names = tuple[int, str]  # block, and the linear that reads the channels
 
 
 def gate_gradients(
-    linears: Mapping[Names, nn.Module], widths: Mapping[Names, int], windows: Iterable[Tensor], logits: Callable[[Tensor], Tensor]
-) -> Iterable[dict[Names, Tensor]]:
-    """Yield for every window of token ids (1, length) the gradients (in,) by gates before these linears of its summed loss."""
-    gates = {name: torch.ones(width, requires_grad=True) for name, width in widths.items()}
+    linears: Mapping[Names, nn.Module],
+    gates: Mapping[Names, Tensor],
+    windows: Iterable[Tensor],
+    logits: Callable[[Tensor], Tensor],
+) -> Iterator[dict[Names, Tensor]]:
+    """Yield for every window of token ids (1, length) the gradients (in,) of its summed loss by gates before these linears."""
+    gates = {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
 
     def gated(name: Names) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda _, rows: (rows[0] * gates[name].to(rows[0]), *rows[1:])
+        return lambda _, given: (given[0] * gates[name].to(given[0]), *given[1:])
 
     handles = [linears[name].register_forward_pre_hook(gated(name)) for name in gates]
     try:
         for ids in windows:
             with torch.enable_grad():
-                found = logits(ids).float()[:, :-1].flatten(0, 1)
-                lost = torch.nn.functional.cross_entropy(found, ids[:, 1:].flatten().to(found.device), reduction="sum")
-            yield dict(zip(gates, torch.autograd.grad(lost, list(gates.values())), strict=True))
+                lost = _summed_loss(logits, ids)
+            # An expert that no token of a window reached is no part of its loss.
+            found = torch.autograd.grad(lost, list(gates.values()), allow_unused=True, materialize_grads=True)
+            yield dict(zip(gates, found, strict=True))
     finally:
         for handle in handles:
             handle.remove()
 
 
+def weight_moments(
+    weights: Sequence[Tensor], windows: Iterable[Tensor], logits: Callable[[Tensor], Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return means over windows of token ids (1, length) of the gradients of their mean loss by weights, and of the squares."""
+    sums = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in weights]
+    count = 0
+    for ids in windows:
+        count += 1
+        with torch.enable_grad():
+            lost = _summed_loss(logits, ids) / (ids.shape[1] - 1)
+        found = torch.autograd.grad(lost, list(weights), allow_unused=True, materialize_grads=True)
+        for (first, second), gradient in zip(sums, found, strict=True):
+            first += gradient
+            second += gradient.square()
+    return [(first / max(count, 1), second / max(count, 1)) for first, second in sums]
+
+
+def mixed(weight: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+    """Return |w g - w^2 f / 2| of weight (out, in), given the mean g of its gradients and f of their squares, in float64."""
+    weight = weight.double()
+    return (weight * mean.double() - weight.square() * square.double() / 2).abs()
+
+
+def _summed_loss(logits: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    rows = logits(ids).float()[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(rows, ids[:, 1:].flatten().to(rows.device), reduction="sum")
+
+
 def group_scores(gradients: Iterable[dict[Names, Tensor]], sizes: Mapping[Names, int], score: Score) -> dict[Names, Tensor]:
-    """Return the scores (groups,) of groups of `sizes` neighbouring channels, given their gradients (in,) window by window."""
+    """Return the scores (groups,) of groups of `sizes` neighbouring channels, given their gradients (in,) window by window.
+
+    A `score` is one of those that come from gates.
+    """
     total: dict[Names, Tensor] = {}
     count = 0
     for found in gradients:
@@ -61,6 +100,12 @@ def group_scores(gradients: Iterable[dict[Names, Tensor]], sizes: Mapping[Names,
             term = {"fisher": summed.square(), "taylor": summed.abs(), "lora": summed}[score]
             total[name] = total[name] + term if name in total else term
     return {name: value.abs() / max(count, 1) for name, value in total.items()}
+
+
+def gone_by(groups: int, left: int, sets: int, share: float) -> int:
+    """Return how many of so many groups, of which `left` are to stay, are gone after this share of the rounds."""
+    gone = round((groups - left) * (1 - (1 - share) ** 3))
+    return -(-gone // sets) * sets
 
 
 def weight_scores(weight: Tensor, hessian: Tensor | None, size: int) -> Tensor:

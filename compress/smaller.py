@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from compress.calibration.claims import settings
-from compress.calibration.families import Family
+from compress.calibration.claims import number_of_blocks, settings
+from compress.calibration.families import Channels, Family
 from compress.checkpoint import Source
 from compress.errors import RecipeError
-from compress.importance import GRADIENTS, Score
+from compress.importance import GATED, GRADIENTS, Score
 
+CHANNELS = ("channels", "expert_channels", "shared_channels")  # the sizes that `--channels` cuts, all by the same share
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call it
 
 
@@ -26,6 +27,7 @@ class Wish:
     score: Score = "fisher"
     repair: bool = True
     uneven: bool = False  # blocks keep as much as they need of what is left of KV groups and channels in all
+    rounds: int = 1  # in which groups go, the others scored anew after each
     multiple: int = 64  # of what is kept of channels, where the model is wide enough
 
 
@@ -39,17 +41,32 @@ class Sizes:
     channels: int
     blocks: int
     experts: int = 0
+    expert_channels: int = 0
+    shared_channels: int = 0  # of experts that see all tokens
 
 
 def sizes_of(source: Source, family: Family) -> Sizes:
     """Return how many heads, KV groups, channels and blocks a model has."""
     config = settings(source)
-    heads = int(config.get("num_attention_heads", 0))
+    heads = int(config.get("num_attention_heads", config.get("n_head", 0)))
     groups = int(config.get("num_key_value_heads") or heads)
-    dim = int(config.get("head_dim") or config.get("hidden_size", 0) // max(heads, 1))
-    channels = int(config.get(family.channels.setting, 0)) if family.channels else 0
+    dim = int(config.get("head_dim") or config.get("hidden_size", config.get("n_embd", 0)) // max(heads, 1))
     experts = next((int(config[key]) for key in EXPERT_COUNTS if key in config), 0) if family.experts else 0
-    return Sizes(heads, groups, dim, channels, int(config["num_hidden_layers"]), experts)
+    counts = {c.size: _channels(config, c) for c in family.channels if _has(source, family, c)}
+    return Sizes(heads, groups, dim, counts.pop("channels", 0), number_of_blocks(source), experts, **counts)
+
+
+def _channels(config: dict[str, Any], channels: Channels) -> int:
+    """What the setting of a kind of channels says, or is understood to say."""
+    return int(config.get(channels.setting) or 4 * int(config.get(channels.width or "", 0)))
+
+
+def _has(source: Source, family: Family, channels: Channels) -> bool:
+    """Whether a model has some: all of its blocks may be those with experts, or none."""
+    layout = family.experts
+    if channels.size == "expert_channels":
+        return layout is not None and any(f".{layout.disk}." in name for name in source.entries)
+    return any(name.endswith(f".{channels.output}.weight") for name in source.entries)
 
 
 def _left(name: str, share: float, count: int, step: int) -> int:
@@ -69,12 +86,19 @@ def after(wish: Wish, family: Family, before: Sizes) -> Sizes:
         raise RecipeError("nothing to cut; give --heads, --kv-groups, --channels, --experts or --blocks")
     if (wish.heads or wish.kv_groups) and family.heads is None:
         raise RecipeError(f"--heads: a {family.model_type} checkpoint cannot say that it has fewer; cut --channels or --blocks")
-    if wish.channels and family.channels is None:
+    if wish.channels and not any(getattr(before, channels.size) for channels in family.channels):
         raise RecipeError(f"--channels: not known for {family.model_type}; cut --blocks")
     if wish.experts and not before.experts:
         raise RecipeError(f"--experts: {family.model_type} has none, or its config does not say how many; cut something else")
     if wish.uneven:
-        _check_uneven(wish, before)
+        _check_uneven(wish, family, before)
+    if wish.rounds < 1:
+        raise RecipeError(f"--rounds {wish.rounds}: expected 1 or more")
+    if wish.rounds > 1 and (wish.uneven or wish.score not in GATED or not (wish.heads or wish.kv_groups or wish.channels)):
+        raise RecipeError(
+            f"--rounds {wish.rounds}: heads and channels go in rounds by scores of {', '.join(GATED)}, as many of each block; "
+            "leave --rounds out, or choose these"
+        )
     if not 0 <= wish.blocks < before.blocks:
         raise RecipeError(f"--blocks {wish.blocks}: expected 1 to {before.blocks - 1} of {before.blocks}")
     if wish.heads and wish.kv_groups:
@@ -87,26 +111,35 @@ def after(wish: Wish, family: Family, before: Sizes) -> Sizes:
         if wish.kv_groups
         else _left("heads", wish.heads, before.heads, 1 if per_group == 1 else before.kv_groups)
     )
-    channels = _left("channels", wish.channels, before.channels, channel_step(wish, before))
     groups = heads if per_group == 1 else groups
     experts = _left("experts", wish.experts, before.experts, 1)
-    return Sizes(heads, groups, before.head_dim, channels, before.blocks - wish.blocks, experts)
+    counts = {
+        name: _left("channels", wish.channels, count, channel_step(wish, count)) if count else 0
+        for name, count in ((name, getattr(before, name)) for name in CHANNELS)
+    }
+    return replace(before, heads=heads, kv_groups=groups, blocks=before.blocks - wish.blocks, experts=experts, **counts)
 
 
-def channel_step(wish: Wish, before: Sizes) -> int:
-    """Return what the number of channels that stay is a multiple of."""
+def channel_step(wish: Wish, count: int) -> int:
+    """Return what the number of channels that stay of so many is a multiple of."""
     step = wish.multiple
-    while step > 1 and (step * 8 > before.channels or before.channels % step):
+    while step > 1 and (step * 8 > count or count % step):
         step //= 2
     return step
 
 
-def _check_uneven(wish: Wish, before: Sizes) -> None:
+def _check_uneven(wish: Wish, family: Family, before: Sizes) -> None:
     """Raise RecipeError for what cannot differ between blocks."""
     if not (wish.kv_groups or wish.channels):
         raise RecipeError("--uneven: only KV groups and channels can differ between blocks; give --kv-groups or --channels")
     if wish.heads:
         raise RecipeError("--uneven: not with --heads, whose number per KV group is one for all blocks; give --kv-groups instead")
+    if wish.channels and before.expert_channels:
+        raise RecipeError("--uneven: not with --channels of experts, which are one tensor in transformers; give --kv-groups")
+    if wish.kv_groups and family.heads is not None and (family.heads.joint or family.heads.single):
+        raise RecipeError(
+            f"--uneven: {family.model_type} takes the number of its heads from config.json, one for all blocks; give --channels"
+        )
     if wish.score not in GRADIENTS:
         raise RecipeError(
             f"--uneven: scores of {wish.score} do not compare between blocks; use one of {', '.join(GRADIENTS)}, from gradients"
@@ -137,7 +170,7 @@ def smaller_config(config: dict[str, Any], family: Family, before: Sizes, left: 
     if isinstance(inner, dict):
         return {**config, "text_config": smaller_config(inner, family, before, left, kept)}
     result = {key: value for key, value in config.items() if key != "_name_or_path"}
-    result["num_hidden_layers"] = left.blocks
+    result["n_layer" if "n_layer" in config else "num_hidden_layers"] = left.blocks
     for key, value in config.items():
         if isinstance(value, list) and len(value) == before.blocks and key == "layer_types":
             result[key] = [value[block] for block in kept]
@@ -147,9 +180,12 @@ def smaller_config(config: dict[str, Any], family: Family, before: Sizes, left: 
         elif key in ("max_window_layers", "first_k_dense_replace") and isinstance(value, int):
             result[key] = sum(block < value for block in kept)
     if left.heads < before.heads:
-        result |= {"num_attention_heads": left.heads, "num_key_value_heads": left.kv_groups, "head_dim": before.head_dim}
-    if family.channels is not None and left.channels < before.channels:
-        result[family.channels.setting] = left.channels
+        result |= {"num_attention_heads": left.heads, "num_key_value_heads": left.kv_groups}
+        if family.heads is not None and family.heads.setting is not None:
+            result[family.heads.setting] = before.head_dim
+    for channels in family.channels:
+        if getattr(left, channels.size) < getattr(before, channels.size):
+            result[channels.setting] = getattr(left, channels.size)
     if left.experts < before.experts:
         result |= {key: left.experts for key in EXPERT_COUNTS if key in config}
     return result

@@ -78,6 +78,7 @@ TABLE: dict[str, Row] = {
     "calibration.claims": Row(
         "calibration.families packed checkpoint container errors", "torch", lazy_own="calibration.inference"
     ),
+    "calibration.layouts": Row("calibration.families", "torch"),
     "calibration.experts": Row("calibration.families errors", "torch"),
     "calibration.skeleton": Row(
         "calibration.experts calibration.claims calibration.families calibration.uneven checkpoint memory errors",
@@ -218,9 +219,10 @@ TABLE: dict[str, Row] = {
     # Whole heads, channels and blocks: a plain checkpoint comes out.
     "importance": Row("", "torch"),
     "smaller": Row("importance calibration.claims calibration.families checkpoint errors"),
-    "cutter": Row("importance smaller calibration.* checkpoint errors", "torch"),
+    "groups": Row("importance smaller calibration.families calibration.layouts", "torch"),
+    "cutter": Row("groups importance smaller calibration.* checkpoint errors", "torch"),
     "cutting": Row(
-        "cutter smaller published seal job prepare recipe_data calibration.* checkpoint container evaluate.* memory files "
+        "cutter groups smaller published seal job prepare recipe_data calibration.* checkpoint container evaluate.* memory files "
         "_version errors",
         "torch",
         lazy_third="transformers",

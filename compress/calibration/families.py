@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Taps = tuple[tuple[str, ...], ...]
+Rows = Literal["one", "halves", "pairs"]
 
 _ATTENTION: Taps = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
 _MLP: Taps = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
@@ -55,18 +56,31 @@ class Scaling:
 class Heads:
     """The heads of attention, which can be cut: rows of what makes queries, keys and values, columns of what reads heads."""
 
-    queries: str = "self_attn.q_proj"
-    keys: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
+    queries: tuple[str, ...] = ("self_attn.q_proj",)  # rows head by head
+    keys: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")  # rows KV group by KV group
     output: str = "self_attn.o_proj"
+    joint: str | None = None  # queries, keys and values one below the other in one linear
+    single: tuple[str, ...] = ()  # tensors of a block with a number for each head
+    setting: str | None = "head_dim"  # of config.json: the width of a head; None: it does not follow from the number of heads
 
 
 @dataclass(frozen=True)
 class Channels:
-    """The channels between two layers of a block, which can be cut: rows of the first linears, columns of the last."""
+    """The channels between two layers of a block, which can be cut or change places: rows of the first, columns of the last.
+
+    Names are kinds of sites: of experts without their number, since every expert has channels of its own. `rows` says which rows
+    of each of the first linears a channel c of n has:
+        one     c
+        halves  c and c + n, as of gate_up_proj
+        pairs   2 c and 2 c + 1
+    """
 
     inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     output: str = "mlp.down_proj"
-    setting: str = "intermediate_size"  # of config.json
+    setting: str = "intermediate_size"  # of config.json: the number of channels, or what that is a multiple of
+    size: Literal["channels", "expert_channels", "shared_channels"] = "channels"  # what the setting counts
+    rows: Rows = "one"
+    width: str | None = None  # setting of the model's width, a fourth of the channels where config.json has no number of them
 
 
 _ATTENTION_SCALINGS = (
@@ -97,7 +111,7 @@ class Family:
     experts: Experts | None = None
     scalings: tuple[Scaling, ...] = ()  # where scales can move from one tensor to others; none are known if it is empty
     heads: Heads | None = None  # what `compress cut` may cut; None: not at all
-    channels: Channels | None = None
+    channels: tuple[Channels, ...] = ()  # what it may cut and `transform/permute` put in another order
     biases: tuple[tuple[str, tuple[str, ...]], ...] = ()  # settings of config.json, and the linears that they give a bias
     norm_offset: float = 0.0  # norms multiply by this plus their weight
     blocks: str = "model.layers"
@@ -142,7 +156,20 @@ _MIXTRAL_EXPERTS = Experts(
 _DEEPSEEK_EXPERTS = Experts(routers=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"))
 _FUSED_EXPERTS = Experts(inputs=("gate_up_proj",), fused=True, routers=("mlp.router.weight", "mlp.router.bias"))
 _ATTENTION_BIASES = ("attention_bias", (*_ATTENTION[0], *_ATTENTION[1]))
-_CUTS: Any = {"heads": Heads(), "channels": Channels()}
+_CUTS: Any = {"heads": Heads(), "channels": (Channels(),)}
+
+
+def _expert_channels(setting: str = "moe_intermediate_size", layout: Experts = _USUAL_EXPERTS, rows: Rows = "one") -> Channels:
+    """The channels of experts."""
+    inputs = tuple(f"{layout.disk}.{name}" for name in layout.inputs)
+    return Channels(inputs, f"{layout.disk}.{layout.output}", setting, "expert_channels", rows)
+
+
+def _shared_channels(module: str, setting: str, size: Literal["expert_channels", "shared_channels"]) -> Channels:
+    """The channels of experts that see all tokens."""
+    return Channels((f"{module}.gate_proj", f"{module}.up_proj"), f"{module}.down_proj", setting, size)
+
+
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -162,13 +189,14 @@ FAMILIES = {
             biases=(_ATTENTION_BIASES,),
             **_CUTS,
         ),
-        Family("gemma2", keep=(*_NORMS, *_GEMMA_NORMS), scalings=_GEMMA_SCALINGS, norm_offset=1.0, tied=True),
+        Family("gemma2", keep=(*_NORMS, *_GEMMA_NORMS), scalings=_GEMMA_SCALINGS, norm_offset=1.0, tied=True, **_CUTS),
         Family(
             "gemma3_text",
             keep=(*_NORMS, *_QK_NORMS, *_GEMMA_NORMS),
             scalings=_GEMMA_SCALINGS,
             norm_offset=1.0,
             tied=True,
+            **_CUTS,
         ),
         Family(
             "gemma3",  # the text of a model that also sees
@@ -182,6 +210,7 @@ FAMILIES = {
             tied=True,
             renames=(("language_model.model.", "model.language_model."), ("language_model.lm_head", "lm_head")),
             prefix="",
+            **_CUTS,
         ),
         Family(
             "phi3",
@@ -192,6 +221,8 @@ FAMILIES = {
                 Scaling("post_attention_layernorm", ("mlp.gate_up_proj",)),
                 Scaling("mlp.gate_up_proj", ("mlp.down_proj",), "second half"),
             ),
+            heads=Heads((), (), joint="self_attn.qkv_proj"),
+            channels=(Channels(("mlp.gate_up_proj",), rows="halves"),),
         ),
         Family(
             "opt",
@@ -204,7 +235,7 @@ FAMILIES = {
                 Scaling("final_layer_norm", ("fc1",), where=(("do_layer_norm_before", True),)),
                 Scaling("fc1", ("fc2",), where=(("activation_function", "relu"),)),
             ),
-            channels=Channels(("fc1",), "fc2", "ffn_dim"),  # no heads: their size follows from their number
+            channels=(Channels(("fc1",), "fc2", "ffn_dim"),),  # no heads: their size follows from their number
             blocks="model.decoder.layers",
             tied=True,
             outer=("model.decoder.embed_*.weight", "model.decoder.final_layer_norm.*", "model.decoder.project_*.weight"),
@@ -219,6 +250,7 @@ FAMILIES = {
                 Scaling("ln_2", ("mlp.c_fc",)),
                 Scaling("mlp.c_fc", ("mlp.c_proj",), where=(("activation_function", "relu"),)),
             ),
+            channels=(Channels(("mlp.c_fc",), "mlp.c_proj", "n_inner", width="n_embd"),),  # heads as with opt
             blocks="transformer.h",
             outer=("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.*"),
             drop=("*.attn.bias", "*.attn.masked_bias"),
@@ -239,6 +271,8 @@ FAMILIES = {
                 ),
                 Scaling("block_sparse_moe.experts.*.w3", ("block_sparse_moe.experts.*.w2",)),
             ),
+            heads=Heads(),
+            channels=(_expert_channels("intermediate_size", _MIXTRAL_EXPERTS),),
             renames=(("block_sparse_moe.", "mlp."),),
         ),
         Family(
@@ -267,12 +301,20 @@ FAMILIES = {
                 _EXPERT_UP_DOWN,
                 Scaling("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)),
             ),
+            heads=Heads(),
+            channels=(
+                Channels(),
+                _expert_channels(),
+                _shared_channels("mlp.shared_expert", "shared_expert_intermediate_size", "shared_channels"),
+            ),
         ),
         Family(
             "qwen3_moe",
             keep=(*_NORMS, *_QK_NORMS, *_QKV_BIASES, "self_attn.o_proj.bias", "mlp.gate.weight"),
             experts=_USUAL_EXPERTS,
             scalings=_MIXED_SCALINGS,
+            heads=Heads(),
+            channels=(Channels(), _expert_channels()),
         ),
         Family(
             "olmoe",
@@ -280,6 +322,7 @@ FAMILIES = {
             keep=(*_NORMS, *_QK_NORMS, "mlp.gate.weight"),
             experts=_USUAL_EXPERTS,
             scalings=_MIXED_SCALINGS,
+            channels=(_expert_channels("intermediate_size"),),  # no heads: norms over all of them
         ),
         Family(
             "deepseek_v3",
@@ -314,6 +357,12 @@ FAMILIES = {
                 _EXPERT_UP_DOWN,
                 Scaling("mlp.shared_experts.up_proj", ("mlp.shared_experts.down_proj",)),
             ),
+            heads=Heads(("self_attn.q_proj", "self_attn.q_b_proj"), ("self_attn.kv_b_proj",), setting=None),
+            channels=(
+                Channels(),
+                _expert_channels(),
+                _shared_channels("mlp.shared_experts", "moe_intermediate_size", "expert_channels"),
+            ),
         ),
         Family(
             "gpt_oss",
@@ -324,6 +373,8 @@ FAMILIES = {
                 *_ATTENTION_SCALINGS,
                 Scaling("post_attention_layernorm", ("mlp.experts.*.gate_up_proj", "mlp.router")),
             ),
+            heads=Heads(single=("self_attn.sinks",)),
+            channels=(_expert_channels("intermediate_size", _FUSED_EXPERTS, "pairs"),),
         ),
     )
 }

@@ -23,7 +23,10 @@ def cut(
     uneven: Annotated[
         bool, typer.Option("--uneven", help="Let blocks keep different numbers; the result needs `import compress` to load.")
     ] = False,
-    score: Annotated[str, typer.Option(help="fisher, taylor, lora (from gradients), wanda or magnitude.")] = "fisher",
+    score: Annotated[str, typer.Option(help="fisher, taylor, lora, mixed (from gradients), wanda or magnitude.")] = "fisher",
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Let heads and channels go bit by bit, the others scored anew after each round.")
+    ] = 1,
     repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Least squares on what reads the rest.")] = True,
     data: DataName = None,
     samples: Samples = None,
@@ -51,7 +54,7 @@ def cut(
 
     if score not in get_args(Score):
         raise RecipeError(f"--score {score}: expected one of {', '.join(get_args(Score))}")
-    wish = Wish(heads, kv_groups, channels, blocks, experts, cast(Any, score), repair, uneven)
+    wish = Wish(heads, kv_groups, channels, blocks, experts, cast(Any, score), repair, uneven, rounds)
     values = data_values(data, samples, length, seed, None)
     if "name" not in values:
         raise RecipeError("--data: missing; give a text to find out what is needed least: a file, a preset or a dataset's name")

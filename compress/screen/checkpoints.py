@@ -102,6 +102,10 @@ def show_cut(folder: str, made: dict[str, Any]) -> None:
     out.print(table)
     if gone := [block for block in range(made["before"]["blocks"]) if block not in made["blocks"]]:
         out.print(f"blocks that are gone: {', '.join(map(str, gone))}")
+    if found := made.get("by_magnitude"):
+        out.print(
+            f"{len(found)} weights were cut by magnitude, since no token reached them: {', '.join(found[:3])}", soft_wrap=True
+        )
     out.print(f"{made['seconds']:.1f} s, {human_bytes(made['peak_memory'])} peak memory")
     first = "import compress; " if made.get("sizes") else ""
     if made.get("sizes"):
