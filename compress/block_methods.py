@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import distributed, memory, scalings
+from compress import distributed, memory, orders, scalings
 from compress.block import Done, site_row
 from compress.calibration.claims import settings
 from compress.calibration.hidden import States
@@ -19,7 +19,7 @@ from compress.calibration.observe import Tap, observe, observe_drift, passes
 from compress.calibration.skeleton import Skeleton
 from compress.calibration.statistics import Drift, Statistics, Stats
 from compress.errors import CalibrationError
-from compress.method import Method, Scalable
+from compress.method import Method, Permutable, Scalable
 from compress.recipe import Assignment, StageAssignment
 from compress.weight import CompressedWeight, relative_error
 
@@ -82,6 +82,12 @@ class View:
         """Where scales can move between tensors of the block, and where they could but for an obstacle."""
         skeleton = self._around.skeleton
         return scalings.resolve(skeleton.claims, settings(skeleton.source), self._around.number, self._sites)
+
+    @property
+    def permutables(self) -> list[Permutable]:
+        """Where channels can change places between tensors of the block, and where they could but for an obstacle."""
+        skeleton = self._around.skeleton
+        return orders.resolve(skeleton.claims, settings(skeleton.source), self._around.number, self._sites)
 
     def rounding(self, site: str) -> Method:
         """Return the method that will compress a site, or has."""

@@ -148,6 +148,21 @@ class Scalable:
     obstacle: str | None = None  # why no scales can move here; nothing else but the names is known then
 
 
+@dataclass(frozen=True, eq=False)
+class Permutable:
+    """A linear of a block whose inputs can change places together with the rows that they come from.
+
+    There are sets of channels, each with an order of its own. Channel i of set s is in the columns `columns[s, :, i]` of the
+    reader, several where heads share values, in the rows `rows[p][s, :, i]` of each producer p, and in those places of its bias.
+    """
+
+    reader: str  # a site
+    columns: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.int64))  # (sets, copies, size)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)  # producing sites: (sets, parts, size)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)  # disk names: (sets, parts, size), places in the flattened tensor
+    obstacle: str | None = None  # why they stay in their order; nothing else but the reader is known then
+
+
 class Block(Protocol):
     """One decoder block as a method sees it: weights by site, the calibration that enters it, and what it should give.
 
@@ -162,6 +177,11 @@ class Block(Protocol):
     @property
     def scalables(self) -> Sequence[Scalable]:
         """Where scales can move between tensors of the block, and where they could but for an obstacle."""
+        ...
+
+    @property
+    def permutables(self) -> Sequence[Permutable]:
+        """Where channels can change places between tensors of the block, and where they could but for an obstacle."""
         ...
 
     def rounding(self, site: str) -> Method:

@@ -475,7 +475,7 @@ def check_pattern(start: Start, tmp_path: Path) -> None:
     done, _ = start("--pattern", "1:4", "--sparsity", 0.5)
     assert (done.code, "not with a pattern" in done.err) == (2, True)
     done, _ = start("--pattern", "4:2")
-    assert (done.code, "error: steps.0.options: pattern: '4:2' is not N:M" in done.err.replace("command line:\n", "")) == (
+    assert (done.code, "error: steps.0.options.pattern: expected N:M" in done.err.replace("command line:\n", "")) == (
         2,
         True,
     )

@@ -61,7 +61,9 @@ TABLE: dict[str, Row] = {
     "prune.*": Row("method parts.* weight calibration.statistics errors prune._* quant._*", "torch scipy pydantic"),
     # Planners see numbers alone: what candidates take and cost.
     "plan.*": Row("plan._* errors", "numpy scipy"),
-    "transform.*": Row("method parts.* weight calibration.statistics errors transform._* quant._*", "torch scipy pydantic"),
+    "transform.*": Row(
+        "method parts.* weight calibration.statistics errors transform._* prune._* quant._*", "torch scipy pydantic"
+    ),
     "tune.*": Row("method parts.* weight calibration.statistics errors quant._* tune._*", "torch scipy pydantic"),
     "retrain.*": Row(
         "method parts.* weight calibration.statistics errors retrain._* tune._* prune._* quant._*", "torch scipy pydantic"
@@ -75,10 +77,10 @@ TABLE: dict[str, Row] = {
     "calibration.observe": Row("calibration.statistics errors", "torch"),
     "calibration.cache": Row("calibration.observe calibration.statistics container files errors", "torch"),
     "calibration.families": Row(),
+    "calibration.layouts": Row("calibration.families", "torch"),
     "calibration.claims": Row(
         "calibration.families packed checkpoint container errors", "torch", lazy_own="calibration.inference"
     ),
-    "calibration.layouts": Row("calibration.families", "torch"),
     "calibration.experts": Row("calibration.families errors", "torch"),
     "calibration.skeleton": Row(
         "calibration.experts calibration.claims calibration.families calibration.uneven checkpoint memory errors",
@@ -123,8 +125,9 @@ TABLE: dict[str, Row] = {
         "torch",
     ),
     "scalings": Row("calibration.claims calibration.families method", "torch"),
+    "orders": Row("scalings calibration.claims calibration.families calibration.layouts method", "torch"),
     "block_methods": Row(
-        "block scalings method calibration.claims calibration.hidden calibration.observe calibration.skeleton "
+        "block orders scalings method calibration.claims calibration.hidden calibration.observe calibration.skeleton "
         "calibration.statistics recipe weight distributed memory errors",
         "torch",
     ),

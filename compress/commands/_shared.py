@@ -54,14 +54,14 @@ def data_values(
     return {key: value for key, value in values.items() if value is not None}
 
 
-def method_line(method: str) -> tuple[list[str], str]:
-    """Read a method such as awq+gptq: transforms in order, and what rounds after them, to nearest if nothing is said."""
+def method_line(method: str, kind: str = "quant") -> tuple[list[str], str]:
+    """Read a method such as awq+gptq: transforms in order, and what is done after them: rtn, or alps, if nothing is said."""
     from compress import registry
 
     transforms = registry.names("transform")
-    paths = [m if "/" in m else f"transform/{m}" if m in transforms else f"quant/{m}" for m in method.split("+")]
+    paths = [m if "/" in m else f"transform/{m}" if m in transforms else f"{kind}/{m}" for m in method.split("+")]
     if paths[-1].startswith("transform/"):
-        paths.append("quant/rtn")
+        paths.append({"quant": "quant/rtn", "prune": "prune/alps"}[kind])
     if wrong := [path for path in paths[:-1] if not path.startswith("transform/")]:
         raise RecipeError(f"--method {method}: {wrong[0]} cannot go before another method; transforms can, such as awq+gptq")
     return paths[:-1], paths[-1]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.commands._shared import Delivery, Running, data_values, parse_room, progress, run_recipe, watched
+from compress.commands._shared import Delivery, Running, data_values, method_line, parse_room, progress, run_recipe, watched
 from compress.errors import RecipeError
 from compress.options import (
     CacheFolder,
@@ -48,7 +48,9 @@ def prune(
     pattern: Annotated[str | None, typer.Option(help="Instead, N:M as 2:4: N kept of every M neighbouring columns.")] = None,
     group: Annotated[int | None, typer.Option(help="Neighbouring columns that go or stay together.")] = None,
     within: Annotated[str | None, typer.Option(help="What competes: the weights of a row, or of a matrix.")] = None,
-    method: Annotated[str, typer.Option(help="alps, sparsegpt, wanda, ria, magnitude: see `compress methods`.")] = "alps",
+    method: Annotated[
+        str, typer.Option(help="alps, sparsegpt, wanda, ria, magnitude: see `compress methods`; after transforms: permute+ria.")
+    ] = "alps",
     distribute: Annotated[
         str,
         typer.Option(help="uniform; owl: by outliers of blocks; global: by magnitude; measured: by what each weight costs."),
@@ -90,6 +92,9 @@ def prune(
     Two of every four weights, in 4 bits:
     compress prune MODEL -o OUT --pattern 2:4 --bits 4 --data text.jsonl
 
+    Channels put in an order first that keeps more of what matters:
+    compress prune MODEL -o OUT --pattern 2:4 --method permute+ria --data text.jsonl
+
     What was lost learned back by norms and thin factors, which are merged:
     compress prune MODEL -o OUT --sparsity 0.6 --retrain perp --data text.jsonl
     """
@@ -107,8 +112,10 @@ def prune(
         raise RecipeError(f"--{wrong[0].replace('_', '-')}: means something only with --bits; add --bits 4, or leave it out")
     if distribute not in _DISTRIBUTIONS:
         raise RecipeError(f"--distribute {distribute}: expected one of {', '.join(_DISTRIBUTIONS)}")
-    path = method if "/" in method else f"prune/{method}"
+    transforms, path = method_line(method, "prune")
     values: dict[str, Any] = {"data": data_values(data, samples, length, seed, chat_template) or {"name": "c4"}}
+    if transforms:
+        values["transforms"] = [{"method": transform} for transform in transforms]
     if dtype is not None:
         values["dtype"] = dtype
     if retrain is not None:

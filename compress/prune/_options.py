@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, MeanSquare, Statistics, Stats
@@ -30,6 +30,27 @@ _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
+def _not_a_time(value: Any) -> Any:
+    """YAML reads an unquoted 2:4 as two minutes and four seconds."""
+    return f"{value // 60}:{value % 60}" if type(value) is int and value >= 60 else value
+
+
+def _n_of_m(value: str | None) -> str | None:
+    found = None if value is None else _PATTERN.fullmatch(value)
+    if value is not None and (found is None or not int(found[1]) < int(found[2]) <= 64):
+        raise ValueError("expected N:M with N kept of M, N below M and M at most 64, as 2:4")
+    return value
+
+
+NofM = Annotated[str | None, BeforeValidator(_not_a_time), AfterValidator(_n_of_m)]
+
+
+def kept_of(pattern: str) -> tuple[int, int]:
+    """Return how many weights a pattern keeps, of how many."""
+    kept, _, of = pattern.partition(":")
+    return int(kept), int(of)
+
+
 class Needed(tuple[type[Statistics], ...]):
     """The statistics that a method of pruning may need; of a method with options, what it says in `needed`."""
 
@@ -48,7 +69,7 @@ class Pruning(Method):
     rows_independent: ClassVar[bool] = False  # a matrix has a quota of its own
 
     sparsity: Annotated[float | None, Field(ge=0, lt=1, description="share of weights to remove; 0.5 if nothing is said")] = None
-    pattern: Annotated[str | None, Field(description="N:M, as 2:4: N kept of every M neighbouring columns")] = None
+    pattern: Annotated[NofM, Field(description="N:M, as 2:4: N kept of every M neighbouring columns")] = None
     group: Annotated[int, Field(ge=1, description="neighbouring columns that go or stay together")] = 1
     within: Annotated[Within, Field(description="what competes: the weights of a row, or of the whole matrix")] = "row"
     dtype: Annotated[
@@ -58,19 +79,10 @@ class Pruning(Method):
     group_size: Annotated[GroupSize, Field(description="columns that share a scale, with bits; -1: the whole row")] = 128
     symmetric: Annotated[bool, Field(description="no zero points, with bits")] = True
 
-    @field_validator("pattern", mode="before")
-    @classmethod
-    def _not_a_time(cls, value: Any) -> Any:
-        """YAML reads an unquoted 2:4 as two minutes and four seconds."""
-        return f"{value // 60}:{value % 60}" if type(value) is int and value >= 60 else value
-
     @model_validator(mode="after")
     def _one_target(self) -> Self:
         if self.pattern is None:
             return self
-        found = _PATTERN.fullmatch(self.pattern)
-        if found is None or not int(found[1]) < int(found[2]) <= 64:
-            raise ValueError(f"pattern: {self.pattern!r} is not N:M with N kept of M, N below M and M at most 64, as 2:4")
         if self.sparsity is not None:
             raise ValueError("sparsity: not with a pattern, which has its own; leave one of them out")
         if self.group > 1:
@@ -82,7 +94,7 @@ class Pruning(Method):
         """What the mask is to be."""
         if self.pattern is None:
             return Target(0.5 if self.sparsity is None else self.sparsity, None, self.group, self.within)
-        kept, of = map(int, self.pattern.split(":"))
+        kept, of = kept_of(self.pattern)
         return Target(1 - kept / of, (kept, of))
 
     def needed(self) -> tuple[type[Statistics], ...]:

@@ -5,30 +5,22 @@ Score     S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) (mean x_j^2)^(p
 Quotas    exact, of the whole matrix by default, see `_select`: the first factor makes rows comparable.
 Update    `update: true` moves what is kept to where the error of the outputs is least, see `_solver`.
 Defaults  power 0.5 and whole matrices, those of the authors' program. Without any token the second factor is 1.
-Failures  as of Wanda, nothing makes up for what is removed unless values are updated. Permutations of channels before N:M, which
-          the paper adds, are not done: only some inputs could be permuted without a cost at run time.
+Failures  as of Wanda, nothing makes up for what is removed unless values are updated. The order of channels before N:M, which the
+          paper adds, is `transform/permute`, for this score and others, where an order costs nothing at run time.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import MeanSquare, Statistics, Stats
 from compress.method import Result
-from compress.prune._options import Needed, Scored, exact
+from compress.prune._options import Needed, Scored
+from compress.prune._scores import relative_importance
 from compress.prune._select import Within
-
-
-def score(weight: Tensor, square: Tensor, power: float = 0.5) -> Tensor:
-    """Return the relative importance of each weight (out, in), given the mean square of each input (in,)."""
-    size = exact(weight).abs()
-    tiny = torch.finfo(size.dtype).tiny
-    relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
-    return relative * (square.to(size.dtype).pow(power / 2) if bool(square.any()) else 1.0)
 
 
 class RIA(Scored):
@@ -41,7 +33,7 @@ class RIA(Scored):
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Prune weight (out, in) by relative importance."""
-        return self.by_score(weight, lambda w, square: score(w, square, self.power), stats)
+        return self.by_score(weight, lambda w, square: relative_importance(w, square, self.power), stats)
 
 
 METHOD = RIA

@@ -9,7 +9,7 @@ Bound     with `perturbation` p, |W - L| <= p |W| in the Frobenius norm, so that
           whitening to plain SVD, which is as near to W as this rank can be; where even that is too far, it is taken, and the
           report says so. The idea that a bounded perturbation of weights keeps features is PELA's (arXiv 2310.10700), which
           bounds it while the factors are trained; this form is ours. `retrain/perp` with `weights: lora` trains the factors on
-          the block's outputs.
+          the block's outputs, and has a bound of its own there.
 Stored    an empty base, one bit for every row, and the factors. It costs 16 r (out + in) / (out in) bits per weight and 1 / in.
 Defaults  damping 1 % of the mean diagonal (ours; the published code damps only where the Cholesky factor fails).
 Failures  at equal size codes lose far less: half of the numbers are the bits of 8-bit codes. Without any token it is plain SVD.

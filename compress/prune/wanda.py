@@ -20,19 +20,14 @@ from torch import Tensor
 
 from compress.calibration.statistics import MeanSquare, Statistics, Stats
 from compress.method import Result
-from compress.prune._options import Needed, Scored, exact
+from compress.prune._options import Needed, Scored
+from compress.prune._scores import contribution
 from compress.prune._select import Target, select
 
 
 def wanda(weight: Tensor, square: Tensor, target: Target) -> Tensor:
     """Return the mask (out, in) of what is kept of weight (out, in), given the mean square of each input (in,)."""
-    return select(score(weight, square), target)
-
-
-def score(weight: Tensor, square: Tensor) -> Tensor:
-    """Return |W_ij| sqrt(mean x_j^2), (out, in); |W_ij| where no input was ever seen."""
-    weight = exact(weight)
-    return weight.abs() * (square.to(weight.dtype).sqrt() if bool(square.any()) else 1.0)
+    return select(contribution(weight, square), target)
 
 
 class Wanda(Scored):
@@ -42,7 +37,7 @@ class Wanda(Scored):
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Prune weight (out, in) by the mean square of its inputs."""
-        return self.by_score(weight, score, stats)
+        return self.by_score(weight, contribution, stats)
 
 
 METHOD = Wanda

@@ -12,12 +12,16 @@ With W the values as they came, M the mask, c = alpha / rank, a pair of factors 
 
 A starts uniform in +-1/sqrt(in) and B at 0 (LoRA, arXiv 2106.09685), so that the first weight is the one that came. Leaves
 called p are relative to what they move, so that one rate suits all of them.
+
+The last two kinds of factors can be bounded: with W' the original and V(t) the weight at t times the leaves (of `lora` at t B),
+training sees and stores V(t) of the largest t up to 1 that bisection finds with |V(t) - W'| <= max(p |W'|, |V(0) - W'|), and
+before every step the leaves are brought back to t times themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -29,6 +33,7 @@ from compress.tune._fields import trainable_fields, unit_of, with_fields
 from compress.weight import CompressedWeight
 
 Variant = Literal["mask_lora", "scale_lora", "lora_prune", "full", "lora", "none"]
+HALVINGS = 20  # of what of a step is within a bound
 LEAST = 1e-3  # of the root mean square of a tensor, as the unit of its steps: gains of norms may begin at zero
 
 
@@ -154,45 +159,101 @@ def factors(like: Tensor, rank: int, generator: torch.Generator) -> dict[str, Te
     return {"up": leaf(like.new_zeros(like.shape[0], rank)), "down": leaf((2 * down - 1) * bound)}
 
 
+@dataclass(frozen=True)
+class Bound:
+    """How far a weight may go from the original (out, in) while it is trained, in the Frobenius norm and over the original's."""
+
+    dense: Tensor
+    most: float
+
+    def share(self, start: Tensor, step: Tensor, curve: Tensor | None = None) -> float:
+        """Return a t with start + t step + t^2 curve within the bound, 1 if it is there; at 0, where it starts, it always is."""
+        away = start - self.dense
+        terms = [away, step] if curve is None else [away, step, curve]
+        products = [[float((a * b).sum(dtype=torch.float64)) for b in terms] for a in terms]
+        limit = max((self.most * float(self.dense.norm())) ** 2, products[0][0])
+
+        def inside(t: float) -> bool:
+            return sum(t ** (i + j) * value for i, row in enumerate(products) for j, value in enumerate(row)) <= limit
+
+        low, high = 0.0, 1.0
+        for _ in range(0 if inside(1.0) else HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if inside(middle) else (low, middle)
+        return 1.0 if high == 1.0 and inside(1.0) else low
+
+
 class Beside(StateOfLeaves):
     """A weight to which a low-rank part is added, and which moves alone."""
 
     relative = False
 
-    def __init__(self, weight: CompressedWeight, rank: int, alpha: float, generator: torch.Generator) -> None:
-        self.weight, self.factor, self.start = weight, alpha / rank, weight.dequantize()
+    def __init__(
+        self, weight: CompressedWeight, rank: int, alpha: float, generator: torch.Generator, bound: Bound | None = None
+    ) -> None:
+        self.weight, self.factor, self.start, self.bound = weight, alpha / rank, weight.dequantize(), bound
         self.leaves = factors(self.start, rank, generator)
+
+    def _share(self) -> float:
+        """How much of the added part is within the bound."""
+        if self.bound is None:
+            return 1.0
+        with torch.no_grad():
+            return self.bound.share(self.start, self.factor * (self.leaves["up"] @ self.leaves["down"]))
+
+    def course(self, share: float) -> None:
+        """Bring the leaves back within the bound."""
+        with torch.no_grad():
+            self.leaves["up"].mul_(self._share())
 
     def values(self) -> Tensor:
         """Return the weight (out, in) at the leaves."""
-        return self.start + self.factor * (self.leaves["up"] @ self.leaves["down"])
+        return self.start + self._share() * self.factor * (self.leaves["up"] @ self.leaves["down"])
 
     def stored(self) -> CompressedWeight:
         """Return the weight with its factors in bfloat16."""
-        left = (self.factor * self.leaves["up"].detach()).bfloat16()
+        left = (self._share() * self.factor * self.leaves["up"].detach()).bfloat16()
         return replace(self.weight, low_rank=LowRank(left, self.leaves["down"].detach().bfloat16()))
 
 
 class Factors(StateOfLeaves):
     """A weight whose low-rank part moves."""
 
-    def __init__(self, weight: CompressedWeight) -> None:
+    def __init__(self, weight: CompressedWeight, bound: Bound | None) -> None:
         assert isinstance(weight.low_rank, LowRank)
-        self.weight, self.part = weight, weight.low_rank
+        self.weight, self.part, self.bound = weight, weight.low_rank, bound
         self.rest = replace(weight, low_rank=None).dequantize()
         self.units = {name: size_of(getattr(self.part, name)) for name in ("left", "right")}
         self.leaves = {name: leaf(torch.zeros_like(getattr(self.part, name))) for name in self.units}
 
-    def _factor(self, name: str) -> Tensor:
-        return torch.addcmul(getattr(self.part, name).float(), self.leaves[name], self.units[name])
+    def _share(self) -> float:
+        """How much of the leaves is within the bound."""
+        if self.bound is None:
+            return 1.0
+        with torch.no_grad():
+            left, right = self.part.left.float(), self.part.right.float()
+            more, other = (self.leaves[name] * self.units[name] for name in ("left", "right"))
+            return self.bound.share(self.rest + left @ right, more @ right + left @ other, more @ other)
+
+    def course(self, share: float) -> None:
+        """Bring the leaves back within the bound."""
+        t = self._share()
+        with torch.no_grad():
+            for value in self.leaves.values():
+                value.mul_(t)
+
+    def _factor(self, name: str, t: float) -> Tensor:
+        return torch.addcmul(getattr(self.part, name).float(), self.leaves[name], self.units[name], value=t)
 
     def values(self) -> Tensor:
         """Return the weight (out, in) at the leaves."""
-        return self.rest + self._factor("left") @ self._factor("right")
+        t = self._share()
+        return self.rest + self._factor("left", t) @ self._factor("right", t)
 
     def stored(self) -> CompressedWeight:
         """Return the weight with its factors in their own type."""
-        moved: dict[str, Any] = {name: self._factor(name).detach().to(self.part.left.dtype) for name in self.units}
+        t = self._share()
+        moved: dict[str, Any] = {name: self._factor(name, t).detach().to(self.part.left.dtype) for name in self.units}
         return replace(self.weight, low_rank=replace(self.part, **moved))
 
 
@@ -219,13 +280,22 @@ class Fields(StateOfLeaves):
 
 
 def moving(
-    weight: CompressedWeight, variant: Variant, rank: int, alpha: float, fields: bool, generator: torch.Generator
+    weight: CompressedWeight,
+    variant: Variant,
+    rank: int,
+    alpha: float,
+    fields: bool,
+    generator: torch.Generator,
+    bound: Bound | None = None,
 ) -> Moving | None:
-    """Return what moves of a weight, None if nothing does: the variant's factors, or without them scales and offsets."""
+    """Return what moves of a weight, None if nothing does: the variant's factors, or without them scales and offsets.
+
+    The bound is for factors that are stored.
+    """
     if variant == "lora":
         if isinstance(weight.low_rank, LowRank):
-            return Factors(weight)
-        return None if weight.low_rank is not None else Beside(weight, rank, alpha, generator)
+            return Factors(weight, bound)
+        return None if weight.low_rank is not None else Beside(weight, rank, alpha, generator, bound)
     if isinstance(weight.base, Dense):
         return None if variant == "none" else Kept(weight, variant, rank, alpha, generator)
     floats = trainable_fields(weight) if fields else {}

@@ -7,15 +7,16 @@ import torch
 from layers import inputs, observed, weights
 
 from compress.calibration.statistics import MeanSquare
+from compress.prune._scores import relative_importance
 from compress.prune._select import Target, select
-from compress.prune.ria import METHOD, score
+from compress.prune.ria import METHOD
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_equals_the_equation(power: float) -> None:
     weight, rows = weights(12, 64).double(), inputs(200, 64).double()
     norm = rows.square().mean(0).sqrt()
-    found = score(weight, norm.square(), power)
+    found = relative_importance(weight, norm.square(), power)
     for i in range(12):
         for j in range(64):
             size = abs(float(weight[i, j]))
@@ -29,6 +30,6 @@ def test_the_whole_matrix_competes_and_weak_rows_stay() -> None:
     made = METHOD(sparsity=0.6)
     keep = made(weight, observed(rows, made.needs)).weight.keep.mask()
     statistic = observed(rows, [MeanSquare])[MeanSquare]
-    assert torch.equal(keep, select(score(weight, statistic.mean()), Target(0.6, within="matrix")))  # type: ignore[attr-defined]
+    assert torch.equal(keep, select(relative_importance(weight, statistic.mean()), Target(0.6, within="matrix")))  # type: ignore[attr-defined]
     assert int(keep.sum()) == 128 * 32 - round(0.6 * 128 * 32)
     assert int(keep[3].sum()) > 4  # by magnitude none would

@@ -27,7 +27,7 @@ from compress.quant._comparison import loss
 from compress.quant.gptq import gptq
 from compress.report import read_rows
 from compress.retrain._blockwise import advance, optimizer, pace
-from compress.retrain._moving import Beside, Kept, factors
+from compress.retrain._moving import Beside, Bound, Kept, factors
 from compress.retrain.perp import METHOD
 from compress.weight import CompressedWeight
 
@@ -257,3 +257,60 @@ def test_options_are_checked() -> None:
     for wrong in ({"epochs": 0}, {"rate": 0}, {"weights": "dora"}, {"rank": 0}, {"original": 2}):
         with pytest.raises(ValidationError):
             METHOD(**wrong)
+
+
+def far(weight: CompressedWeight, dense: Tensor) -> float:
+    """|V - W| / |W|."""
+    return float((weight.dequantize() - dense).norm() / dense.norm())
+
+
+@pytest.mark.parametrize("kind", ["factors", "beside"])
+def test_a_bound_holds_through_training(kind: str) -> None:
+    """Of a low-rank part that was there, and of one that is added to codes; without the bound they go further."""
+    from compress.prune.svd import METHOD as Svd
+    from compress.quant.rtn import METHOD as Rtn
+
+    block = mixing_block()
+    before = {}
+    for site in block.sites:
+        seen = block.observe((Hessian,))[site]
+        method: Any = Svd(sparsity=0.5) if kind == "factors" else Rtn(bits=2, group_size=16)
+        before[site] = method(block.weight(site), seen).weight
+    dense = {site: block.weight(site) for site in block.sites}
+    start = {site: far(before[site], dense[site]) for site in before}
+    options: dict[str, Any] = {"weights": "lora", "rank": 4, "rate": 5e-2, "relative_rate": 5e-2, "norms": False}
+    free = METHOD(**options)(block, before)
+    away = {site: far(weight, dense[site]) for site, weight in free.weights.items()}
+    most = max(away, key=lambda site: away[site] - start[site])
+    assert away[most] > start[most] * 1.02
+    limit = (away[most] + start[most]) / 2
+    held = METHOD(**options, perturbation=limit)(block, before)
+    for site, weight in held.weights.items():
+        assert far(weight, dense[site]) <= max(limit, start[site]) * 1.002  # factors are stored in bfloat16
+    assert far(held.weights[most], dense[most]) > start[most]
+    assert held.notes["loss"] < held.notes["loss_before"]
+    still = METHOD(**options, perturbation=1e-6)(block, before)  # where it came from is allowed
+    for site, weight in still.weights.items():
+        assert far(weight, dense[site]) <= start[site] * 1.002
+
+
+def test_what_of_a_step_is_within_a_bound() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, start, step, curve = (torch.randn(6, 8, generator=generator) for _ in range(4))
+    for most in (1.5, 2.0, 4.0, 1e3):
+        for second in (None, curve):
+            t = Bound(dense, most).share(start, step, second)
+            limit = max(most * float(dense.norm()), float((start - dense).norm()))
+
+            def distance(t: float, second: Tensor | None = second) -> float:
+                return float((start + t * step + (0 if second is None else t * t * second) - dense).norm())
+
+            assert distance(t) <= limit * (1 + 1e-6)
+            assert t == 1.0 or distance(t + 1e-4) > limit
+    assert Bound(dense, 1e3).share(start, step) == 1.0
+    assert Bound(dense, 0.0).share(dense, step) == 0.0
+
+
+def test_a_bound_is_for_factors_that_are_stored() -> None:
+    with pytest.raises(ValidationError, match="leave it out"):
+        METHOD(perturbation=0.1)

@@ -10,23 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, VOCABULARY
+import transformed
+from tiny import TINY
 from torch import Tensor
 
-from compress import recipe as recipes
-from compress.block_methods import Surroundings, transform
 from compress.calibration.claims import claim, find
-from compress.calibration.hidden import Hidden
-from compress.calibration.skeleton import Skeleton
 from compress.checkpoint import Source
 from compress.method import Block, Changed, Scalable
-from compress.recipe import StageAssignment
 from compress.scalings import producing_rows
 from compress.transform._scaling import Moved
 
 Tiny = Callable[..., Path]
-CPU = torch.device("cpu")
-IDS = torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
 class Random:
@@ -57,24 +51,7 @@ class Random:
 
 def run(folder: Path, method: Random | None, match: str | list[str] = "*.*", copy: tuple[str, ...] = ()) -> Tensor:
     """Logits of a model after the transform alone; its own if it is None."""
-    source = Source.open(folder)
-    claims = claim(source, find(source), copy)
-    step = {"match": match, "method": "quant/rtn", "options": {"group_size": -1}}
-    assignments = recipes.resolve(recipes.parse({"steps": [step]}), claims.sites)
-    skeleton = Skeleton(source, claims, torch.float32, CPU)
-    with skeleton.outer():
-        hidden = skeleton.embed(IDS)
-    nothing = Hidden([], 0, 0, torch.float32, None)
-    for number in range(len(skeleton.blocks)):
-        skeleton.load(number)
-        members = [a for a in assignments if a.site.block == number]
-        if method is not None:
-            around = Surroundings(skeleton, number, nothing, None, None, lambda: None, 1 << 30, 0, lambda *_: None)
-            transform(around, [StageAssignment(method, members)])
-        hidden = skeleton.forward(number, hidden)
-        skeleton.release(number)
-    with skeleton.outer():
-        return skeleton.logits(IDS, hidden)
+    return transformed.run(folder, method, match, copy)[0]
 
 
 @pytest.mark.parametrize("family", TINY)
