@@ -49,7 +49,7 @@ def prune(
     group: Annotated[int | None, typer.Option(help="Neighbouring columns that go or stay together.")] = None,
     within: Annotated[str | None, typer.Option(help="What competes: the weights of a row, or of a matrix.")] = None,
     method: Annotated[
-        str, typer.Option(help="alps, sparsegpt, wanda, ria, magnitude: see `compress methods`; after transforms: permute+ria.")
+        str, typer.Option(help="alps, sparsegpt, wanda, ria, magnitude: see `compress methods`; after transforms: permute+alps.")
     ] = "alps",
     distribute: Annotated[
         str,
@@ -93,7 +93,7 @@ def prune(
     compress prune MODEL -o OUT --pattern 2:4 --bits 4 --data text.jsonl
 
     Channels put in an order first that keeps more of what matters:
-    compress prune MODEL -o OUT --pattern 2:4 --method permute+ria --data text.jsonl
+    compress prune MODEL -o OUT --pattern 2:4 --method permute+alps --data text.jsonl
 
     What was lost learned back by norms and thin factors, which are merged:
     compress prune MODEL -o OUT --sparsity 0.6 --retrain perp --data text.jsonl
