@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from compress.quant._comparison import loss
 from compress.quant.gptq import gptq
 from compress.report import read_rows
 from compress.retrain._blockwise import advance, optimizer, pace
-from compress.retrain._moving import Beside, Bound, Kept, factors
+from compress.retrain._moving import Beside, Bound, Factors, Kept, factors
 from compress.retrain.perp import METHOD
 from compress.weight import CompressedWeight
 
@@ -314,3 +315,27 @@ def test_what_of_a_step_is_within_a_bound() -> None:
 def test_a_bound_is_for_factors_that_are_stored() -> None:
     with pytest.raises(ValidationError, match="leave it out"):
         METHOD(perturbation=0.1)
+
+
+@pytest.mark.parametrize("kind", ["factors", "beside"])
+def test_leaves_that_went_too_far_are_brought_back(kind: str) -> None:
+    """What training sees is the bound's weight before and after, and after it the leaves themselves say so."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(12, 20, generator=generator)
+    part = LowRank(torch.randn(12, 3, generator=generator).bfloat16(), torch.randn(3, 20, generator=generator).bfloat16())
+    base = CompressedWeight(Dense(dense - part.dequantize()))
+    bound = Bound(dense, 0.5)
+    moving: Any = (
+        Factors(replace(base, low_rank=part), bound)
+        if kind == "factors"
+        else Beside(CompressedWeight(Dense(dense)), 3, 3.0, generator, bound)
+    )
+    with torch.no_grad():
+        for value in moving.leaves.values():
+            value.copy_(torch.randn(value.shape, generator=generator))
+    before = moving.values().detach()
+    assert float((before - dense).norm()) == pytest.approx(0.5 * float(dense.norm()), rel=1e-4)
+    moving.course(0.5)
+    torch.testing.assert_close(moving.values().detach(), before, rtol=1e-4, atol=1e-4)
+    moving.bound = None
+    torch.testing.assert_close(moving.values().detach(), before, rtol=1e-4, atol=1e-4)

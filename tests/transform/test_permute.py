@@ -119,6 +119,18 @@ def test_nothing_is_lost_where_nothing_is_to_gain(case: str) -> None:
         assert torch.equal(order, torch.arange(16).expand(3, 16))
 
 
+def test_an_assignment_that_keeps_less_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As rounding of the distances could give one."""
+    import scipy.optimize
+
+    monkeypatch.setattr(
+        permute, "linear_sum_assignment", lambda d, maximize: scipy.optimize.linear_sum_assignment(d, maximize=not maximize)
+    )
+    score = scores(6, 16, sets=2)
+    order = best_order(score, (2, 4), 10)
+    assert bool((kept(reordered(score, order), (2, 4)) >= kept(score, (2, 4))).all())
+
+
 def test_sets_do_not_touch_each_other() -> None:
     score = scores(6, 16, sets=3)
     together = best_order(score, (2, 4), 10)
