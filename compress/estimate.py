@@ -49,6 +49,7 @@ class Estimate:
     base: int = _BASE
     on_host: bool = True  # whether blocks are computed in the host's memory
     seconds: float | None = None
+    range_after: tuple[int, int] = (0, 0)  # what `bytes_after` may come to: the same twice where it is exact
     # The whole model where it is retrained: as it computes, and its weights before and as they move in float32.
     whole: int = 0
 
@@ -81,7 +82,8 @@ def estimate(plan: Plan, samples: int, length: int, room: int, offload: bool) ->
     for stage in plan.tuning:
         for a in stage.members:
             added[a.site.name] += stage.method.added_bits(a.site.shape)
-    after = sizes(source, plan.claims, plan.assignments, parse_size(plan.recipe.max_shard_size), added)
+    changed = {a.site.name for stage in plan.transforms for a in stage.members}
+    after = sizes(source, plan.claims, plan.assignments, parse_size(plan.recipe.max_shard_size), added, changed)
     blocks: dict[int, int] = {}
     for site in plan.claims.sites:
         number = -1 if site.block is None else site.block
@@ -125,6 +127,7 @@ def estimate(plan: Plan, samples: int, length: int, room: int, offload: bool) ->
         max((_work(unit) for members in by_block.values() for unit in units(members)), default=0),
         tokens * (item * (4 * width + 3 * wide) + (4 * columns if most else 0)),
         on_host=plan.device.type == "cpu",
+        range_after=(after.least, after.most),
         whole=source.numel * (item + 8) if plan.retraining else 0,
     )
 
@@ -162,7 +165,7 @@ def check_disk(expected: Estimate, folder: Path) -> None:
         )
 
 
-def predictions(expected: Estimate) -> dict[str, float | int | None]:
+def predictions(expected: Estimate) -> dict[str, float | int | list[int] | None]:
     """What was said before a run, for its summary."""
     return {
         "memory": expected.memory,
@@ -171,6 +174,7 @@ def predictions(expected: Estimate) -> dict[str, float | int | None]:
         "bytes_after": expected.bytes_after,
         "files_after": expected.files_after,
         "exact": expected.exact,
+        "range_after": list(expected.range_after),
         "disk": expected.disk,
     }
 

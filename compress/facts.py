@@ -249,8 +249,14 @@ def predicted(c: Checkpoint) -> list[Predicted]:
     return [
         *row("time, on a machine as busy as in the beginning", said["seconds"], s["seconds"], duration),
         *row("peak memory", said["memory"], s["peak_memory"], human_bytes),
-        *row("bytes of all tensors", said["bytes_after"], s["bytes_after"], lambda count: f"{int(count):,}"),
+        *row(f"bytes of all tensors{_range(said)}", said["bytes_after"], s["bytes_after"], lambda count: f"{int(count):,}"),
     ]
+
+
+def _range(said: Mapping[str, Any]) -> str:
+    """Between which sizes one was said to lie that depends on the values; checkpoints of older versions do not say."""
+    least, most = said.get("range_after") or (0, 0)
+    return "" if least == most else f", said to be between {least:,} and {most:,}"
 
 
 def reused(cache: Mapping[str, int]) -> str:

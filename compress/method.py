@@ -77,6 +77,15 @@ class Method(BaseModel):
         bits = options.get("target_bits") or options.get("bits", 15.5) + 0.5  # half a bit of scales, outliers and the like
         return int(shape[0] * shape[1] * bits)
 
+    def bits_range(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Least and most bits that a weight of this shape (out, in) will occupy: the same where they are known beforehand."""
+        known = self.stored_bits(shape)
+        return (0, 32 * shape[0] * shape[1]) if known is None else (known, known)
+
+    def on(self, dtype: str) -> Method:
+        """Return the method as it most likely is on weights of a type such as BF16, and for certain on those of 16 bits."""
+        return self
+
     def described(self, shape: tuple[int, int]) -> dict[str, Any] | None:
         """Say how a weight of this shape (out, in) will be described in a checkpoint; None where it depends on the values."""
         return None

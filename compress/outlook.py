@@ -48,6 +48,8 @@ def outlook(
                 "bytes": size.tensors,
                 "files": size.total,
                 "exact": size.exact,
+                "least": size.least,
+                "most": size.most,
                 "memory": estimate.estimate(given, samples, length, room, False).memory,
             }
         )

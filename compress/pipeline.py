@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import block_methods, distributed, packed
+from compress import block_methods, distributed, packed, watching
 from compress._version import __version__
 from compress.block import Cache, Done, compress_block, taps, units
 from compress.block_methods import Surroundings
@@ -23,7 +23,6 @@ from compress.calibration.hidden import Hidden
 from compress.calibration.observe import batches
 from compress.calibration.skeleton import Skeleton
 from compress.container import read_tensor
-from compress.errors import CalibrationError
 from compress.files import sha256
 from compress.job import Job, Record
 from compress.packed import digest
@@ -118,45 +117,16 @@ class Run:
     def _ids(self, batch: int) -> Tensor:
         return self.ids[self.batches[batch].start : self.batches[batch].stop]
 
-    def _watch(self) -> None:
-        """Send the held-out windows through the embeddings."""
-        if self.todo.held is not None:
-            self.watched = [self._in_memory(self.todo.held) for _ in range(2)]
-
-    def _in_memory(self, ids: Tensor) -> Hidden:
-        """Send a few windows through the embeddings; what comes of them is never on disk alone."""
-        with self.skeleton.outer():
-            first = self.skeleton.embed(ids)
-        hidden = Hidden([len(first)], first.shape[1], first.shape[2], first.dtype, None)
-        hidden.update(iter([first]), "")
-        return hidden
+    def _watch_through(self, block: int, which: int) -> None:
+        """Send the held-out windows through a filled block: the compressed one (0) or the original (1)."""
+        if self.watched:
+            watching.through(self.skeleton, block, self.watched[which])
 
     def _states(self) -> dict[str, Hidden]:
         """All hidden states that a run needs to go on, by what their files are called."""
         beside = {".original": self.original, ".followed": self.followed}
         watched = {f".watched{number}": hidden for number, hidden in enumerate(self.watched)}
         return {what: hidden for what, hidden in ({"": self.hidden} | beside | watched).items() if hidden is not None}
-
-    def _watch_through(self, block: int, which: int) -> None:
-        """Send the held-out windows through a filled block: the compressed one (0) or the original (1)."""
-        if self.watched:
-            hidden = self.watched[which]
-            hidden.update(iter([self.skeleton.forward(block, hidden.read(0).to(self.skeleton.device))]), "")
-
-    def _difference(self, block: int) -> float | None:
-        """How far the held-out windows are from the original behind a block. Raises CalibrationError for a broken model."""
-        if not self.watched:
-            return None
-        mine, original = (hidden.read(0).double() for hidden in self.watched)
-        found = float((mine - original).norm() / original.norm().clamp_min(1e-30))
-        if not found <= self.todo.limit:  # also where it is not a number
-            raise CalibrationError(
-                f"block {block}: on held-out windows the compressed model's hidden states differ from the original's by "
-                f"{found:.3g} of their norm; expected at most {self.todo.limit:g} (watch.limit). The model has broken: use more "
-                "bits or another method for this block, or look for activations that overflow. Nothing was published; "
-                "--watch 0 goes on without this check"
-            )
-        return found
 
     def _embed(self, name: str = "embedded") -> Hidden:
         """Run the embeddings; every batch size is seen, so that blocks know their masks and positions."""
@@ -227,7 +197,7 @@ class Run:
         assert self.hidden is not None
         self.original, self.targets = self.targets, None
         if self.followed is not None:
-            self.followed.update(iter([self.skeleton.forward(block, self.followed.read(0).to(self.skeleton.device))]), "")
+            watching.through(self.skeleton, block, self.followed)
         elif self._is_end(block):
             self.end = next(self._outputs(block, step), None)  # of all that comes out, only the check looks at one batch
         else:
@@ -243,9 +213,10 @@ class Run:
         records = self.job.records
         self.hidden = self._embed()
         self.original = self._embed("embedded.original") if self.todo.compares else None
-        self._watch()
+        if self.todo.held is not None:
+            self.watched = [watching.begin(self.skeleton, self.todo.held) for _ in range(2)]
         if self.todo.own_inputs:
-            self.followed = self._in_memory(self.ids[:1])
+            self.followed = watching.begin(self.skeleton, self.ids[:1])
         start = 0
         for record in reversed(records):
             here = record.hidden
@@ -401,7 +372,7 @@ class Run:
                 self.skeleton.put(self._site(block, site), weight)
             self._put_others(block, list(parts))
             self._watch_through(block, 0)
-            difference = self._difference(block)
+            difference = watching.difference(self.watched, block, self.todo.limit) if self.watched else None
             self._advance(block, "running")
             stored = self._store(block)
         distributed.barrier()

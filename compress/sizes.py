@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,16 @@ from compress.recipe import Assignment
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a result: of all tensors, and of the files that hold them, index included."""
+    """Bytes of a result: of all tensors, and of the files that hold them, index included.
+
+    Where methods cannot know them beforehand they are not exact, and `least` and `most` say what the tensors may come to.
+    """
 
     tensors: int
     files: dict[str, int]
     exact: bool
+    least: int
+    most: int
 
     @property
     def total(self) -> int:
@@ -51,26 +56,35 @@ def _nbytes(dtype: Any, shape: tuple[int, ...]) -> int:
 
 
 def sizes(
-    source: Source, claims: Claims, assignments: list[Assignment], limit: int, added: Mapping[str, int] | None = None
+    source: Source,
+    claims: Claims,
+    assignments: list[Assignment],
+    limit: int,
+    added: Mapping[str, int] | None = None,
+    changed: Container[str] = (),
 ) -> Sizes:
     """Return the bytes of the weight files that a run will write, in shards of at most `limit` bytes.
 
-    `added` is the bits that what comes after the method adds to a site, by name.
+    `added` is the bits that what comes after the method adds to a site, by name; `changed` are sites that a transform rewrites
+    before their method sees them.
     """
     specs: dict[str, packed.Spec] = {}
     parts: dict[str, Entry] = {}
     known: dict[tuple[int, tuple[int, int]], packed.Spec | None] = {}
     rough: dict[str, int] = {}
     exact = True
+    below = above = 0  # bits that the result may have less, and more
     for a in assignments:
         key = a.step, a.site.shape
         if key not in known:
             known[key] = description(a.method, a.site.shape)
         spec, name = known[key], a.site.name
         more = (added or {}).get(name, 0)
-        if spec is None or more:  # a tensor of so many bytes stands for what is not known
+        likely, least, most = _expected(a, "F32" if name in changed else source.entries[a.site.tensor].dtype)
+        below, above = below + likely - least, above + most - likely
+        if spec is None or more or least != most:  # a tensor of so many bytes stands for what is not known
             exact = False
-            rough[name] = (a.method.likely_bits(a.site.shape) + more) // 8
+            rough[name] = (likely + more) // 8
             continue
         specs[name] = spec
         for leaf, (dtype, shape) in packed.layout(spec).items():
@@ -81,7 +95,22 @@ def sizes(
     files = {name: file_size(members) for name, members in seal.named(cut).items()}
     if len(files) > 1:
         files[INDEX] = len(seal.index(seal.named(cut)).encode())
-    return Sizes(sum(entry.nbytes for entry in tensors), files, exact)
+    whole = sum(entry.nbytes for entry in tensors)
+    return Sizes(whole, files, exact, whole - -(-below // 8), whole + -(-above // 8))
+
+
+def _expected(a: Assignment, dtype: str) -> tuple[int, int, int]:
+    """Likely, least and most bits of a site, whether its own method takes it or the one for few tokens."""
+
+    def ends(method: Any) -> tuple[int, int]:
+        # Values in float32 may be such that 16 bits hold them.
+        return (method.on(dtype) if dtype in ("BF16", "F16") else method).bits_range(a.site.shape)  # type: ignore[no-any-return]
+
+    likely, (least, most) = a.method.on(dtype).likely_bits(a.site.shape), ends(a.method)
+    if a.fallback is not None and a.min_tokens > 0:
+        other = ends(a.fallback)
+        least, most = min(least, other[0]), max(most, other[1])
+    return likely, least, most
 
 
 def _entry(name: str, dtype: str, shape: tuple[int, ...], nbytes: int, source: Source) -> Entry:

@@ -45,16 +45,16 @@ def codes(folder: Path) -> torch.Tensor:
     return torch.cat([source.compressed(site).base.codes.flatten() for site in sorted(source.table)])
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_two_processes_give_the_codes_of_one(family: str, forks: Any, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "inputs"), [("llama", "compressed"), ("mixtral", "compressed"), ("llama", "original")])
+def test_two_processes_give_the_codes_of_one(family: str, inputs: str, forks: Any, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.replace("IDS", str(ids)))
-    if family == "llama":
+    recipe.write_text(RECIPE.replace("IDS", str(ids)) + f"inputs: {inputs}\n")
+    if (family, inputs) == ("llama", "compressed"):
         done = torchrun(tiny(family), tmp_path / "two", recipe)
         assert done.returncode == 0, done.stderr
     else:  # the same without seconds of imports
         two_ranks(forks, tmp_path, "run", recipe, tiny(family), "-o", tmp_path / "two")
-    summary = run(tiny(family), tmp_path / "one", ids, steps(bits=3, group_size=16))
+    summary = run(tiny(family), tmp_path / "one", ids, steps(bits=3, group_size=16), inputs=inputs)
     one, two = codes(tmp_path / "one"), codes(tmp_path / "two")
     assert one.shape == two.shape
     assert (one == two).double().mean() >= EQUAL_CODES

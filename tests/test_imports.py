@@ -144,9 +144,10 @@ TABLE: dict[str, Row] = {
         "sizes timing prepare block recipe calibration.claims calibration.skeleton calibration.statistics memory files errors",
         "torch",
     ),
+    "watching": Row("calibration.hidden calibration.skeleton errors", "torch"),
     "pipeline": Row(
-        "students block block_methods weight job _version calibration.cache calibration.data calibration.hidden "
-        "calibration.observe calibration.skeleton packed recipe report container distributed files errors",
+        "watching students block block_methods weight job _version calibration.cache calibration.data calibration.hidden "
+        "calibration.observe calibration.skeleton packed recipe report container distributed files",
         "torch",
     ),
     # Planning: what candidates cost is measured as a run would compress, then a planner decides.

@@ -124,16 +124,47 @@ class Pruning(Method):
 
     def likely_bits(self, shape: tuple[int, int]) -> int:
         """Bits that a weight of this shape (out, in) will occupy or about that, whatever its values."""
-        (rows, columns), target, kept, size = shape, self.target, self._kept(shape), self._size(shape)
-        ragged = 32 * (tiles(rows) + 1) if target.pattern is None and target.within == "matrix" else 0  # pointers
+        target, columns = self.target, shape[1]
+        scaled = self._kept(shape) if target.pattern is None and target.group % self._size(shape) == 0 else columns
+        return self._bits(shape, 32 if self.dtype == "float32" else 16, self._ragged, 16, scaled)
+
+    def bits_range(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Bits where all that depends on the values takes least, and where it takes most."""
+        if (known := self.stored_bits(shape)) is not None:
+            return known, known
+        size = self._size(shape)
+        scaled = -(-self._kept(shape) // size) * size if not self._ragged else 0
+        least = self._bits(shape, 32 if self.dtype == "float32" else 16, False, 0, scaled)
+        return least, self._bits(shape, 32 if self.dtype in ("float32", "auto") else 16, self._ragged, 31, shape[1])
+
+    def on(self, dtype: str) -> Method:
+        """Return the method with the type of kept values that follows from that of the source; of F32, the likely one."""
+        found = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(dtype)
+        return self.model_copy(update={"dtype": found}) if found and self.dtype == "auto" else self
+
+    @property
+    def _ragged(self) -> bool:
+        """Whether rows may keep different numbers of weights."""
+        return self.target.pattern is None and self.target.within == "matrix"
+
+    def _bits(self, shape: tuple[int, int], dense: int, pointers: bool, filled: int, scaled: int) -> int:
+        """Bits of the mask, and of kept values of `dense` bits, or of codes and the scales of `scaled` columns.
+
+        Where rows differ there are `pointers`, and `filled` codes that are none at the end of each tile of rows.
+        """
+        (rows, columns), target = shape, self.target
         patterned = target.pattern is not None and target.pattern[1] <= LARGEST_PATTERN
         mask = pattern_bits(shape, *target.pattern) if patterned and target.pattern else bitmask_bits(shape, target.group)
+        mask += 32 * (tiles(rows) + 1) if pointers else 0
+        kept = rows * self._kept(shape)
+        if self._ragged:
+            kept = rows * columns - target.pruned(rows * columns // target.group) * target.group
         if self.bits is None:
-            return mask + ragged + rows * kept * (32 if self.dtype == "float32" else 16)
-        scaled = kept if target.pattern is None and target.group % size == 0 else columns  # columns whose scales are stored
-        beside = uniform_bits((rows, scaled), self.bits, size, not self.symmetric) - stream_bits(rows * scaled, self.bits)
-        filled = tiles(rows) * 16 * self.bits if ragged else 0  # up to the next 32 codes, in the mean
-        return mask + ragged + filled + stream_bits(rows * kept, self.bits) + beside
+            return mask + kept * dense
+        size = self._size(shape)
+        beside = uniform_bits((rows, scaled), self.bits, size, not self.symmetric) if scaled else 0
+        beside -= stream_bits(rows * scaled, self.bits)
+        return mask + (tiles(rows) * filled * self.bits if self._ragged else 0) + stream_bits(kept, self.bits) + beside
 
     def described(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Say how a weight of this shape (out, in) will be described in a checkpoint, as far as is known."""

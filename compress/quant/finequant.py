@@ -109,6 +109,15 @@ class FineQuant(Method):
         found = sizes(shape[1], self.g_min, self.g_max)
         return uniform_bits(shape, self.bits, found[0], zero=False) if len(found) == 1 else None
 
+    def likely_bits(self, shape: tuple[int, int]) -> int:
+        """Bits in the middle of what is possible: only the weights tell which groups."""
+        return sum(self.bits_range(shape)) // 2
+
+    def bits_range(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Bits with the largest and with the smallest groups."""
+        found = [uniform_bits(shape, self.bits, size, zero=False) for size in sizes(shape[1], self.g_min, self.g_max)]
+        return min(found), max(found)
+
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in); the statistics are not looked at."""
         return finequant(weight, **self.model_dump())

@@ -53,6 +53,7 @@ from torch import Tensor
 from compress.calibration.statistics import Hessian, Statistics, Stats
 from compress.method import GroupSize, Method, Result
 from compress.parts.mixed import WIDTHS, Mixed, group_dtype, mixed_bits
+from compress.parts.stream import stream_bits
 from compress.quant._grid import Grid, encode, fit, indivisible, stored
 from compress.quant._solver import Levels, Sweep, factorise, full_precision, refine
 from compress.weight import CompressedWeight
@@ -303,14 +304,42 @@ class SliM(Method):
         """Bits that a weight of this shape (out, in) will occupy; None where padding to words depends on which widths occur."""
         rows, columns = shape
         size = columns if self.group_size == -1 else self.group_size
+        if rows * size % 32 or not (self.symmetric or (rows % 32 == 0 and 1 not in self._admitted)):
+            return None
+        return self.likely_bits(shape)
+
+    @property
+    def _admitted(self) -> list[int]:
+        return admitted(self.bits, self.spread if self.allocation == "free" else 1)
+
+    def likely_bits(self, shape: tuple[int, int]) -> int:
+        """Bits where all groups have one of two neighbouring widths; other widths of the same sum differ in padding alone."""
+        columns = shape[1]
+        size = columns if self.group_size == -1 else self.group_size
+        groups = columns // size
+        few, more = divmod(budget(self.bits, groups), groups)
+        counts = [groups - more if width == few else more if width == few + 1 else 0 for width in WIDTHS]
+        return mixed_bits(shape, counts, size, not self.symmetric, self.grouping == "salience" and groups > 1)
+
+    def bits_range(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Bits without any padding to words, nor zero codes where groups may have one bit, and with the most of both."""
+        if (known := self.stored_bits(shape)) is not None:
+            return known, known
+        rows, columns = shape
+        size = columns if self.group_size == -1 else self.group_size
         groups = columns // size
         total = budget(self.bits, groups)
         few, more = divmod(total, groups)
-        widths = admitted(self.bits, self.spread if self.allocation == "free" else 1)
-        if rows * size % 32 or not (self.symmetric or (rows % 32 == 0 and 1 not in widths)):
-            return None
         counts = [groups - more if width == few else more if width == few + 1 else 0 for width in WIDTHS]
-        return mixed_bits(shape, counts, size, not self.symmetric, self.grouping == "salience" and groups > 1)
+        beside = mixed_bits(shape, counts, size, False, self.grouping == "salience" and groups > 1)
+        beside -= sum(stream_bits(rows * size * count, width) for count, width in zip(counts, WIDTHS, strict=True))
+        kinds = min(groups, len(self._admitted))
+        least = most = rows * size * total
+        most += kinds * 31
+        if not self.symmetric:
+            least += rows * max(0, total - groups) if 1 in self._admitted else rows * total
+            most += rows * total + kinds * 31
+        return least + beside, most + beside
 
     def described(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Say how a weight of this shape (out, in) will be described in a checkpoint, as far as is known."""

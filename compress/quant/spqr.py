@@ -156,6 +156,34 @@ class SpQR(Method):
         none = self.outlier_threshold is None if self.target_bits is None else self.room(shape) == 0
         return self.base_bits(shape) if none else None
 
+    def likely_bits(self, shape: tuple[int, int]) -> int:
+        """Bits with as many outliers as there is room for, or as a threshold leaves in most weights."""
+        if (known := self.stored_bits(shape)) is not None:
+            return known
+        if self.target_bits is not None:
+            return round(self.predicted_bits(shape, self.room(shape) / (shape[0] * shape[1])) * shape[0] * shape[1])
+        return round(self.predicted_bits(shape, self._share) * shape[0] * shape[1])
+
+    @property
+    def _share(self) -> float:
+        """Outliers over weights that a threshold leaves, in the mean over a model.
+
+        Errors grow with the square of the step: 1.55 % at 2 bits and threshold 1, 0.93 % at 3 bits and 0.3, 0.04 % at 3 bits
+        and 1 were measured on a dense Llama of 5.8 M parameters, 2026-11-21, and lie on a power of threshold * 4^bits.
+        """
+        assert self.outlier_threshold is not None
+        return min(0.1, 0.0155 * math.pow(self.outlier_threshold * 4.0**self.bits / 16, -2.65))
+
+    def bits_range(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Bits without outliers; and with all there is room for, or for a threshold with 1 % of the weights, or with four times
+        as many as it leaves in the mean where that is more. Weights with heavier tails than those seen may have more still.
+        """
+        if (known := self.stored_bits(shape)) is not None:
+            return known, known
+        if self.target_bits is not None:
+            return self.base_bits(shape), self.likely_bits(shape)
+        return self.base_bits(shape), round(self.predicted_bits(shape, max(0.01, 4 * self._share)) * shape[0] * shape[1])
+
     def described(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Say how a weight of this shape (out, in) will be described in a checkpoint, as far as is known."""
         # How many weights are stored beside the grid follows from the weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.files import duration, human_bytes
@@ -51,6 +52,7 @@ def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[
         "bytes_before": expected.bytes_before,
         "bytes_after": expected.bytes_after,
         "bytes_after_exact": expected.exact,
+        "bytes_after_range": list(expected.range_after),
         "files_after": expected.files_after,
         "memory": expected.memory,
         "device_memory": expected.device_memory,
@@ -89,7 +91,8 @@ def show_plan(found: dict[str, Any]) -> None:
     if found["transforms"]:
         out.print(f"before     {', '.join(found['transforms'])}")
     about = "" if found["bytes_after_exact"] else "about "
-    out.print(f"size       {human_bytes(found['bytes_before'])} -> {about}{human_bytes(found['bytes_after'])}")
+    size = human_bytes(found["bytes_before"])
+    out.print(f"size       {size} -> {about}{human_bytes(found['bytes_after'])}{within(found['bytes_after_range'])}")
     out.print(f"files      {about}{found['files_after']:,} bytes of weight files")
     copied, dropped = found["copied_tensors"], len(found["dropped_tensors"])
     out.print(f"untouched  {found['untouched_linears']} linears, {copied} other tensors copied, {dropped} dropped")
@@ -113,6 +116,12 @@ def show_plan(found: dict[str, Any]) -> None:
         out.print(f"warning    {warning}", soft_wrap=True)
 
 
+def within(ends: Sequence[int]) -> str:
+    """Between which sizes one lies that depends on the values, as text that follows it."""
+    least, most = map(human_bytes, ends)
+    return "" if least == most else f", between {least} and {most} by what the weights are"
+
+
 def show_outlook(found: dict[str, Any]) -> None:
     """Print which budgets are possible."""
     out = console()
@@ -120,6 +129,7 @@ def show_outlook(found: dict[str, Any]) -> None:
     for row in found["candidates"]:
         about = "" if row["exact"] else "about "
         size, memory_ = about + human_bytes(row["bytes"]), human_bytes(row["memory"])
+        size += "" if row["exact"] else f" ({human_bytes(row['least'])} to {human_bytes(row['most'])})"
         table.add_row(f"{row['bits_per_weight']:.4f}", size, f"{row['weights']:,}", memory_, row["candidate"])
     out.print(table)
     smallest, largest = human_bytes(found["smallest"]), human_bytes(found["largest"])

@@ -133,6 +133,14 @@ def test_they_are_those_of_the_original(tiny: Tiny, ids: Path, tmp_path: Path) -
     assert all(found[2][site] != digest for site, digest in found[1].items())
 
 
+def test_the_first_block_is_the_same_in_both(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    wanted, cache = steps(bits=3, group_size=16), tmp_path / "cache"
+    run(tiny("llama"), tmp_path / "a", ids, wanted, cache)
+    assert run(tiny("llama"), tmp_path / "b", ids, wanted, cache, **ORIGINAL) == {"found": 1, "made": 2, "blocks_left_out": 0}
+    compress(tiny("llama"), tmp_path / "c", ids, wanted, **ORIGINAL)
+    assert digests(tmp_path / "b") == digests(tmp_path / "c")
+
+
 @pytest.mark.parametrize("settings", [{"snapshot_seconds": 0.0}, {"snapshot_seconds": 1e9}, {"offload": True}])
 def test_a_run_on_the_originals_inputs_goes_on(settings: dict[str, Any], tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     wanted, more = steps(bits=3, group_size=16), {**ORIGINAL, "watch": {"windows": 2}}

@@ -105,6 +105,8 @@ def test_zeros_stay_zeros_in_exactly_the_bits_that_are_announced(
     assert 8 * sum(tensor.nbytes for tensor in tensors.values()) == result.stored_bits
     announced = made.stored_bits((33, 160))
     assert announced in (None, result.stored_bits)
+    least, most = made.bits_range((33, 160))
+    assert least <= result.stored_bits <= most
     if announced is None and made.dtype != "auto":
         assert made.likely_bits((33, 160)) == pytest.approx(result.stored_bits, rel=0.1)
     back = packed.unpack(json.loads(json.dumps(spec)), tensors)
