@@ -38,12 +38,12 @@ def _bits(spec: packed.Spec) -> int:
 
 
 def description(method: Any, shape: tuple[int, int]) -> packed.Spec | None:
-    """Return how a weight of this shape (out, in) will be stored; None where that, or its size, depends on the values."""
-    bits, spec = method.stored_bits(shape), method.described(shape)
-    if bits is None or spec is None:
+    """Return how a weight of this shape (out, in) will be stored, surely or most likely; None where not even that is known."""
+    spec = method.described(shape)
+    if spec is None:
         return None
     try:
-        return spec if _bits(spec) == bits else None
+        return spec if _bits(spec) == method.likely_bits(shape) else None
     except FormatError:  # a description as far as it is known: widths that follow from the weights are not in it
         return None
 
@@ -70,20 +70,21 @@ def sizes(
     """
     specs: dict[str, packed.Spec] = {}
     parts: dict[str, Entry] = {}
-    known: dict[tuple[int, tuple[int, int]], packed.Spec | None] = {}
+    known: dict[tuple[int, tuple[int, int], str], packed.Spec | None] = {}
     rough: dict[str, int] = {}
     exact = True
     below = above = 0  # bits that the result may have less, and more
     for a in assignments:
-        key = a.step, a.site.shape
+        name = a.site.name
+        held = "F32" if name in changed else source.entries[a.site.tensor].dtype
+        key = a.step, a.site.shape, held
         if key not in known:
-            known[key] = description(a.method, a.site.shape)
-        spec, name = known[key], a.site.name
-        more = (added or {}).get(name, 0)
-        likely, least, most = _expected(a, "F32" if name in changed else source.entries[a.site.tensor].dtype)
+            known[key] = description(_surely_on(a.method, held), a.site.shape)
+        spec, more = known[key], (added or {}).get(name, 0)
+        likely, least, most = _expected(a, held)
         below, above = below + likely - least, above + most - likely
-        if spec is None or more or least != most:  # a tensor of so many bytes stands for what is not known
-            exact = False
+        exact = exact and spec is not None and not more and least == most
+        if spec is None or more:  # a tensor of so many bytes stands for what is not known
             rough[name] = (likely + more) // 8
             continue
         specs[name] = spec
@@ -99,12 +100,16 @@ def sizes(
     return Sizes(whole, files, exact, whole - -(-below // 8), whole + -(-above // 8))
 
 
+def _surely_on(method: Any, dtype: str) -> Any:
+    """The method with the type of kept values where that of the source tells: of float32 ones, 16 bits may hold all."""
+    return method.on(dtype) if dtype in ("BF16", "F16") else method
+
+
 def _expected(a: Assignment, dtype: str) -> tuple[int, int, int]:
     """Likely, least and most bits of a site, whether its own method takes it or the one for few tokens."""
 
     def ends(method: Any) -> tuple[int, int]:
-        # Values in float32 may be such that 16 bits hold them.
-        return (method.on(dtype) if dtype in ("BF16", "F16") else method).bits_range(a.site.shape)  # type: ignore[no-any-return]
+        return _surely_on(method, dtype).bits_range(a.site.shape)  # type: ignore[no-any-return]
 
     likely, (least, most) = a.method.on(dtype).likely_bits(a.site.shape), ends(a.method)
     if a.fallback is not None and a.min_tokens > 0:

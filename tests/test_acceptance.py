@@ -30,13 +30,25 @@ from compress.packed import PackedSource
 Tiny = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
 KINDS = ["*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj", ["*.gate_proj", "*.w1"], ["*.up_proj", "*.w3"], ["*.down_proj", "*.w2"]]
-SMALL = {"group_size": 16, "group": 16, "bits": 3, "steps": 3, "sparsity": 0.5, "epochs": 1, "rank": 2, "rounds": 1}
+SMALL = {
+    "group_size": 16,
+    "group": 16,
+    "pattern": "2:4",
+    "bits": 3,
+    "steps": 3,
+    "sparsity": 0.5,
+    "epochs": 1,
+    "rank": 2,
+    "rounds": 1,
+}
+
+_NOT = {("bits", "prune"), ("pattern", "prune"), ("group", "retrain")}
 
 
 def options(folder: str, name: str) -> dict[str, Any]:
     """Options of a method that suit tiny models, as far as it has them; pruned weights stay as they are."""
     found = registry.lookup(folder, name).model_fields
-    return {k: v for k, v in SMALL.items() if k in found and (k, folder) not in {("bits", "prune"), ("group", "retrain")}}
+    return {k: v for k, v in SMALL.items() if k in found and (k, folder) not in _NOT}
 
 
 def recipes() -> dict[str, dict[str, Any]]:

@@ -34,6 +34,11 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "fp3": steps("quant/floating", datatype="fp3", group_size=16),
     "spqr without outliers": steps("quant/spqr", bits=3, outlier_threshold=None),
     "signround": steps("quant/signround", bits=3, group_size=16, steps=1),
+    "2:4": steps("prune/magnitude", pattern="2:4", dtype="bfloat16"),
+    "3:16": steps("prune/magnitude", pattern="3:16", dtype="float32"),
+    "rows": steps("prune/wanda", sparsity=0.6, dtype="float16"),
+    "runs of rows": steps("prune/wanda", sparsity=0.5, group=8, dtype="bfloat16"),
+    "2:4 and codes": steps("prune/magnitude", pattern="2:4", bits=4, group_size=16),
     "decoupleq": steps("quant/decoupleq", bits=3, group_size=16, symmetric=False),
 }
 
@@ -126,3 +131,4 @@ def test_the_type_of_the_source_decides_what_kept_values_take(dtype: torch.dtype
     found = predicted(model, ids, wanted)
     written = compress(model, tmp_path / "out", ids, wanted).values["bytes_after"]
     assert found.least == found.tensors == found.most == written
+    assert found.exact and found.files == on_disk(tmp_path / "out")

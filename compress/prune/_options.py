@@ -152,13 +152,11 @@ class Pruning(Method):
 
         Where rows differ there are `pointers`, and `filled` codes that are none at the end of each tile of rows.
         """
-        (rows, columns), target = shape, self.target
+        rows, target = shape[0], self.target
         patterned = target.pattern is not None and target.pattern[1] <= LARGEST_PATTERN
         mask = pattern_bits(shape, *target.pattern) if patterned and target.pattern else bitmask_bits(shape, target.group)
         mask += 32 * (tiles(rows) + 1) if pointers else 0
-        kept = rows * self._kept(shape)
-        if self._ragged:
-            kept = rows * columns - target.pruned(rows * columns // target.group) * target.group
+        kept = self._all_kept(shape)
         if self.bits is None:
             return mask + kept * dense
         size = self._size(shape)
@@ -169,10 +167,18 @@ class Pruning(Method):
     def described(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Say how a weight of this shape (out, in) will be described in a checkpoint, as far as is known."""
         # How many weights a row keeps, and in which type, may follow from the weights; that there is a mask does not.
-        base: dict[str, Any] = {"format": "dense"}
+        target = self.target
+        base: dict[str, Any] = {"format": "dense"} | ({} if self.dtype == "auto" else {"dtype": _NAMES[self.dtype]})
         if self.bits is not None:
             base = {"format": "bitpack", "bits": self.bits, "group_size": self._size(shape), "zero": not self.symmetric}
-        return {"shape": list(shape), "base": base, "keep": {"format": "bitmask" if self.target.pattern is None else "pattern"}}
+        if not self._ragged:
+            base["kept"] = self._kept(shape)
+        elif self.bits is None:  # codes have room between rows, which depends on what these keep
+            base["fields"] = self._all_kept(shape)
+        keep: dict[str, Any] = {"format": "bitmask", "size": target.group}
+        if target.pattern is not None and target.pattern[1] <= LARGEST_PATTERN:
+            keep = {"format": "pattern", "kept": target.pattern[0], "of": target.pattern[1]}
+        return {"shape": list(shape), "base": base, "keep": keep}
 
     def _size(self, shape: tuple[int, int]) -> int:
         return shape[1] if self.group_size == -1 else self.group_size
@@ -183,6 +189,12 @@ class Pruning(Method):
         if target.pattern is not None:
             return shape[1] * target.pattern[0] // target.pattern[1]
         return shape[1] - target.pruned(shape[1] // target.group) * target.group
+
+    def _all_kept(self, shape: tuple[int, int]) -> int:
+        """Weights that a weight (out, in) keeps."""
+        if not self._ragged:
+            return shape[0] * self._kept(shape)
+        return shape[0] * shape[1] - self.target.pruned(shape[0] * shape[1] // self.target.group) * self.target.group
 
     def result(
         self, weight: Tensor, keep: Tensor, values: Tensor | None, stats: Stats, notes: dict[str, Any] | None = None
