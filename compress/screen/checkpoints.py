@@ -103,7 +103,7 @@ def show_cut(folder: str, made: dict[str, Any]) -> None:
         out.print(f"blocks that are gone: {', '.join(map(str, gone))}")
     if found := made.get("by_magnitude"):
         out.print(
-            f"{len(found)} weights were cut by magnitude, since no token reached them: {', '.join(found[:3])}", soft_wrap=True
+            f"cut by magnitude, since no token of the text reached them: {len(found)} weights, such as {found[0]}", soft_wrap=True
         )
     out.print(f"{made['seconds']:.1f} s, {human_bytes(made['peak_memory'])} peak memory")
     first = "import compress; " if made.get("sizes") else ""
