@@ -103,8 +103,9 @@ def show_cut(folder: str, made: dict[str, Any]) -> None:
     if gone := [block for block in range(made["before"]["blocks"]) if block not in made["blocks"]]:
         out.print(f"blocks that are gone: {', '.join(map(str, gone))}")
     if found := made.get("by_magnitude"):
-        some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-        out.print(f"by magnitude, since no token reached them: {some}", soft_wrap=True)
+        out.print(
+            f"cut by magnitude, since no token of the text reached them: {len(found)} weights, such as {found[0]}", soft_wrap=True
+        )
     out.print(f"{made['seconds']:.1f} s, {human_bytes(made['peak_memory'])} peak memory")
     first = "import compress; " if made.get("sizes") else ""
     if made.get("sizes"):

@@ -22,7 +22,18 @@ from compress.errors import RecipeError
 from compress.packed import PackedSource
 from compress.report import read_rows
 from compress.transform import permute
-from compress.transform.permute import Permute, assigned, best_order, dealt, kept, reordered, turned
+from compress.transform.permute import (
+    Permute,
+    assigned,
+    best_order,
+    dealt,
+    kept,
+    parts_of,
+    refined,
+    refined_in_parts,
+    reordered,
+    turned,
+)
 
 Tiny = Callable[..., Path]
 STAGE = {"transforms": [{"method": "transform/permute"}]}
@@ -129,6 +140,28 @@ def test_an_assignment_that_keeps_less_is_not_taken(monkeypatch: pytest.MonkeyPa
     score = scores(6, 16, sets=2)
     order = best_order(score, (2, 4), 10)
     assert bool((kept(reordered(score, order), (2, 4)) >= kept(score, (2, 4))).all())
+
+
+def test_parts_exchange_columns_within_themselves() -> None:
+    score = scores(5, 32, sets=2)
+    start = torch.arange(32).expand(2, 32)
+    found = refined_in_parts(score, start, (2, 4), 2, 2)
+    for number in range(2):
+        even = [j for j in range(32) if j // 4 % 2 == 0]  # of every second group
+        assert sorted(found[number, :16].tolist()) == even
+        alone = refined(score[number : number + 1][:, :, even], torch.arange(16).unsqueeze(0), (2, 4), 2)[0]
+        assert found[number, :16].tolist() == [even[int(j)] for j in alone]
+    assert bool((kept(reordered(score, found), (2, 4)) > kept(score, (2, 4))).all())
+    assert torch.equal(refined_in_parts(score, start, (2, 4), 10, 1), refined(score, start, (2, 4), 10))
+    in_parts, whole = (float(kept(reordered(score, best_order(score, (2, 4), 10, n)), (2, 4)).sum()) for n in (2, 8))
+    assert in_parts < whole
+
+
+@pytest.mark.parametrize(
+    ("groups", "most", "parts"), [(192, 512, 1), (2752, 512, 8), (512, 512, 1), (1024, 512, 2), (1021, 512, 1)]
+)
+def test_parts_are_equal_and_not_tiny(groups: int, most: int, parts: int) -> None:
+    assert parts_of(groups, most) == parts
 
 
 def test_sets_do_not_touch_each_other() -> None:
