@@ -106,7 +106,7 @@ def _plain_lines(predicted: float | None) -> Listen:
         key = (block, step if step not in ("calibrating", "compressing", "running") else "block")
         now = time.monotonic()
         first.append(block) if not first else None
-        if key in said or step == "loading" or (key[1] == current and now - last < _SECONDS):
+        if key in said or step == "loading" or (key[1] == current and now - last < _SECONDS and block + 1 < blocks):
             return
         said.add(key)
         last, current = now, key[1]
