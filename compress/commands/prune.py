@@ -134,7 +134,7 @@ def prune(
         memory,
         quiet or json_,
     )
-    # No runtime but ours knows masks, so there is no other layout to deliver it in.
+    # No other layout has masks; `compress export --format dense` writes what was kept as plain numbers.
     how = Running(device, revision, memory, offload, job, keep_job, no_reload, cache, evaluate, Delivery(), dry_run, json_, quiet)
     run_recipe(model, output, watched(made, watch), how)
 
