@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from cuts import made, quiet
 from torch import Tensor
 from typer.testing import CliRunner
 
-from compress import cutting, importance
+from compress import importance
 from compress.calibration.claims import claim, find
 from compress.calibration.families import FAMILIES
 from compress.checkpoint import Source
@@ -24,14 +25,6 @@ from compress.recipe_data import Data
 from compress.smaller import Sizes, Wish, after, sizes_of, smaller_config
 
 Tiny = Callable[..., Path]
-
-
-def quiet(*_: Any) -> None:
-    pass
-
-
-def made(model: Path, out: Path, ids: Path, **wish: Any) -> dict[str, Any]:
-    return cutting.cut(str(model), out, Wish(**wish), Data(name=str(ids)), "cpu", quiet)
 
 
 def logits(folder: Path, ids: Tensor, change: Callable[[Any], None] | None = None) -> Tensor:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from cuts import loaded, logits, made, quiet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress import cutting, importance
+from compress import importance
 from compress.calibration.claims import claim, find, settings
 from compress.calibration.layouts import channel_rows, rows_left
 from compress.checkpoint import Source
@@ -24,28 +25,6 @@ from compress.smaller import Wish, after, sizes_of
 
 Tiny = Callable[..., Path]
 PROBE = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(5))
-
-
-def quiet(*_: Any) -> None:
-    pass
-
-
-def made(model: Path, out: Path, ids: Path, **wish: Any) -> dict[str, Any]:
-    return cutting.cut(str(model), out, Wish(**wish), Data(name=str(ids)), "cpu", quiet, False)
-
-
-def loaded(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model.eval()
-
-
-def logits(folder: Path) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = loaded(folder)(PROBE, use_cache=False).logits
-    return found
 
 
 def zeroed(model: Path, small: Path, folder: Path) -> dict[str, list[int]]:
@@ -103,7 +82,9 @@ def test_cutting_equals_zeroing(
     model = tiny(family, **{key: value for key, value in options.items() if key not in wish})
     summary = made(model, tmp_path / "out", ids, repair=False, **wish)
     kept = zeroed(model, tmp_path / "out", tmp_path / "zeroed")
-    torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "zeroed"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(loaded(tmp_path / "out"), PROBE), logits(loaded(tmp_path / "zeroed"), PROBE), rtol=1e-4, atol=1e-5
+    )
     small = Source.open(tmp_path / "out")
     assert {key: settings(small).get(key) for key in expected} == expected
     assert summary["bytes_after"] < summary["bytes_before"]
@@ -119,7 +100,9 @@ def test_experts_and_channels_of_those_that_stay(family: str, tiny: Tiny, ids: P
     both = made(model, tmp_path / "both", ids, experts=0.5, channels=0.25, repair=False)
     assert both["experts"] == fewer["experts"]
     zeroed(tmp_path / "fewer", tmp_path / "both", tmp_path / "zeroed")
-    torch.testing.assert_close(logits(tmp_path / "both"), logits(tmp_path / "zeroed"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(loaded(tmp_path / "both"), PROBE), logits(loaded(tmp_path / "zeroed"), PROBE), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("wish", [{"channels": 0.5, "heads": 0.5}, {"channels": 0.25, "experts": 0.5, "score": "wanda"}])
@@ -190,7 +173,9 @@ def test_uneven_heads_of_experts_models_load(tiny: Tiny, ids: Path, tmp_path: Pa
     assert len(set(columns)) > 1
     assert summary["sizes"]
     zeroed(model, tmp_path / "out", tmp_path / "zeroed")
-    torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "zeroed"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits(loaded(tmp_path / "out"), PROBE), logits(loaded(tmp_path / "zeroed"), PROBE), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from cuts import loaded, logits, made, quiet
 from runs import compress as run
 from runs import digests, steps
 from torch import Tensor
 
-from compress import cutting, importance
+from compress import importance
 from compress.calibration.uneven import sizes_of
 from compress.checkpoint import Source
 from compress.errors import FormatError, RecipeError, ResumeError
@@ -20,32 +21,9 @@ from compress.evaluate.quality import evaluate
 from compress.evaluate.verify import verify
 from compress.job import Job
 from compress.recipe_data import Data
-from compress.smaller import Wish
 
 Tiny = Callable[..., Path]
 PROBE = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(5))
-
-
-def quiet(*_: Any) -> None:
-    pass
-
-
-def made(model: Path, out: Path, ids: Path, anew: bool = False, **wish: Any) -> dict[str, Any]:
-    return cutting.cut(str(model), out, Wish(**wish), Data(name=str(ids)), "cpu", quiet, anew)
-
-
-def loaded(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model.eval()
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(PROBE, use_cache=False).logits
-    return found
 
 
 SETTINGS = {
@@ -85,7 +63,7 @@ def test_cutting_experts_equals_a_model_of_those_that_stay(family: str, tiny: Ti
             name = f"model.layers.{summary['blocks'].index(int(block))}.{rest}"
         state[name] = value
     expected.load_state_dict(state)
-    torch.testing.assert_close(logits(small), logits(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(small, PROBE), logits(expected, PROBE), rtol=1e-5, atol=1e-5)
     assert summary["after"]["experts"] == left
     assert Source.open(tmp_path / "out").nbytes == summary["bytes_after"] < summary["bytes_before"]
     verify(tmp_path / "out", "cpu", quiet)
@@ -167,7 +145,7 @@ def test_blocks_of_different_sizes_load_and_go_on(family: str, tiny: Tiny, ids: 
             assert len(kept) == columns
             with torch.no_grad():
                 reader.weight[:, [c for c in range(reader.weight.shape[1]) if c not in kept]] = 0
-    torch.testing.assert_close(logits(small), logits(original), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(small, PROBE), logits(original, PROBE), rtol=1e-4, atol=1e-5)
     tokens = small.generate(PROBE[:1, :4], max_new_tokens=4, do_sample=False)
     assert torch.equal(tokens, small.generate(PROBE[:1, :4], max_new_tokens=4, do_sample=False, use_cache=False))
     verify(out, "cpu", quiet)
@@ -175,7 +153,7 @@ def test_blocks_of_different_sizes_load_and_go_on(family: str, tiny: Tiny, ids: 
     assert found.kl is not None
     assert found.kl > 0
     run(out, tmp_path / "packed", ids, steps("quant/gptq", bits=8, group_size=-1))
-    torch.testing.assert_close(logits(loaded(tmp_path / "packed")), logits(small), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(logits(loaded(tmp_path / "packed"), PROBE), logits(small, PROBE), rtol=0.1, atol=0.1)
 
 
 def test_what_is_left_goes_where_it_counts() -> None:

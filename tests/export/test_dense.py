@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from cuts import loaded, logits
 from runs import compress as run
 from safetensors.torch import load_file
 from tiny import VOCABULARY
-from transformers import AutoModelForCausalLM
 
 from compress import exporting
 from compress.errors import FormatError, VerificationError
@@ -53,19 +53,11 @@ def made(tiny: Tiny, ids: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return get
 
 
-def logits(folder: Path) -> torch.Tensor:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
-    with torch.no_grad():
-        result: torch.Tensor = model(PROBE, use_cache=False).logits
-    return result
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_plain_transformers_gives_our_logits(recipe: str, made: Callable[..., tuple[Path, Path]]) -> None:
     ours, plain = made(recipe)
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
-    y, expected = logits(plain), logits(ours)
+    y, expected = logits(loaded(plain), PROBE), logits(loaded(ours), PROBE)
     # Parts beside the base are added to its products by our runtime, and to its values here.
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     stored, source = load_file(plain / "model.safetensors"), exporting.open_packed(str(ours))
@@ -75,8 +67,8 @@ def test_plain_transformers_gives_our_logits(recipe: str, made: Callable[..., tu
 
 def test_experts(made: Callable[..., tuple[Path, Path]]) -> None:
     ours, plain = made("codes", "mixtral")
-    expected = logits(ours)
-    torch.testing.assert_close(logits(plain), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    expected = logits(loaded(ours), PROBE)
+    torch.testing.assert_close(logits(loaded(plain), PROBE), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_kept_values_stay_in_their_type(tiny: Tiny, made: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
