@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -691,6 +692,16 @@ def test_a_model_agrees_with_itself(run: Run, model: Path, ids: Path) -> None:
     found = run("eval", model, "--data", ids, "--original", model, "--no-speed", "--json", "--device", "cpu").json
     assert (found["kl"], found["agreement"], found["kl_standard_error"]) == (0, 1, 0)
     assert found["perplexity"] == found["perplexity_before"]
+
+
+def test_the_memory_of_measuring_is_not_that_of_the_run(
+    run: Run, model: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.screen.results.memory", SimpleNamespace(peak=lambda: 10**15))
+    arguments = ("quantize", model, "--method", "rtn", "--group-size", 16, "--device", "cpu", "--no-reload", "-q")
+    measured = run(*arguments, "-o", tmp_path / "out", "--evaluate", ids)
+    assert (measured.out.count("1000.00 TB peak memory"), "measuring  took more" in measured.out) == (1, True)
+    assert "took more" not in run(*arguments, "-o", tmp_path / "other").out
 
 
 def test_eval_finds_the_original_and_measures_the_divergence(run: Run, model: Path, packed: Path, ids: Path) -> None:

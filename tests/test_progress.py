@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from rich.progress import Progress
 
 from compress.screen import progress
-from compress.screen.progress import seconds_left
+from compress.screen.progress import _TimeLeft, seconds_left
 
 
 def test_what_was_predicted_gives_way_to_what_is_measured() -> None:
@@ -37,3 +38,11 @@ def test_lines_say_what_is_left(capsys: pytest.CaptureFixture[str], monkeypatch:
     with progress.show_progress(False) as listen:
         listen(0, 2, "calibrating", 0.5)
     assert "left" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("done", "shown"), [(0.0, "1:40 left"), (1.0, ""), (1.5, "")])
+def test_what_comes_after_the_last_block_has_no_time_left(done: float, shown: str) -> None:
+    """Checks at the end report shares beyond the last block: no time is less than none."""
+    bar = Progress()
+    task = bar.add_task("", total=1.0, completed=done, begun=0.0, blocks=1, predicted=100.0)
+    assert str(_TimeLeft().render(bar.tasks[task])) == shown
