@@ -22,26 +22,56 @@ template <int FIELD, int BITS> DEVICE u32 codes_of(const u32 (&words)[BITS], int
   return code;
 }
 
+// A pair of one exact number.
+template <class T> DEVICE u32 twice(float value) {
+  const u32 bits = as_bits(value), sign = bits >> 16 & 0x8000u;
+  const u32 half = Same<T, Float16>::value ? sign | ((bits >> 23 & 255u) - 112u) << 10 | (bits >> 13 & 0x3ffu) : bits >> 16;
+  return half * 0x00010001u;
+}
+
+// Fields of P bits left where they are within the mantissa of 2^7 (bfloat16) or 2^10 (float16), as many as there is room for: a word
+// is shifted once for all of them, and a code that lies o bits up counts units of 2^o.
+template <class T, int P> struct Mantissa {
+  static constexpr int BITS = Same<T, Float16>::value ? 10 : 7, FITS = BITS / P, FIELDS = 16 / P;
+  static constexpr u32 POWER = Same<T, Float16>::value ? 0x64006400u : 0x43004300u;
+  // What a code's unit stands for, and what 2^7 or 2^10 then does.
+  DEVICE_MEMBER float unit(int pair) { return 1.0f / float(1 << (P * (pair % FIELDS % FITS))); }
+  DEVICE_MEMBER float power(int pair) { return float(1 << BITS) * unit(pair); }
+  // factor * code + add, in a pair
+  DEVICE_MEMBER u32 number(const u32* plane, int pair, float factor, u32 add) {
+    const int field = pair % FIELDS;
+    const u32 mask = (((1u << P) - 1) << (P * (field % FITS))) * 0x00010001u;
+    return T::fma2(masked_or(plane[pair / FIELDS] >> (P * FITS * (field / FITS)), mask, POWER), twice<T>(factor * unit(pair)), add);
+  }
+};
+
 // Codes as integers, less the middle of their range: exact in both types. The code is written into the mantissa of 2^7 (bfloat16)
 // or 2^10 (float16), where it counts units, and one sum takes power and middle away.
 template <int WIDTH> struct Integer {
   static constexpr int BITS = WIDTH, ENTRIES = 0;
+  static constexpr float MIDDLE = float(1 << (WIDTH - 1));
   // What is set beside the codes of a pair for `number`.
   template <class T> static constexpr u32 POWER = Same<T, Float16>::value ? 0x64006400u : WIDTH < 8 ? 0x43004300u : 0u;
   template <class T> DEVICE_MEMBER u32 number(u32 code) {
-    if constexpr (Same<T, Float16>::value) {
-      constexpr u32 less = 0xe400u + (1u << (WIDTH - 1));  // -(1024 + middle)
-      return Float16::fma2(code, 0x3c003c00u, less * 0x00010001u);
-    } else if constexpr (WIDTH < 8) {
-      constexpr u32 less = 0xc300u + (1u << (WIDTH - 1));  // -(128 + middle)
-      return BFloat16::fma2(code, 0x3f803f80u, less * 0x00010001u);
+    if constexpr (Same<T, Float16>::value || WIDTH < 8) {
+      return T::fma2(code, twice<T>(1.0f), twice<T>(-Mantissa<T, 1>::power(0) - MIDDLE));
     } else {  // 8 bits do not fit 7: halves of 4, (128 + high) * 16 - 2304 + (128 + low)
-      const u32 high = ((code >> 4) & 0x000f000fu) | 0x43004300u, low = (code & 0x000f000fu) | 0x43004300u;
+      const u32 high = masked_or(code >> 4, 0x000f000fu, 0x43004300u), low = masked_or(code, 0x000f000fu, 0x43004300u);
       return BFloat16::fma2(low, 0x3f803f80u, BFloat16::fma2(high, 0x41804180u, 0xc510c510u));
     }
   }
   template <class T> DEVICE_MEMBER u32 decode(const u32 (&words)[WIDTH], int pair, const u32*, u32) {
-    return number<T>(codes_of<16>(words, pair, POWER<T>));
+    if constexpr (WIDTH == 1 || WIDTH == 2 || WIDTH == 4) {
+      using M = Mantissa<T, WIDTH>;
+      return M::number(words, pair, 1.0f, twice<T>(-M::power(pair) - MIDDLE));
+    } else if constexpr (WIDTH == 3) {  // the upper two bits count 2, and have taken away what the lowest bit brings along
+      using Upper = Mantissa<T, 2>;
+      using Lowest = Mantissa<T, 1>;
+      const float away = 2.0f * Upper::power(pair) + Lowest::power(pair) + MIDDLE;
+      return Lowest::number(words + 2, pair, 1.0f, Upper::number(words, pair, 2.0f, twice<T>(-away)));
+    } else {
+      return number<T>(codes_of<16>(words, pair, POWER<T>));
+    }
   }
 };
 
@@ -118,7 +148,5 @@ template <int META> DEVICE void selects(const unsigned char* record, int g, u32 
   }
 }
 
-// The group of a step of 16 columns: step / steps_per_group, by the reciprocal rounded up; exact for fewer than 2^16 steps.
-DEVICE int group_of(int step, int steps_per_group, u32 reciprocal) {
-  return steps_per_group == 1 ? step : int(multiply_high(u32(step), reciprocal));
-}
+// The group of a step of 16 columns, by the reciprocal of its steps as weight_only.py gives it.
+DEVICE u32 group_of(int step, u32 reciprocal) { return multiply_high(2 * u32(step) + 1, reciprocal); }

@@ -9,6 +9,7 @@ typedef signed char s8;
 typedef long long s64;
 struct __align__(8) Words2 { u32 x, y; };
 struct __align__(16) Words4 { u32 x, y, z, w; };
+struct __align__(16) Floats4 { float x, y, z, w; };
 
 #define DEVICE __device__ __forceinline__
 #define DEVICE_MEMBER static __device__ __forceinline__
@@ -20,14 +21,16 @@ DEVICE u32 lane_id() { return threadIdx.x & 31; }
 DEVICE u32 warp_id() { return threadIdx.x >> 5; }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
+// Of the `count` threads of whole warps that name the same number, 1 to 15; other threads of the block go on.
+DEVICE void sync_team(int number, int count) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(count) : "memory"); }
 
 // Global memory. `load` and `store` of at most 16 bytes; `load_fresh` reads past L1 what another block wrote.
 template <class T> DEVICE T load(const T* p) { return *p; }
 template <class T> DEVICE void store(T* p, T value) { *p = value; }
-DEVICE float load_fresh(const float* p) {
-  float value;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(p) : "memory");
-  return value;
+DEVICE Floats4 load_fresh(const Floats4* p) {
+  Floats4 four;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w) : "l"(p) : "memory");
+  return four;
 }
 DEVICE u32 atomic_add(u32* p, u32 value) { return atomicAdd(p, value); }
 DEVICE void fence() { __threadfence(); }
@@ -38,12 +41,27 @@ DEVICE void copy16(void* shared, const void* global, bool valid) {
   const u32 bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
 }
+// The same for threads with `mine` alone, without a branch.
+DEVICE void copy16_if(bool mine, void* shared, const void* global, bool valid) {
+  const u32 address = static_cast<u32>(__cvta_generic_to_shared(shared));
+  const u32 bytes = valid ? 16 : 0, there = mine;
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(address), "l"(global),
+               "r"(bytes), "r"(there)
+               : "memory");
+}
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
 // Within a warp.
 template <class T> DEVICE T shuffle(T value, int from, int width) { return __shfl_sync(0xffffffffu, value, from, width); }
 template <class T> DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+// The same value. If YES it comes from a shuffle: what a loop needs then stays in a register, where the compiler would rather compute
+// it anew each time.
+template <bool YES> DEVICE u32 held(u32 value) { return YES ? __shfl_sync(0xffffffffu, value, threadIdx.x & 31) : value; }
+template <bool YES, class T> DEVICE const T* held(const T* p) {
+  const u64 bits = reinterpret_cast<u64>(p);
+  return reinterpret_cast<const T*>(u64(held<YES>(u32(bits >> 32))) << 32 | held<YES>(u32(bits)));
+}
 DEVICE u32 ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
 // Bits.

@@ -82,14 +82,14 @@ def matmul(x: Tensor, starts: Tensor, groups: Sequence[Group], most: int) -> Ten
         tiles = one.like
         shape, device = weight_only.shape_of(tiles), _cuda.device(x.device.index or 0)
         # As many tokens in a block as twice what an expert has in the mean: a few have more, and take more blocks.
-        tokens, stages, shared, _ = weight_only.plan(min(most, 2 * average), tiles, shape, device)
-        batches, panels = -(-most // tokens), -(-shape.row_blocks // weight_only.BLOCKS)
-        kernel = weight_only.instance("wqmm", x.dtype, tiles.bits, tiles.kind, tiles.table is not None, tokens)
+        p = weight_only.plan(min(most, 2 * average), tiles, shape, device)
+        batches, panels = -(-most // p.tokens), -(-outputs // p.rows)
+        kernel = weight_only.instance("wqmm", x.dtype, tiles.bits, tiles.kind, tiles.table is not None, p.tokens, tiles=p.tiles)
         arguments: list[_cuda.Argument] = [rows, None, None, None, tiles.table, None, None, None, y, None, None, None]
         arguments += [one.table, starts, batches, 0, outputs, rows.shape[1], np.int64(rows.stride(0)), shape.tiles]
-        arguments += [shape.row_blocks, shape.tiles, shape.record_bits, shape.steps, shape.reciprocal, stages, shape.entries]
+        arguments += [shape.row_blocks, -(-shape.tiles // p.tiles), p.record_bits, shape.reciprocal, p.stages, shape.entries]
         reads = [t for t in (one.codes, one.meta, one.row_scale) if t is not None]
-        _cuda.launch(kernel, (panels, 1, len(one.tiles) * batches), arguments, shared, x.device, reads)
+        _cuda.launch(kernel, (panels, 1, len(one.tiles) * batches), arguments, p.shared, x.device, reads)
     return y
 
 

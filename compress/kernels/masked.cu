@@ -1,6 +1,6 @@
 // y = x W^T with W of which only some weights are kept, for few rows of x, and W itself for many. See masked.py.
 
-constexpr int WARPS = Panel::WARPS, THREADS = Panel::THREADS, BLOCKS = Panel::BLOCKS;
+constexpr int WARPS = Panel<1>::WARPS, THREADS = Panel<1>::THREADS, BLOCKS = Panel<1>::BLOCKS;
 
 // A kept weight as it is, a 16-bit number of x's type.
 struct Value {
@@ -218,7 +218,7 @@ template <class D, int META> struct TwoOfFour {
       take<4>(words, 0, plane + 8 * lane);
       take<4>(words, 4, plane + 8 * lane + 4);
     } else {
-      take_planes<D::BITS>(words, plane);
+      take_planes<1>(words, plane, 0, lane);
     }
   }
   template <class T> DEVICE_METHOD void fragment(int step, u32 (&a)[4], u32 (&ones)[4]) const {
@@ -356,9 +356,9 @@ masked_products(const unsigned char* x, const unsigned char* packets, const int*
     }
   };
 
-  through_ring(ring, stages, stage_bytes, (end - begin - warp + WARPS - 1) / WARPS, fetch, compute);
-  add_up<T, TOKENS>(shared, sum, {nullptr, nullptr, bias, addend, y, nullptr, workspace, counters}, first_block, first_token, tokens,
-                    rows);
+  through_ring<1>(ring, stages, stage_bytes, (end - begin - warp + WARPS - 1) / WARPS, fetch, compute);
+  const Output to = {nullptr, nullptr, bias, addend, y, nullptr, workspace, counters, tokens, rows};
+  add_up<T, 1, TOKENS>(shared, sum, to, 16 * first_block, first_token);
 }
 
 // W (rows, columns) in type T, rows first..first + rows of which `first` is a multiple of 16; a warp per tile.

@@ -62,7 +62,7 @@ def instance(template: str, dtype: torch.dtype, layout: str, bits: int, kind: st
 def _shared(tokens: int, stages: int, packets: Packets) -> int:
     """Bytes of shared memory of `masked_products`: the warps' rings, or the sums that take their place."""
     stage = tokens * 2 * packets.width + BLOCKS * packets.room
-    return max(_WARPS * stages * stage, _WARPS * tokens * (_ROWS + 1) * 4 + 16)
+    return max(_WARPS * stages * stage, weight_only.sums_bytes(tokens, 1))
 
 
 def plan(count: int, packets: Packets, device: _cuda.Device) -> tuple[int, int, int]:

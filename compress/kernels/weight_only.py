@@ -5,8 +5,9 @@ Arithmetic  values are scale * number + shift; numbers are exact in both types, 
             cores sum numbers times x over a group in float32; scale and shift are applied to that sum in float32, the shift to
             the sum of x, which an additional product with ones gives. So y differs from the exact product by the rounding of
             sums and of the result alone.
-Order       warps share the columns of 32 rows out among themselves; several blocks may share the columns of the same rows. Sums
-            of warps and blocks are added in their order: results do not depend on timing.
+Order       teams of warps share the columns of their rows out among themselves, and several blocks may share those of the same
+            rows. Sums of teams and blocks are added in their order: results do not depend on timing.
+Rows        a block has 32 rows for up to 8 tokens and 64 or 128 for more, as each block reads x anew.
 Many tokens from `CROSSOVER` on, rows of W are decoded into a buffer, rounded to the type of x, and multiplied by torch.
 Limits      groups of a multiple of 16 columns, or one group per row; two-level scales and zeros of at most 4 bits.
 """
@@ -30,8 +31,7 @@ from compress.kernels._weights import RECORD, STEP, Tiles, decode, prepare, reas
 CROSSOVER = 129
 TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 TOKENS = (8, 16, 32, 64)  # of a block
-_WARPS, BLOCKS = 8, 2
-_ROWS = BLOCKS * _tiles.ROWS
+_WARPS, BLOCKS = 8, 2  # of a block; row-blocks of a warp
 _DENSE = 1 << 27  # numbers of W decoded at a time, 256 MB
 
 
@@ -41,33 +41,62 @@ class _Shape:
 
     tiles: int  # along the columns
     row_blocks: int
-    record_bits: int  # log2 of records per tile
-    steps: int
+    steps: int  # of 16 columns, in a group
     reciprocal: np.uint32
     entries: int  # of the table
 
+
+@dataclass(frozen=True)
+class Plan:
+    """How `wqmm` is launched."""
+
+    tokens: int  # of a block
+    tiles: int  # of a piece of columns
+    stages: int  # of a ring
+    record_bits: int  # log2 of records per piece
+    shared: int  # bytes
+    per_split: int  # pieces of a block
+    splits: int
+
     @property
-    def records(self) -> int:
-        return 1 << self.record_bits
+    def rows(self) -> int:
+        """Rows of W of a block."""
+        return 16 * BLOCKS * team(self.tokens)
+
+
+def team(tokens: int) -> int:
+    """How many warps of a block share x and differ in rows, so that reading x costs no more than reading codes."""
+    return {8: 1, 16: 2}.get(tokens, 4)
+
+
+def pieces(tokens: int) -> tuple[int, ...]:
+    """Tiles of a piece of columns that there are kernels for, the best first: two cost fewer instructions, one less memory."""
+    return (1,) if tokens == 64 else (2, 1)
 
 
 def shape_of(tiles: Tiles) -> _Shape:
     high, wide = _tiles.padded(tiles.shape)
-    whole = tiles.steps >= wide // STEP
-    record_bits = 0 if whole or tiles.steps % 4 == 0 else 1 if tiles.steps % 2 == 0 else 2
-    if wide // STEP >= 1 << 16:
-        raise KernelError(f"in={tiles.shape[1]}: kernels take up to {(1 << 16) * STEP - 1} columns; cut the weight")
-    reciprocal = np.uint32(0 if tiles.steps == 1 else -(-(1 << 32) // tiles.steps))
+    if wide // STEP >= 1 << 15:
+        raise KernelError(f"in={tiles.shape[1]}: kernels take fewer than {(1 << 15) * STEP} columns; cut the weight")
+    # floor((2 s + 1) r / 2^32) with r = 2^31 / steps, rounded up, is floor(s / steps) as (2 s + 1) steps < 2^31.
+    reciprocal = np.uint32(-(-(1 << 31) // tiles.steps))
     entries = 0 if tiles.table is None else tiles.table.numel()
-    return _Shape(wide // _tiles.COLUMNS, high // 16, record_bits, tiles.steps, reciprocal, entries)
+    return _Shape(wide // _tiles.COLUMNS, high // 16, tiles.steps, reciprocal, entries)
 
 
 def instance(
-    template: str, dtype: torch.dtype, bits: int, kind: str, lookup: bool, tokens: int | None = None, octets: bool = False
+    template: str,
+    dtype: torch.dtype,
+    bits: int,
+    kind: str,
+    lookup: bool,
+    tokens: int | None = None,
+    octets: bool = False,
+    tiles: int | None = None,
 ) -> _cuda.Kernel:
-    """Name an instantiation of `wqmm` (with the tokens of a block, and whether x consists of bytes) or `dequantize`."""
+    """Name an instantiation of `wqmm` (with tokens of a block, tiles of a piece, whether x consists of bytes) or `dequantize`."""
     decoder = f"{'Lookup' if lookup else 'Integer'}<{bits}>"
-    last = "" if tokens is None else f", {tokens}"
+    last = "" if tokens is None else f", {tokens}, {pieces(tokens)[0] if tiles is None else tiles}"
     numbers = f"Bytes<{TYPES[dtype]}>" if octets else TYPES[dtype]
     return _cuda.Kernel("weight_only", f"{template}<{numbers}, {decoder}, {kind}{last}>", 32 * _WARPS)
 
@@ -76,33 +105,45 @@ def _table_bytes(bits: int, lookup: bool) -> int:
     return 4 * (4 << bits) if lookup else 0
 
 
-def _shared(tokens: int, stages: int, bits: int, record: int, lookup: bool, field: int) -> int:
-    """Bytes of shared memory of `wqmm`: the table and the warps' rings, or the sums that take their place."""
-    stage = tokens * 8 * field + BLOCKS * (128 * bits + record)
-    return max(_table_bytes(bits, lookup) + _WARPS * stages * stage, _WARPS * tokens * (_ROWS + 1) * 4 + 16)
+def sums_bytes(tokens: int, members: int) -> int:
+    """Bytes of shared memory for the sums of a block whose teams have so many warps, see `add_up`."""
+    return _WARPS // members * tokens * (16 * BLOCKS * members + 4) * 4 + 16
 
 
-def plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> tuple[int, int, int, int]:
-    """Choose tokens of a block, stages of a ring, bytes of shared memory and tiles per block. Raises KernelError."""
-    record, lookup = shape.records * RECORD[tiles.kind], tiles.table is not None
+def _shared(tiles: Tiles, tokens: int, wide: int, stages: int, records: int) -> int:
+    """Bytes of shared memory of `wqmm`: the table and the teams' rings, or the sums that take their place."""
+    members = team(tokens)
+    codes = members * BLOCKS * (wide * 128 * tiles.bits + records * RECORD[tiles.kind])
+    rings = _WARPS // members * stages * (wide * tokens * 8 * tiles.field + codes)
+    return max(_table_bytes(tiles.bits, tiles.table is not None) + rings, sums_bytes(tokens, members))
+
+
+def _record_bits(shape: _Shape, wide: int) -> int:
+    """log2 of the parts of a piece that lie in one group each, however pieces and groups meet."""
+    steps = 4 * wide
+    if shape.steps >= 4 * shape.tiles:
+        return 0
+    return next(bits for bits in range(steps.bit_length()) if shape.steps % (steps >> bits) == 0)
+
+
+def plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> Plan:
+    """Choose how to launch `wqmm` for `count` tokens. Raises KernelError."""
     largest = next((n for n in TOKENS if n >= count), TOKENS[-1])
     for tokens in sorted((n for n in TOKENS if n <= largest), reverse=True):
-        resident = 2 if tokens <= 16 else 1  # blocks that a multiprocessor should hold, as __launch_bounds__ asks for
-        fitting = []
-        for blocks in range(resident, 0, -1):
-            room = (device.shared + 1024) // blocks - 1024  # the system takes 1 kB of each block
-            fitting = [s for s in (4, 3, 2) if _shared(tokens, s, tiles.bits, record, lookup, tiles.field) <= room]
-            if fitting:
-                break
-        if fitting:
-            break
-    else:
-        raise KernelError(f"{tiles.kind} of {tiles.bits} bits: a block does not fit {device.shared} bytes of shared memory")
-    panels = -(-shape.row_blocks // BLOCKS)
-    blocks = panels * -(-count // tokens)
-    splits = max(1, min(resident * device.processors // blocks, shape.tiles // _WARPS))
-    per_split = -(-shape.tiles // splits)
-    return tokens, fitting[0], _shared(tokens, fitting[0], tiles.bits, record, lookup, tiles.field), per_split
+        # Blocks that a multiprocessor should hold, as __launch_bounds__ asks for; the system takes 1 kB of each.
+        for resident in range(2 if tokens <= 16 else 1, 0, -1):
+            room = (device.shared + 1024) // resident - 1024
+            for wide in pieces(tokens):
+                record_bits = _record_bits(shape, wide)
+                for stages in (4, 3, 2):
+                    shared = _shared(tiles, tokens, wide, stages, 1 << record_bits)
+                    if shared <= room:
+                        teams, number = _WARPS // team(tokens), -(-shape.tiles // wide)
+                        blocks = -(-shape.row_blocks // (BLOCKS * team(tokens))) * -(-count // tokens)
+                        splits = max(1, min(resident * device.processors // blocks, number // teams))
+                        per_split = -(-number // splits)
+                        return Plan(tokens, wide, stages, record_bits, shared, per_split, -(-number // per_split))
+    raise KernelError(f"{tiles.kind} of {tiles.bits} bits: a block does not fit {device.shared} bytes of shared memory")
 
 
 def rows_of(x: Tensor, tiles: Tiles) -> Tensor:
@@ -163,31 +204,21 @@ def launch(
 
     It goes to `whole` (tokens, out) in float32 instead, without the bias, where there is no y; addend may be the same tensor.
     """
-    shape, device = shape_of(tiles), _cuda.device(rows.device.index or 0)
-    tokens, stages, shared, per_split = plan(len(rows), tiles, shape, device)
-    splits, panels, batches = -(-shape.tiles // per_split), -(-shape.row_blocks // BLOCKS), -(-len(rows) // tokens)
+    shape = shape_of(tiles)
+    p = plan(len(rows), tiles, shape, _cuda.device(rows.device.index or 0))
+    panels, batches = -(-tiles.shape[0] // p.rows), -(-len(rows) // p.tokens)
     workspace = counters = None
-    if splits > 1:
-        workspace = torch.empty(batches * panels * splits * _ROWS * tokens, dtype=torch.float32, device=rows.device)
+    if p.splits > 1:
+        workspace = torch.empty(batches * panels * p.splits * p.rows * p.tokens, dtype=torch.float32, device=rows.device)
         counters = _cuda.counters(batches * panels, rows.device)
     assert (y is None) != (whole is None)
-    kernel = instance(
-        "wqmm", rows.dtype if y is None else y.dtype, tiles.bits, tiles.kind, tiles.table is not None, tokens, tiles.field == 8
-    )
+    dtype = rows.dtype if y is None else y.dtype
+    kernel = instance("wqmm", dtype, tiles.bits, tiles.kind, tiles.table is not None, p.tokens, tiles.field == 8, p.tiles)
     arguments: list[_cuda.Argument] = [rows, x_scale, tiles.codes, tiles.meta, tiles.table, tiles.row_scale, bias, addend, y]
     arguments += [whole, workspace, counters, None, None, batches, len(rows), tiles.shape[0], rows.shape[1]]
-    arguments += [
-        np.int64(rows.stride(0)),
-        shape.tiles,
-        shape.row_blocks,
-        per_split,
-        shape.record_bits,
-        shape.steps,
-        shape.reciprocal,
-        stages,
-        shape.entries,
-    ]
-    _cuda.launch(kernel, (panels, splits, batches), arguments, shared, rows.device)
+    arguments += [np.int64(rows.stride(0)), shape.tiles, shape.row_blocks, p.per_split, p.record_bits]
+    arguments += [shape.reciprocal, p.stages, shape.entries]
+    _cuda.launch(kernel, (panels, p.splits, batches), arguments, p.shared, rows.device)
 
 
 def dequantize_rows(tiles: Tiles, dtype: torch.dtype, start: int, stop: int) -> Tensor:
@@ -215,7 +246,7 @@ def dequantize_rows(tiles: Tiles, dtype: torch.dtype, start: int, stop: int) -> 
             len(w),
             tiles.shape[1],
         ]
-        arguments += [shape.tiles, shape.row_blocks, shape.record_bits, shape.steps, shape.reciprocal, shape.entries]
+        arguments += [shape.tiles, shape.row_blocks, shape.reciprocal, shape.entries]
         _cuda.launch(kernel, (grid, 1, 1), arguments, _table_bytes(tiles.bits, lookup) + _WARPS * 2048, where)
     return w
 

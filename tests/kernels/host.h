@@ -25,6 +25,7 @@ typedef signed char s8;
 typedef long long s64;
 struct alignas(8) Words2 { u32 x, y; };
 struct alignas(16) Words4 { u32 x, y, z, w; };
+struct alignas(16) Floats4 { float x, y, z, w; };
 
 #define DEVICE static inline
 #define DEVICE_MEMBER static inline
@@ -62,7 +63,7 @@ struct Fiber {
 };
 static std::vector<Fiber> fibers;
 static std::vector<Meeting> warps;
-static Meeting block;
+static Meeting block, teams[16];
 static jmp_buf scheduler;
 static unsigned current, threads;
 static void (*body)(void**);
@@ -144,6 +145,7 @@ static void run_block() {
   memset(shared, 0xff, shared_bytes);
   warps.assign((threads + 31) / 32, Meeting());
   block = Meeting();
+  for (Meeting& team : teams) team = Meeting();
   std::vector<unsigned> order(threads);
   for (unsigned i = 0; i < threads; i++) order[i] = i;
   shuffle_order(order);
@@ -262,6 +264,10 @@ static u16 to_bfloat(double value) {
 DEVICE u32 lane_id() { return host::current & 31; }
 DEVICE u32 warp_id() { return host::current >> 5; }
 DEVICE void sync_block() { host::meet(host::block, host::threads, "sync_block"); }
+DEVICE void sync_team(int number, int count) {
+  if (number < 1 || number > 15 || count % 32) host::fail("sync_team: number %ld of %ld threads", number, count);
+  host::meet(host::teams[number], count, "sync_team");
+}
 DEVICE void sync_warp() { host::together<int, int>("sync_warp", 0, [](auto, auto) {}); }
 
 template <class T> DEVICE T load(const T* p) {
@@ -272,7 +278,7 @@ template <class T> DEVICE void store(T* p, T value) {
   host::check(p, sizeof(T), "store");
   *p = value;
 }
-DEVICE float load_fresh(const float* p) { return load(p); }
+DEVICE Floats4 load_fresh(const Floats4* p) { return load(p); }
 DEVICE u32 atomic_add(u32* p, u32 value) {
   host::check(p, 4, "atomic_add");
   return (*p += value) - value;
@@ -286,6 +292,9 @@ DEVICE void copy16(void* shared, const void* global, bool valid) {
     host::fail("copy16 to outside of shared memory, or not aligned: byte %ld of %ld", long(to - host::shared), long(host::shared_bytes));
   memset(shared, 0xff, 16);
   host::fibers[host::current].copies.back().push_back({shared, global, valid});
+}
+DEVICE void copy16_if(bool mine, void* shared, const void* global, bool valid) {
+  if (mine) copy16(shared, global, valid);
 }
 DEVICE void copy_commit() { host::fibers[host::current].copies.emplace_back(); }
 template <int PENDING> DEVICE void copy_wait() {
@@ -309,6 +318,8 @@ template <class T> DEVICE T shuffle_xor(T value, int mask) {
     for (int i = 0; i < 32; i++) *outs[i] = ins[i ^ ins[i]->second]->first;
   });
 }
+template <bool YES> DEVICE u32 held(u32 value) { return YES ? shuffle(value, int(lane_id()), 32) : value; }
+template <bool YES, class T> DEVICE const T* held(const T* p) { return YES ? shuffle(p, int(lane_id()), 32) : p; }
 DEVICE u32 ballot(bool predicate) {
   return host::together<bool, u32>("ballot", predicate, [](auto ins, auto outs) {
     u32 all = 0;

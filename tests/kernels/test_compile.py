@@ -22,6 +22,8 @@ FEW: list[tuple[_cuda.Kernel, tuple[str, ...]]] = [
     (weight_only.instance("wqmm", BF16, 3, "ZERO", False, 16), ("sm_80", "sm_90")),
     (weight_only.instance("wqmm", BF16, 1, "HALF", False, 32), ("sm_90",)),
     (weight_only.instance("wqmm", BF16, 7, "TWO_LEVEL", False, 64), ("sm_80", "sm_90")),
+    (weight_only.instance("wqmm", BF16, 7, "SHIFT", False, 32), ("sm_80", "sm_90")),
+    (weight_only.instance("wqmm", BF16, 8, "WIDE", False, 16, tiles=1), ("sm_89",)),
     (weight_only.instance("wqmm", BF16, 4, "SELECT", True, 64), ("sm_80", "sm_90")),
     (weight_only.instance("dequantize", BF16, 8, "ZERO", False), ("sm_80", "sm_90")),
     (weight_only.instance("dequantize", FP16, 3, "SELECT", True), ("sm_80",)),
@@ -53,9 +55,11 @@ def every(dtype: torch.dtype, bits: int) -> Iterator[_cuda.Kernel]:
     kinds += [(kind, True) for kind in ("SYMMETRIC", "SELECT") if bits in (3, 4)]
     for of in kinds:
         yield weight_only.instance("dequantize", dtype, bits, *of)
-        yield from (weight_only.instance("wqmm", dtype, bits, *of, tokens) for tokens in weight_only.TOKENS)
-        if not of[1]:
-            yield from (weight_only.instance("wqmm", dtype, bits, *of, tokens, True) for tokens in weight_only.TOKENS)
+        for tokens in weight_only.TOKENS:
+            for tiles in weight_only.pieces(tokens):
+                yield weight_only.instance("wqmm", dtype, bits, *of, tokens, tiles=tiles)
+                if not of[1]:
+                    yield weight_only.instance("wqmm", dtype, bits, *of, tokens, True, tiles)
     yield from (bit_serial.instance(dtype, bits, others) for others in range(1, 9))
     for layout in ("SINGLE", "RUNS", "TWO_OF_FOUR"):
         for width, kind in ((bits, "ZERO"), (bits, "SHIFT"), *([(16, "")] if bits == 8 else [])):
@@ -99,19 +103,28 @@ def test_the_instructions_are_those_meant(architecture: str) -> None:
     counts = Counter(
         nvrtc.instructions(nvrtc.compile_for(weight_only.instance("wqmm", BF16, 4, "SYMMETRIC", False, 16), architecture))
     )
-    assert counts["HMMA.16816.F32.BF16"] == 2 * 2 * 4  # row-blocks, tokens / 8, steps: the tile's loop is there once
-    assert counts["LDSM.16.M88.4"] == 2 * 2
+    twice = 2  # the loop is there for one group in a piece of two tiles, and for several
+    assert counts["HMMA.16816.F32.BF16"] == twice * 2 * 2 * 8  # row-blocks, tokens / 8, steps
+    assert counts["LDSM.16.M88.4"] == twice * 2 * 2 * 2
     assert counts["LDGSTS.E.BYPASS.128"] > 0
-    assert counts["HFMA2.BF16_V2"] == 2 * 16  # one per pair of weights
-    assert counts["LDS.128"] == 2  # the words of a lane, one access per row-block
+    assert counts["HFMA2.BF16_V2"] == twice * 2 * 32  # one per pair of weights
+    assert counts["LDS.128"] >= twice * 2 * 2  # the words of a lane, one access per row-block and tile
     assert not any(name.startswith(("LDL", "STL")) for name in counts)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 260), (3, 410), (4, 290), (8, 570)])
+def test_a_round_costs_few_instructions(bits: int, most: int) -> None:
+    """For up to 8 tokens they, and not memory, may set the speed: 4096 weights in groups of 128, see docs/kernels.md."""
+    kernel = weight_only.instance("wqmm", BF16, bits, "SYMMETRIC", False, 8)
+    names = nvrtc.shortest_round(nvrtc.compile_for(kernel, "sm_90"), "HMMA", 2 * 8)
+    assert len(names) <= most, Counter(names).most_common()
 
 
 def test_integers_and_bits_go_to_their_own_tensor_cores() -> None:
     """Where the device has them; later ones than sm_90 have none for single bits."""
     octets = nvrtc.compile_for(weight_only.instance("wqmm", BF16, 4, "SYMMETRIC", False, 16, True), "sm_90")
-    # Row-blocks and sums of x, tokens / 8, steps.
-    assert Counter(nvrtc.instructions(octets))["IMMA.16832.U8.S8"] == (2 + 1) * 2 * 2
+    # For one group in a piece and several; row-blocks and sums of x, tokens / 8, steps.
+    assert Counter(nvrtc.instructions(octets))["IMMA.16832.U8.S8"] == 2 * (2 + 1) * 2 * 4
     bits = bit_serial.instance(BF16, 2, 3)
     found = Counter(nvrtc.instructions(nvrtc.compile_for(bits, "sm_90")))["BMMA.168256.AND.POPC"]
     assert found > 0

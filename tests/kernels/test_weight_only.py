@@ -25,13 +25,15 @@ WIDE = "4 bits, zeros"  # the one that is run for all numbers of tokens
 def instances(name: str, dtype: torch.dtype) -> list[_cuda.Kernel]:
     tiles = _weights.prepare(PARTS[name])
     which = (dtype, tiles.bits, tiles.kind, tiles.table is not None)
-    return [weight_only.instance("wqmm", *which, 8), weight_only.instance("dequantize", *which)]
+    narrow = [weight_only.instance("wqmm", *which, 8, tiles=1)] if dtype == BF16 else []
+    return [weight_only.instance("wqmm", *which, 8), weight_only.instance("dequantize", *which), *narrow]
 
 
 @pytest.fixture(scope="module")
 def compiled() -> host_cuda.Host:
     every = [kernel for case in CASES for kernel in instances(*case)]
-    return host_cuda.Host(*every, *(weight_only.instance("wqmm", BF16, 4, "ZERO", False, n) for n in weight_only.TOKENS))
+    sizes = [(n, wide) for n in weight_only.TOKENS for wide in weight_only.pieces(n)]
+    return host_cuda.Host(*every, *(weight_only.instance("wqmm", BF16, 4, "ZERO", False, n, tiles=wide) for n, wide in sizes))
 
 
 @pytest.fixture
@@ -112,22 +114,67 @@ def test_parts_of_the_columns_are_added_in_order(processors: int, seed: int, hos
     before = len(host.launched)
     y = weight_only.matmul_tiles(x, tiles)
     splits = host.launched[before][1][1]
-    assert splits == min(2 * processors, 45 // 8)
+    pieces = -(-45 // weight_only.plan(5, tiles, weight_only.shape_of(tiles), host.device).tiles)
+    assert splits == -(-pieces // -(-pieces // min(2 * processors, pieces // 8)))
+    assert splits > 1
     close(y[3:], x[3:], part)
     host.seed = seed + 100
     assert torch.equal(weight_only.matmul_tiles(x, tiles), y)
     host.check_counters()
 
 
-@pytest.mark.parametrize(("shared", "tokens"), [(100 << 10, 64), (64 << 10, 64), (40 << 10, 16), (227 << 10, 64)])
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64])
+@pytest.mark.parametrize(
+    ("rows", "columns", "size"), [(16, 64, 16), (81, 192, 64), (129, 320, 32), (272, 448, 448), (33, 1408, 128), (81, 100, 100)]
+)
+def test_teams_of_warps(rows: int, columns: int, size: int, tokens: int, host: host_cuda.Host) -> None:
+    """Warps without rows, an odd number of tiles, tokens that are not there; by pieces of one tile and of two, in any order."""
+    part = uniform(rows, columns, 4, size, zero=True, seed=rows)
+    tiles = _weights.prepare(part)
+    shape = weight_only.shape_of(tiles)
+    x = activations(tokens - 3, columns, BF16, columns)
+    for wide in weight_only.pieces(tokens):
+        room = weight_only._shared(tiles, tokens, wide, 2, 1 << weight_only._record_bits(shape, wide))
+        host.device = replace(host_cuda.DEVICE, shared=room)
+        chosen = weight_only.plan(len(x), tiles, shape, host.device)
+        assert (chosen.tokens, chosen.tiles) == (tokens, wide)
+        y = weight_only.matmul_tiles(x, tiles)
+        close(y[3:], x[3:], part)
+        host.seed += 1
+        assert torch.equal(weight_only.matmul_tiles(x, tiles), y)
+    host.check_counters()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_kind_in_pieces_of_one_tile(name: str, host: host_cuda.Host) -> None:
+    """As GPUs with little shared memory take them."""
+    part = PARTS[name]
+    tiles, x = _weights.prepare(part), activations(8, part.shape[1], BF16)
+    shape = weight_only.shape_of(tiles)
+    host.device = replace(host_cuda.DEVICE, shared=weight_only._shared(tiles, 8, 1, 2, 1 << weight_only._record_bits(shape, 1)))
+    y = weight_only.matmul_tiles(x, tiles)
+    assert host.launched[-1][0].name.endswith("8, 1>")
+    live = x.any(1)
+    close(y[live], x[live], part, rounded_weight=name == "nf4")
+
+
+@pytest.mark.parametrize(("steps", "most"), [(1, 40000), (3, 40000), (8, 40000), (32767, 32767), (12345, 32767)])
+def test_the_group_of_a_step(steps: int, most: int) -> None:
+    """What kernels compute by the reciprocal that `shape_of` gives: floor(step / steps)."""
+    reciprocal = -(-(1 << 31) // steps)
+    assert 0 < reciprocal < 1 << 32
+    step = torch.arange(min(most, 1 << 15))
+    assert torch.equal((2 * step + 1) * reciprocal >> 32, step // steps)
+
+
+@pytest.mark.parametrize(("shared", "tokens"), [(100, 64), (64, 64), (40, 64), (227, 64)])
 def test_blocks_fit_the_shared_memory_there_is(shared: int, tokens: int, host: host_cuda.Host) -> None:
-    host.device = replace(host_cuda.DEVICE, shared=shared)
-    part = uniform(32, 256, 4, 16, zero=True)
+    host.device = replace(host_cuda.DEVICE, shared=shared << 10)
+    part = uniform(32, 256, 2, 64)
     x = activations(tokens, 256, BF16)
     y = weight_only.matmul_tiles(x, _weights.prepare(part))
     close(y[3:], x[3:], part)
-    chosen = host.launched[-1][0].name.split(", ")[-1].rstrip(">")
-    assert chosen == {227: "64", 100: "32", 64: "16", 40: "8"}[shared >> 10]
+    assert host.launched[-1][0].name.endswith({227: "64, 1>", 100: "64, 1>", 64: "32, 2>", 40: "32, 1>"}[shared])
 
 
 def test_no_block_fits(host: host_cuda.Host) -> None:
