@@ -101,14 +101,13 @@ def _compiled(kernel: Kernel, index: int) -> Any:
 
 
 @cache
-def _stream(index: int, pointer: int) -> Any:
-    """CuPy's name for a stream of torch."""
+def _stream(stream: torch.cuda.Stream) -> Any:
+    """CuPy's name for a stream of torch, the default one included, which has no address of its own to be known by."""
     import cupy
 
-    stream = torch.cuda.ExternalStream(pointer, device=torch.device("cuda", index))
     if hasattr(stream, "__cuda_stream__") and hasattr(cupy.cuda.Stream, "from_external"):
         return cupy.cuda.Stream.from_external(stream)
-    return cupy.cuda.ExternalStream(pointer, index)
+    return cupy.cuda.ExternalStream(stream.cuda_stream, stream.device_index)
 
 
 def value(argument: Argument) -> np.generic:
@@ -145,7 +144,7 @@ def launch(
         limit = device(index).shared
         raise KernelError(f"{kernel.name}: grid {grid} with {shared} bytes; expected 65535 at most and {limit}. Use fewer tokens")
     function = _compiled(kernel, index)
-    stream = _stream(index, torch.cuda.current_stream(index).cuda_stream)
+    stream = _stream(torch.cuda.current_stream(index))
     with torch.cuda.device(index):
         function(grid, (kernel.threads, 1, 1), tuple(map(value, arguments)), shared_mem=shared, stream=stream)
 

@@ -21,6 +21,22 @@ class CompileException(Exception):
     pass
 
 
+class Stream:
+    """As torch's: equal where they name the same stream, of which the default one has the address 0."""
+
+    def __init__(self, address: int) -> None:
+        self.cuda_stream, self.device_index = address, 0
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.cuda_stream
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and other.cuda_stream == self.cuda_stream
+
+    def __hash__(self) -> int:
+        return hash(self.cuda_stream)
+
+
 class Gpu:
     """What torch and CuPy would say and be told."""
 
@@ -55,20 +71,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         cached.cache_clear()
     device = lambda index: SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 100 << 10})  # noqa: E731
     compiler = SimpleNamespace(CompileException=CompileException)
-    stream = SimpleNamespace(from_external=lambda of: ("stream", of.pointer))
+    stream = SimpleNamespace(from_external=lambda of: ("stream", of.__cuda_stream__()[1]))
     cuda = SimpleNamespace(Device=device, compiler=compiler, Stream=stream)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=gpu.module, cuda=cuda))
     monkeypatch.setattr(_cuda.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     nothing = type("Nothing", (), {"__init__": lambda *_: None, "__enter__": lambda self: self, "__exit__": lambda *_: None})
-    external = lambda pointer, device: SimpleNamespace(pointer=pointer, __cuda_stream__=True)  # noqa: E731
     for name, value in {
         "current_device": lambda: 0,
         "get_device_capability": lambda index: gpu.capability,
         "get_device_properties": lambda index: SimpleNamespace(multi_processor_count=132),
         "is_current_stream_capturing": lambda: gpu.capturing,
-        "current_stream": lambda index: SimpleNamespace(cuda_stream=gpu.stream),
-        "ExternalStream": external,
+        "current_stream": lambda index: Stream(gpu.stream),
         "device": nothing,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -116,6 +130,16 @@ def test_a_kernel_is_compiled_once_and_launched_on_the_current_stream(gpu: Gpu) 
     assert more == {"shared_mem": 60 << 10, "stream": ("stream", 7)}
     assert function.max_dynamic_shared_size_bytes == 100 << 10
     assert second[-1]["stream"] == ("stream", 8)
+    gpu.stream = 0  # torch's default; torch.cuda.ExternalStream(0) would be a new stream, which waits for nothing
+    launch(3)
+    assert gpu.launches[-1][-1]["stream"] == ("stream", 0)
+
+
+def test_a_torch_without_the_protocol_of_streams(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Stream, "__cuda_stream__")
+    sys.modules["cupy"].cuda.ExternalStream = lambda address, device: ("external", address, device)
+    launch(None)
+    assert gpu.launches[-1][-1]["stream"] == ("external", 7, 0)
 
 
 def test_what_cannot_be_launched(gpu: Gpu) -> None:
