@@ -1,6 +1,6 @@
 """All that a GPU has to show, in one command: the tests of kernels, their speed, and whether it is what was asked of them.
 
-    python bench/gpu.py [--out bench/results] [--model CHECKPOINT ...] [--quick]
+    python bench/gpu.py [--out bench/results] [--model CHECKPOINT ...] [--quick] [--only tests,weight_only,...]
 
 Runs `pytest -m cuda tests/kernels/test_cuda.py`, then `compress bench` for weights of 2, 3, 4 and 8 bits, pruned weights,
 products of integers (W2A8, W4A8, W6A6 and so on, by int8 tensor cores and from single bits), and each checkpoint given, with
@@ -8,13 +8,15 @@ generation. Writes one file, OUT/gpu-NAME-DATE.json: GPU, driver, versions, date
 and what was found. Ends with status 1 where a test failed or a benchmark did not run; what was asked of the speed is printed
 and decides nothing.
 
-`--quick`: one small shape and few tokens, to see that all of it runs. About an hour without it.
+`--quick`: one small shape and few tokens, to see that all of it runs. `--only`: some of the parts, whose names an unknown one
+shows; those of one GPU and one day meet in one file, so that a GPU that is there for minutes at a time does for all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
@@ -83,6 +85,20 @@ def asked(rows: list[dict[str, Any]]) -> list[Asked]:
     return found
 
 
+def tests() -> list[str]:
+    """Return the command that runs the tests: side by side where pytest-xdist is there, without the one that takes times."""
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") is not None else []
+    return [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-k", "not test_speed", *workers, "tests/kernels/test_cuda.py"]
+
+
+def chosen(only: str | None, names: list[str]) -> list[str]:
+    """Return the parts to run. Raises SystemExit for names that are none."""
+    wanted = names if only is None else [name.strip() for name in only.split(",")]
+    if unknown := [name for name in wanted if name not in names]:
+        raise SystemExit(f"--only {unknown[0]}: expected some of {', '.join(names)}")
+    return wanted
+
+
 def machine() -> dict[str, Any]:
     """Return what figures of this machine have to name. Raises SystemExit where there is no GPU that kernels can use."""
     import torch
@@ -120,33 +136,44 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--model", action="append", default=[], help="a checkpoint that compress wrote")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", help="parts with commas between them; all of them if not given")
     options = parser.parse_args()
-    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", *sys.argv]), **machine()}
+    wanted = benches(options.quick) | {f"model {Path(m).name}": [m] for m in options.model}
+    parts = chosen(options.only, ["tests", *wanted])
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), **machine(), "commands": [], "benches": {}}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"gpu-{report['gpu'].replace(' ', '_')}-{report['date']}.json"
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/kernels/test_cuda.py"]
-    status, end = _run(tests)
-    report["tests"] = {"command": shlex.join(["pytest", *tests[3:]]), "status": status, "end": end}
-    report["benches"], failed = {}, status != 0
-    wanted = benches(options.quick) | {f"model {Path(m).name}": [m] for m in options.model}
-    for name, arguments in wanted.items():
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "bench.json"
-            command = [sys.executable, "-m", "compress", "bench", *arguments, "--device", "cuda"]
-            status, end = _run([*command, "-o", str(file)])
-            found = json.loads(file.read_text()) if status == 0 else {"status": status, "end": end}
-            report["benches"][name] = {**found, "command": shlex.join(["compress", *command[3:]])}
+    if path.exists():
+        report = {**json.loads(path.read_text()), **machine()}
+    report["commands"].append(shlex.join(["python", *sys.argv]))
+
+    def keep() -> None:
+        path.write_text(json.dumps(report, indent=1) + "\n")  # what is there stays there if a later part fails
+
+    failed = False
+    for name in parts:
+        if name == "tests":
+            status, end = _run(tests())
+            report["tests"] = {"command": shlex.join(["pytest", *tests()[3:]]), "status": status, "end": end}
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "bench.json"
+                command = [sys.executable, "-m", "compress", "bench", *wanted[name], "--device", "cuda"]
+                status, end = _run([*command, "-o", str(file)])
+                found = json.loads(file.read_text()) if status == 0 else {"status": status, "end": end}
+                report["benches"][name] = {**found, "command": shlex.join(["compress", *command[3:]])}
         failed = failed or status != 0
-        path.write_text(json.dumps(report, indent=1) + "\n")  # what is there stays there if a later one fails
-    judged = asked(report["benches"]["weight_only"].get("rows", []))
+        keep()
+    judged = asked(report["benches"].get("weight_only", {}).get("rows", []))
     report["asked"] = [asdict(one) for one in judged]
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    keep()
     print()
     for one in judged:
         print(f"{'holds ' if one.holds else 'MISSED'}  {one.what}: {one.found} ({one.wanted})")
-    for line in report["benches"]["integers"].get("bit_serial", []):
+    for line in report["benches"].get("integers", {}).get("bit_serial", []):
         print(line)
-    print(f"\ntests {'passed' if report['tests']['status'] == 0 else 'FAILED'}; all of it is in {path}")
+    verdict = {None: "did not run", 0: "passed"}.get(report.get("tests", {}).get("status"), "FAILED")
+    print(f"\ntests {verdict}; all of it is in {path}")
     return int(failed)
 
 

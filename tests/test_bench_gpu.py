@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,38 @@ def test_its_benchmarks_are_ones_that_compress_takes(gpu: ModuleType) -> None:
         small = ["128x512" if a == "1024x1024" else "16,8" if a == "16,8,6,4,2" else "1" if a == "1,16" else a for a in arguments]
         result = CliRunner().invoke(app, ["bench", *small, "--device", "cpu", "-q"], catch_exceptions=False)
         assert result.exit_code == 0
+
+
+def test_parts_by_their_names(gpu: ModuleType) -> None:
+    names = ["tests", *gpu.benches(True)]
+    assert gpu.chosen(None, names) == names
+    assert gpu.chosen("tests, runs of 16", names) == ["tests", "runs of 16"]
+    with pytest.raises(SystemExit, match="--only speed: expected some of tests, weight_only"):
+        gpu.chosen("speed", names)
+
+
+def test_parts_of_one_day_meet_in_one_file(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a stand-in for the machine and for what is run."""
+
+    def run(command: list[str]) -> tuple[int, str]:
+        if "-o" in command:
+            Path(command[command.index("-o") + 1]).write_text(json.dumps({"rows": [row(4, 1, 10)]}))
+        return int("pytest" in command), "the end"
+
+    monkeypatch.setattr(gpu, "machine", lambda: {"gpu": "A GPU", "driver": "1"})
+    monkeypatch.setattr(gpu, "_run", run)
+    for only, status in (("weight_only", 0), ("tests", 1), ("zeros", 0)):
+        monkeypatch.setattr(sys, "argv", ["bench/gpu.py", "--out", str(tmp_path), "--only", only])
+        assert gpu.main() == status
+    (file,) = tmp_path.glob("gpu-A_GPU-*.json")
+    report = json.loads(file.read_text())
+    assert list(report["benches"]) == ["weight_only", "zeros"]
+    assert report["tests"]["status"] == 1
+    assert len(report["commands"]) == 3
+    assert any("milestone" in one["what"] for one in report["asked"])
+    assert "tests FAILED" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")

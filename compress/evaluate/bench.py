@@ -182,6 +182,7 @@ def measure(
     decoded, stored = weight.dequantize(), packed.short(linear.spec)
     count_copies = _copies(nbytes, device)
     dense = [decoded.to(device, dtype, copy=True) for _ in range(_copies(rows * columns * dtype.itemsize, device))]
+    exact = decoded.to(device, torch.float64)
     octets = _octets(decoded, device) if min(activation_bits) <= 8 else []
     whole = int8.reason(linear.spec) is None
     for bits in activation_bits:
@@ -196,7 +197,7 @@ def measure(
         generator = torch.Generator().manual_seed(0)
         for count in tokens:
             x = torch.randn(count, columns, generator=generator).to(device, dtype)
-            expected = x.cpu().double() @ decoded.double().T
+            expected = (x.double() @ exact.T).cpu()
             for name, products in ways.items():
                 first = products[0]
                 with torch.no_grad():

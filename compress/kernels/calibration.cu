@@ -1,16 +1,16 @@
 // Rounding column after column with feedback of the errors, see compress/operators.py: 8 lanes per row of the weight, each with every
 // eighth of up to 128 columns, and the feedback among those columns in shared memory.
 
-constexpr int SPAN = 128, LANES = 8, OWN = SPAN / LANES, THREADS = 256, ROWS = THREADS / LANES;
+constexpr int SPAN = 128, STRIDE = SPAN + 1, LANES = 8, OWN = SPAN / LANES, THREADS = 256, ROWS = THREADS / LANES;
 
 KERNEL(THREADS, 1)
 round_columns(float* target, float* delta, float* steps, const float* feedback, const float* scale, const float* inverse,
               const float* low, const float* high, const s64* groups, int columns, int rows, s64 stride, s64 feedback_stride) {
   SHARED(shared);
-  float* among = reinterpret_cast<float*>(shared);  // [i][k]: of column i on column k
+  float* among = reinterpret_cast<float*>(shared);  // [i][k]: of column i on column k; written along i, and lanes meet in no bank
   for (int e = threadIdx.x; e < columns * columns; e += THREADS) {
     const int k = e / columns, i = e % columns;
-    if (i < k) among[i * SPAN + k] = load(feedback + k * feedback_stride + i);
+    if (i < k) among[i * STRIDE + k] = load(feedback + k * feedback_stride + i);
   }
   sync_block();
   const int part = lane_id() % LANES, row = blockIdx.x * ROWS + threadIdx.x / LANES;
@@ -43,7 +43,7 @@ round_columns(float* target, float* delta, float* steps, const float* feedback, 
         left[i] = error;
       }
       const float d = shuffle(error, owner, LANES);
-      const float* of = among + (LANES * i + owner) * SPAN + part;
+      const float* of = among + (LANES * i + owner) * STRIDE + part;
       if (part > owner && LANES * i + part < columns) want[i] = multiply_add(d, of[LANES * i], want[i]);
 #pragma unroll
       for (int later = i + 1; later < OWN; later++)

@@ -53,7 +53,7 @@ def round_columns_kernel(
         raise KernelError("round_columns: expected scales, bounds and steps as contiguous (groups, out)")
     arguments: list[_cuda.Argument] = [target, delta, steps, feedback, *whole, groups, columns, rows]
     arguments += [np.int64(target.stride(0)), np.int64(feedback.stride(0))]
-    _cuda.launch(instance(), (-(-rows // _ROWS), 1, 1), arguments, columns * SPAN * 4, target.device)
+    _cuda.launch(instance(), (-(-rows // _ROWS), 1, 1), arguments, columns * (SPAN + 1) * 4, target.device)
 
 
 @round_columns.register_kernel("cuda")

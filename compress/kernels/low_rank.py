@@ -13,17 +13,18 @@ from torch import Tensor
 @torch.library.custom_op("compress::low_rank", mutates_args=())
 def _op(x: Tensor, left: Tensor, right: Tensor, addend: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if x.is_cuda and x.dtype == left.dtype == torch.bfloat16:
-        y = torch.mm(rows @ right.T, left.T, out_dtype=torch.float32)
+    if x.is_cuda and x.dtype == left.dtype == right.dtype == torch.bfloat16:
+        y = _wide(rows @ right.T, left.T)
     else:
-        inner = torch.mm(rows, right.T, out_dtype=torch.float32) if _short(rows, right) else rows.float() @ right.float().T
-        y = inner @ left.float().T
+        y = _wide(rows, right.T) @ left.float().T
     return y if addend is None else y.add_(addend)
 
 
-def _short(x: Tensor, right: Tensor) -> bool:
-    """Whether tensor cores form the product as it stands, with sums in float32."""
-    return x.is_cuda and x.dtype == right.dtype == torch.float16
+def _wide(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32; of 16-bit numbers by tensor cores, where this torch has such a product (2.8 and later)."""
+    if a.is_cuda and a.dtype == b.dtype and a.dtype.itemsize == 2 and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 @_op.register_fake
