@@ -2,11 +2,11 @@
 
     python bench/gpu.py [--out bench/results] [--model CHECKPOINT ...] [--quick] [--only tests,weight_only,...]
 
-Runs `pytest -m cuda tests/kernels/test_cuda.py`, then `compress bench` for weights of 2, 3, 4 and 8 bits, pruned weights,
-products of integers (W2A8, W4A8, W6A6 and so on, by int8 tensor cores and from single bits), and each checkpoint given, with
-generation. Writes one file, OUT/gpu-NAME-DATE.json: GPU, driver, versions, date, every command with its result, what was asked
-and what was found. Ends with status 1 where a test failed or a benchmark did not run; what was asked of the speed is printed
-and decides nothing.
+Runs `pytest -m cuda tests/kernels/test_cuda.py`, some of it under compute-sanitizer, `bench/tune.py`, then `compress bench` for
+weights of 2, 3, 4 and 8 bits, pruned weights, products of integers (W2A8, W4A8, W6A6 and so on, by int8 tensor cores and from
+single bits), and each checkpoint given, with generation. Writes one file, OUT/gpu-NAME-DATE.json: GPU, driver, versions, date,
+every command with its result, what was asked and what was found. Ends with status 1 where a test failed or a benchmark did not
+run; what was asked of the speed is printed and decides nothing.
 
 `--quick`: one small shape and few tokens, to see that all of it runs. `--only`: some of the parts, whose names an unknown one
 shows; those of one GPU and one day meet in one file, so that a GPU that is there for minutes at a time does for all of them.
@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -91,6 +92,16 @@ def tests() -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-k", "not test_speed", *workers, "tests/kernels/test_cuda.py"]
 
 
+def checks(plans: Path, quick: bool) -> dict[str, list[str]]:
+    """Return the commands of parts that are no benchmark of `compress`: where blocks race or leave their arrays, other plans."""
+    some = ["-q", "-m", "cuda", "-k", "test_each_weight_by_itself or test_twenty_runs or test_single_weights or test_experts"]
+    few = [sys.executable, "-m", "pytest", *some, "tests/kernels/test_cuda.py"]
+    sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
+    tools = {tool: [sanitizer, "--tool", tool, "--error-exitcode", "9", *few] for tool in ("memcheck", "racecheck")}
+    sizes = ["--shapes", "1024x1024", "--tokens", "1"] if quick else []
+    return tools | {"tune": [sys.executable, "bench/tune.py", *sizes, "--out", str(plans)]}
+
+
 def chosen(only: str | None, names: list[str]) -> list[str]:
     """Return the parts to run. Raises SystemExit for names that are none."""
     wanted = names if only is None else [name.strip() for name in only.split(",")]
@@ -122,6 +133,8 @@ def _run(command: list[str]) -> tuple[int, str]:
     print(f"\n$ {shlex.join(command)}", flush=True)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     kept: list[str] = []
+    if shutil.which(command[0]) is None:
+        return 127, f"{command[0]} is not installed"
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         assert run.stdout is not None
         for line in run.stdout:
@@ -139,12 +152,13 @@ def main() -> int:
     parser.add_argument("--only", help="parts with commas between them; all of them if not given")
     options = parser.parse_args()
     wanted = benches(options.quick) | {f"model {Path(m).name}": [m] for m in options.model}
-    parts = chosen(options.only, ["tests", *wanted])
+    parts = chosen(options.only, ["tests", *checks(options.out, options.quick), *wanted])
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), **machine(), "commands": [], "benches": {}}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"gpu-{report['gpu'].replace(' ', '_')}-{report['date']}.json"
     if path.exists():
         report = {**json.loads(path.read_text()), **machine()}
+    others = checks(path.with_name(path.name.replace("gpu-", "tune-", 1)), options.quick)
     report["commands"].append(shlex.join(["python", *sys.argv]))
 
     def keep() -> None:
@@ -155,6 +169,9 @@ def main() -> int:
         if name == "tests":
             status, end = _run(tests())
             report["tests"] = {"command": shlex.join(["pytest", *tests()[3:]]), "status": status, "end": end}
+        elif name in others:
+            status, end = _run(others[name])
+            report[name] = {"command": shlex.join([Path(others[name][0]).name, *others[name][1:]]), "status": status, "end": end}
         else:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "bench.json"

@@ -134,6 +134,6 @@ def test_what_is_wrong_is_said(tiny: Callable[..., Path]) -> None:
 
 def test_copies_leave_the_cache() -> None:
     cpu = torch.device("cpu")
-    assert bench._copies(1 << 40, cpu) == 1
-    assert bench._copies(1, cpu) == bench._COPIES
-    assert bench._copies(16 << 20, cpu) == 8
+    assert bench.copies_of(1 << 40, cpu) == 1
+    assert bench.copies_of(1, cpu) == bench._COPIES
+    assert bench.copies_of(16 << 20, cpu) == 8

@@ -61,10 +61,11 @@ def test_its_benchmarks_are_ones_that_compress_takes(gpu: ModuleType) -> None:
 
 
 def test_parts_by_their_names(gpu: ModuleType) -> None:
-    names = ["tests", *gpu.benches(True)]
+    names = ["tests", *gpu.checks(PATH.parent, True), *gpu.benches(True)]
     assert gpu.chosen(None, names) == names
     assert gpu.chosen("tests, runs of 16", names) == ["tests", "runs of 16"]
-    with pytest.raises(SystemExit, match="--only speed: expected some of tests, weight_only"):
+    assert gpu._run(["no such program"]) == (127, "no such program is not installed")
+    with pytest.raises(SystemExit, match="--only speed: expected some of tests, memcheck, racecheck, tune, weight_only"):
         gpu.chosen("speed", names)
 
 

@@ -121,6 +121,11 @@ def _median(calls: Calls, device: torch.device, capture: bool, of: Median = stat
     return seconds, "graph"
 
 
+def median(calls: Calls, device: torch.device) -> float:
+    """Return the median of the seconds that one of some calls takes, by replays of a CUDA graph of all of them on a GPU."""
+    return _median(calls, device, True)[0]
+
+
 def _times_cpu(calls: Calls) -> list[float]:
     times: list[float] = []
     begin = time.perf_counter()
@@ -156,8 +161,8 @@ def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     return 2 * 4 * count / seconds, 2 * side**3 / product
 
 
-def _copies(nbytes: int, device: torch.device) -> int:
-    """How many of a weight no cache holds."""
+def copies_of(nbytes: int, device: torch.device) -> int:
+    """Say how many of a weight no cache holds."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
     return max(1, min(_COPIES, -(-4 * cache // nbytes)))
 
@@ -180,8 +185,8 @@ def measure(
     linear = CompressedLinear.of(weight)
     (rows, columns), nbytes = weight.shape, weight.stored_bits // 8
     decoded, stored = weight.dequantize(), packed.short(linear.spec)
-    count_copies = _copies(nbytes, device)
-    dense = [decoded.to(device, dtype, copy=True) for _ in range(_copies(rows * columns * dtype.itemsize, device))]
+    count_copies = copies_of(nbytes, device)
+    dense = [decoded.to(device, dtype, copy=True) for _ in range(copies_of(rows * columns * dtype.itemsize, device))]
     exact = decoded.to(device, torch.float64)
     octets = _octets(decoded, device) if min(activation_bits) <= 8 else []
     whole = int8.reason(linear.spec) is None
@@ -220,7 +225,7 @@ def _octets(decoded: Tensor, device: torch.device) -> list[Tensor]:
     if any(size % 8 for size in decoded.shape):
         return []
     whole = (decoded / decoded.abs().amax().clamp_min(1e-30) * 127).round().to(torch.int8)
-    return [whole.to(device, copy=True) for _ in range(_copies(whole.numel(), device))]
+    return [whole.to(device, copy=True) for _ in range(copies_of(whole.numel(), device))]
 
 
 def _int8_seconds(count: int, octets: Sequence[Tensor], device: torch.device) -> float | None:

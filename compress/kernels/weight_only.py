@@ -126,23 +126,42 @@ def _record_bits(shape: _Shape, wide: int) -> int:
     return next(bits for bits in range(steps.bit_length()) if shape.steps % (steps >> bits) == 0)
 
 
+def plan_of(
+    count: int,
+    tiles: Tiles,
+    shape: _Shape,
+    device: _cuda.Device,
+    tokens: int,
+    wide: int,
+    stages: int,
+    resident: int,
+    waves: int = 1,
+) -> Plan | None:
+    """Say how to launch `wqmm` for `count` tokens by blocks of so many tokens, pieces of so many tiles and stages of a ring.
+
+    `resident` blocks shall fit a multiprocessor, and rows whose blocks would leave multiprocessors idle share their columns out
+    until there are blocks for so many waves. None if that does not fit.
+    """
+    record_bits = _record_bits(shape, wide)
+    shared = _shared(tiles, tokens, wide, stages, 1 << record_bits)
+    if shared > (device.shared + 1024) // resident - 1024:  # the system takes 1 kB of each
+        return None
+    teams, number = _WARPS // team(tokens), -(-shape.tiles // wide)
+    blocks = -(-shape.row_blocks // (BLOCKS * team(tokens))) * -(-count // tokens)
+    splits = max(1, min(waves * resident * device.processors // blocks, number // teams))
+    per_split = -(-number // splits)
+    return Plan(tokens, wide, stages, record_bits, shared, per_split, -(-number // per_split))
+
+
 def plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> Plan:
-    """Choose how to launch `wqmm` for `count` tokens. Raises KernelError."""
+    """Choose how to launch `wqmm` for `count` tokens; `bench/tune.py` times what else there is. Raises KernelError."""
     largest = next((n for n in TOKENS if n >= count), TOKENS[-1])
     for tokens in sorted((n for n in TOKENS if n <= largest), reverse=True):
-        # Blocks that a multiprocessor should hold, as __launch_bounds__ asks for; the system takes 1 kB of each.
-        for resident in range(2 if tokens <= 16 else 1, 0, -1):
-            room = (device.shared + 1024) // resident - 1024
+        for resident in range(2 if tokens <= 16 else 1, 0, -1):  # as __launch_bounds__ asks for
             for wide in pieces(tokens):
-                record_bits = _record_bits(shape, wide)
                 for stages in (4, 3, 2):
-                    shared = _shared(tiles, tokens, wide, stages, 1 << record_bits)
-                    if shared <= room:
-                        teams, number = _WARPS // team(tokens), -(-shape.tiles // wide)
-                        blocks = -(-shape.row_blocks // (BLOCKS * team(tokens))) * -(-count // tokens)
-                        splits = max(1, min(resident * device.processors // blocks, number // teams))
-                        per_split = -(-number // splits)
-                        return Plan(tokens, wide, stages, record_bits, shared, per_split, -(-number // per_split))
+                    if (found := plan_of(count, tiles, shape, device, tokens, wide, stages, resident)) is not None:
+                        return found
     raise KernelError(f"{tiles.kind} of {tiles.bits} bits: a block does not fit {device.shared} bytes of shared memory")
 
 
