@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,11 +71,15 @@ def timed(shape: tuple[int, int], bits: int, count: int, device: torch.device) -
     chosen_plan = weight_only.plan
     try:
         for number, found in enumerate(plans(count, first, _cuda.device(device.index or 0))):
-            weight_only.plan = lambda *_, found=found: found
-            seconds = bench.median([lambda one=one: weight_only.matmul_tiles(x, one) for one in copies], device)
+            weight_only.plan = partial(_always, found)
+            seconds = bench.median([partial(weight_only.matmul_tiles, x, one) for one in copies], device)
             yield Timed(*shape, bits, count, found, number == 0, 1e6 * seconds)
     finally:
         weight_only.plan = chosen_plan
+
+
+def _always(plan: Plan, *_: object) -> Plan:
+    return plan
 
 
 def described(plan: Plan) -> str:

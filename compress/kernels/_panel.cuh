@@ -10,6 +10,9 @@ template <int OF> struct Panel {
   static constexpr int STRIDE = ROWS + 4;          // of a token's sums in shared memory: lanes of a warp meet in no bank
 };
 
+// The team for some tokens of a block, so that reading x costs no more than reading codes: weight_only.py has the same numbers.
+template <int TOKENS> constexpr int TEAM_FOR = TOKENS <= 8 ? 1 : TOKENS <= 16 ? 2 : 4;
+
 // What x consists of: 16-bit numbers of the result's type, or bytes with a scale for each token.
 template <class T> struct Bytes {};
 template <class X> struct Activation {

@@ -244,8 +244,8 @@ template <class D, int META> struct TwoOfFour {
   }
 };
 
-// As wqmm: each warp takes every eighth tile, with a ring of copies of its own. Packets of tiles differ in length; `offsets` says
-// where they begin, in units of 16 bytes, and `room` is that of the longest.
+// As wqmm: teams of warps share x and the columns out, with a ring of copies for each team. Packets of tiles differ in length; `offsets`
+// says where they begin, in units of 16 bytes, and `room` is that of the longest.
 template <class T, class L, int TOKENS>
 KERNEL(THREADS, TOKENS <= 16 ? 2 : 1)
 masked_products(const unsigned char* x, const unsigned char* packets, const int* offsets, const u16* bias, const float* addend,
@@ -254,23 +254,25 @@ masked_products(const unsigned char* x, const unsigned char* packets, const int*
   SHARED(shared);
   constexpr int NT = TOKENS / 8, PARTS = L::COLUMNS / 64, X = TOKENS * 128;  // bytes of x for 64 columns
   constexpr bool SCALES = SCALED<typename L::Decoder>, SHIFTS = L::SHIFTS;
-  const int lane = lane_id(), warp = warp_id();
-  const int first_block = blockIdx.x * BLOCKS, first_token = blockIdx.z * TOKENS;
+  constexpr int TEAM = TEAM_FOR<TOKENS>, TEAMS = Panel<TEAM>::TEAMS, EACH = 4 * TEAM;
+  const int lane = lane_id(), team = warp_id() / TEAM, member = warp_id() % TEAM;
+  const int first_row = blockIdx.x * Panel<TEAM>::ROWS, first_block = first_row / 16 + BLOCKS * member;
+  const int first_token = blockIdx.z * TOKENS;
   const int begin = blockIdx.y * tiles_per_split;
   const int end = begin + tiles_per_split < tiles ? begin + tiles_per_split : tiles;
-  const int stage_bytes = PARTS * X + BLOCKS * room;
-  const bool second = first_block + 1 < row_blocks;
-  unsigned char* ring = shared + warp * stages * stage_bytes;
+  const int stage_bytes = PARTS * X + TEAM * BLOCKS * room, mine = PARTS * X + member * BLOCKS * room;
+  const int there = row_blocks - first_block;  // row-blocks from the warp's first one on
+  unsigned char* ring = shared + team * stages * stage_bytes;
 
-  const int token = lane >> 3, chunk = lane & 7;
-  const int live = (tokens - first_token - token + 3) / 4;  // rounds in which there is a token for this lane
-  int next = begin + warp;
+  const int rank = 32 * member + lane, token = rank >> 3, chunk = rank & 7;
+  const int live = (tokens - first_token - token + EACH - 1) / EACH;  // rounds in which there is a token for this lane
+  int next = begin + team;
   int start[BLOCKS] = {}, stop[BLOCKS] = {};  // of the packets of tile `next`
   auto look = [&]() {
     if (next < end) {
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
-        if (b == 0 || second) {
+        if (b < there) {
           const int* at = offsets + s64(first_block + b) * tiles + next;
           start[b] = load(at), stop[b] = load(at + 1);
         }
@@ -285,21 +287,21 @@ masked_products(const unsigned char* x, const unsigned char* packets, const int*
         const int column = L::COLUMNS * next + 64 * part + 8 * chunk;
         const unsigned char* from = x + 2 * (s64(first_token + token) * stride + column);
 #pragma unroll
-        for (int i = 0; i < TOKENS / 4; i++) {
-          copy16(stage + part * X + Activation<T>::place(4 * i + token, chunk), from, i < live && column < columns);
-          from += 8 * stride;
+        for (int i = 0; i < TOKENS / EACH; i++) {
+          copy16(stage + part * X + Activation<T>::place(EACH * i + token, chunk), from, i < live && column < columns);
+          from += 2 * EACH * stride;
         }
       }
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
-        unsigned char* to = stage + PARTS * X + b * room;
+        unsigned char* to = stage + mine + b * room;
         const unsigned char* from = packets + 16 * s64(start[b]);
 #pragma unroll 2
         for (int piece = lane; piece < stop[b] - start[b]; piece += 32) copy16(to + 16 * piece, from + 16 * piece, true);
       }
     }
     copy_commit();
-    next += WARPS;
+    next += TEAMS;
     look();
   };
 
@@ -307,9 +309,9 @@ masked_products(const unsigned char* x, const unsigned char* packets, const int*
   auto compute = [&](const unsigned char* stage) {
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) {
-      if (i > 0 && !second) break;
+      if (i >= there) break;
       L of;
-      of.open(stage + PARTS * X + i * room, 1 << record_bits);
+      of.open(stage + mine + i * room, 1 << record_bits);
       float part[NT][4] = {}, ones[NT][4] = {};  // sums of a group; of x where weights are kept, for shifts
       u32 b[NT][4];
       constexpr bool SPARSE = L::COLUMNS == 32 * L::STEPS;
@@ -356,9 +358,9 @@ masked_products(const unsigned char* x, const unsigned char* packets, const int*
     }
   };
 
-  through_ring<1>(ring, stages, stage_bytes, (end - begin - warp + WARPS - 1) / WARPS, fetch, compute);
+  through_ring<TEAM>(ring, stages, stage_bytes, (end - begin - team + TEAMS - 1) / TEAMS, fetch, compute);
   const Output to = {nullptr, nullptr, bias, addend, y, nullptr, workspace, counters, tokens, rows};
-  add_up<T, 1, TOKENS>(shared, sum, to, 16 * first_block, first_token);
+  add_up<T, TEAM, TOKENS>(shared, sum, to, first_row, first_token);
 }
 
 // W (rows, columns) in type T, rows first..first + rows of which `first` is a multiple of 16; a warp per tile.

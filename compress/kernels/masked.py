@@ -30,7 +30,7 @@ from compress.parts.mask import Bitmask, Pattern
 from compress.parts.stream import WORD
 from compress.parts.uniform import Uniform
 
-_WARPS, _ROWS = 8, BLOCKS * _tiles.ROWS
+_WARPS, _ROWS = 8, BLOCKS * _tiles.ROWS  # of a block; of a warp
 _LAYOUTS = {"SINGLE": "Single", "RUNS": "Runs", "TWO_OF_FOUR": "TwoOfFour"}
 _KINDS = {torch.bfloat16: "BF16", torch.float16: "FP16"}
 _DENSE = 1 << 27  # numbers of W made whole at a time, 256 MB
@@ -60,23 +60,23 @@ def instance(template: str, dtype: torch.dtype, layout: str, bits: int, kind: st
 
 
 def _shared(tokens: int, stages: int, packets: Packets) -> int:
-    """Bytes of shared memory of `masked_products`: the warps' rings, or the sums that take their place."""
-    stage = tokens * 2 * packets.width + BLOCKS * packets.room
-    return max(_WARPS * stages * stage, weight_only.sums_bytes(tokens, 1))
+    """Bytes of shared memory of `masked_products`: the teams' rings, or the sums that take their place."""
+    members = weight_only.team(tokens)
+    stage = tokens * 2 * packets.width + members * BLOCKS * packets.room
+    return max(_WARPS // members * stages * stage, weight_only.sums_bytes(tokens, members))
 
 
 def plan(count: int, packets: Packets, device: _cuda.Device) -> tuple[int, int, int]:
     """Choose tokens of a block, stages of a ring and tiles per block. Raises KernelError."""
     largest = next((n for n in TOKENS if n >= count), TOKENS[-1])
     for tokens in sorted((n for n in TOKENS if n <= largest), reverse=True):
-        resident = 2 if tokens <= 16 else 1
+        resident, members = 2 if tokens <= 16 else 1, weight_only.team(tokens)
         room = (device.shared + 1024) // resident - 1024  # the system takes 1 kB of each block
         for limit in (room, device.shared):
             stages = next((s for s in (4, 3, 2) if _shared(tokens, s, packets) <= limit), None)
             if stages is not None:
-                panels = -(-packets.shape[0] // _ROWS)
-                blocks = panels * -(-count // tokens)
-                splits = max(1, min(resident * device.processors // blocks, packets.tiles // _WARPS))
+                blocks = -(-packets.shape[0] // (_ROWS * members)) * -(-count // tokens)
+                splits = max(1, min(resident * device.processors // blocks, packets.tiles // (_WARPS // members)))
                 return tokens, stages, -(-packets.tiles // splits)
     raise KernelError(f"packets of {packets.room} bytes: a block does not fit {device.shared} bytes of shared memory")
 
@@ -98,10 +98,11 @@ def matmul_packets(x: Tensor, packets: Packets, addend: Tensor | None = None, bi
     if y.numel():
         device = _cuda.device(x.device.index or 0)
         tokens, stages, per_split = plan(len(rows), packets, device)
-        splits, panels, batches = -(-packets.tiles // per_split), -(-outputs // _ROWS), -(-len(rows) // tokens)
+        high = _ROWS * weight_only.team(tokens)
+        splits, panels, batches = -(-packets.tiles // per_split), -(-outputs // high), -(-len(rows) // tokens)
         workspace = counters = None
         if splits > 1:
-            workspace = torch.empty(batches * panels * splits * _ROWS * tokens, dtype=torch.float32, device=x.device)
+            workspace = torch.empty(batches * panels * splits * high * tokens, dtype=torch.float32, device=x.device)
             counters = _cuda.counters(batches * panels, x.device)
         arguments: list[_cuda.Argument] = [rows, packets.data, packets.offsets, bias, addend, y, workspace, counters, len(rows)]
         arguments += [outputs, rows.shape[1], np.int64(rows.stride(0)), packets.tiles, -(-outputs // 16), per_split]

@@ -7,7 +7,7 @@ template <bool V> struct Flag { static constexpr bool value = V; };
 // A piece of columns in shared memory, TILES tiles wide: x for a team, then for each of its warps codes of its row-blocks, in planes
 // of TILES tiles, and records, of the piece's groups in their order.
 template <class A, class D, int META, int TOKENS, int TILES> struct Stage {
-  static constexpr int TEAM = TOKENS <= 8 ? 1 : TOKENS <= 16 ? 2 : 4;
+  static constexpr int TEAM = TEAM_FOR<TOKENS>;
   static constexpr int X = TOKENS * 16 * Activation<A>::CHUNKS, EIGHT = X / TOKENS * 8;  // of a tile, and of eight tokens in it
   static constexpr int CODES = TILES * 128 * D::BITS, RECORD = Record<META>::BYTES;
   static constexpr int STEPS = 4 * TILES;  // of 16 columns

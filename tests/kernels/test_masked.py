@@ -239,10 +239,27 @@ def test_parts_of_the_columns_are_added_in_order(processors: int, layout: str, h
     host.check_counters()
 
 
-@pytest.mark.parametrize(("shared", "tokens"), [(227 << 10, "64"), (100 << 10, "32"), (64 << 10, "8")])
-def test_blocks_fit_the_shared_memory_there_is(shared: int, tokens: str, host: host_cuda.Host) -> None:
-    host.device = replace(host_cuda.DEVICE, shared=shared)
-    weight = WEIGHTS["values, single none"] if tokens == "32" else WEIGHTS["values, single"]
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [13, 29, 61])
+@pytest.mark.parametrize("rows", [16, 81, 176])
+def test_teams_of_warps(rows: int, tokens: int, layout: str, host: host_cuda.Host) -> None:
+    """Warps without rows, tokens that are not there, blocks that share the columns."""
+    host.device = replace(host_cuda.DEVICE, shared=227 << 10, processors=8)
+    weight = pruned(uniform(rows, 1152, 4, 64, zero=True), mask(layout, rows, 1152, rows))
+    x, p = activations(tokens, 1152, BF16, tokens), packets_of(weight)
+    y = masked.matmul_packets(x, p)
+    close(y, x, weight)
+    host.seed += 1
+    assert torch.equal(masked.matmul_packets(x, p), y)
+    host.check_counters()
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared", "tokens"), [("single", 227, "64"), ("single", 100, "64"), ("single", 64, "32"), ("single none", 30, "16")]
+)
+def test_blocks_fit_the_shared_memory_there_is(kind: str, shared: int, tokens: str, host: host_cuda.Host) -> None:
+    host.device = replace(host_cuda.DEVICE, shared=shared << 10)
+    weight = WEIGHTS[f"values, {kind}"]
     x = activations(64, 256, BF16)
     close(masked.matmul_packets(x, packets_of(weight)), x, weight)
     assert host.launched[-1][0].name.split(", ")[-1].rstrip(">") == tokens
