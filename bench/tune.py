@@ -1,11 +1,11 @@
 """How `weight_only` should be launched on this GPU: every plan that fits, timed, beside the one that is chosen.
 
-    python bench/tune.py [--shapes 4096x4096,...] [--bits 4,3,2] [--tokens 1,16,64] [--out tune.json]
+    python bench/tune.py [--shapes 4096x4096,...] [--bits 4,3,2] [--tokens 1,16,64,128,256,512] [--out tune.json]
 
 Varies how many blocks share the columns of the same rows, the tiles of a piece of columns, the stages of the rings, and the
 tokens of a block; weights are rotated over copies that no cache holds, CUDA graphs are replayed, times are medians. Prints one
-line per product with the chosen plan, the best one and both times; --out has all of them. `weight_only.plan` and `team` are
-where a better choice goes; what they choose between 9 and 64 tokens follows from reasoning about the L2 cache alone.
+line per product with the chosen plan, the best one, the way that decodes the weight for torch's product, and their times; --out
+has all of them. `weight_only.plan`, `team` and `CROSSOVER` are where a better choice goes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Timed:
     columns: int
     bits: int
     count: int  # of tokens
-    plan: Plan
+    plan: Plan | None  # None: the weight is decoded for torch's product
     chosen: bool
     microseconds: float
 
@@ -76,15 +76,21 @@ def timed(shape: tuple[int, int], bits: int, count: int, device: torch.device) -
             yield Timed(*shape, bits, count, found, number == 0, 1e6 * seconds)
     finally:
         weight_only.plan = chosen_plan
+    seconds = bench.median([partial(weight_only.matmul_dense, x, one) for one in copies], device)
+    yield Timed(*shape, bits, count, None, False, 1e6 * seconds)
 
 
 def _always(plan: Plan, *_: object) -> Plan:
     return plan
 
 
-def described(plan: Plan) -> str:
-    """A plan in a few words."""
-    return f"{plan.tokens} tokens, {plan.splits} blocks along the columns, pieces of {plan.tiles} tiles, {plan.stages} stages"
+def described(one: Timed) -> str:
+    """A plan and its time in a few words."""
+    plan = one.plan
+    if plan is None:
+        return f"decoded {one.microseconds:.1f} us"
+    what = f"{plan.tokens} tokens, {plan.splits} blocks along the columns, pieces of {plan.tiles} tiles, {plan.stages} stages"
+    return f"{one.microseconds:.1f} us ({what})"
 
 
 def main() -> None:
@@ -92,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="4096x4096,4096x14336,14336x4096,28672x8192")
     parser.add_argument("--bits", default="4,3,2")
-    parser.add_argument("--tokens", default="1,16,64")
+    parser.add_argument("--tokens", default="1,16,64,128,256,512")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -103,10 +109,9 @@ def main() -> None:
             for count in map(int, options.tokens.split(",")):
                 found = list(timed(shape, bits, count, device))
                 every += found
-                chosen, best = found[0], min(found, key=lambda one: one.microseconds)
-                line = f"{shape[0]} x {shape[1]}, {bits} bits, {count} tokens: chosen {chosen.microseconds:.1f} us"
-                line += f" ({described(chosen.plan)}), best {best.microseconds:.1f} us ({described(best.plan)})"
-                print(line, flush=True)
+                best = min(found[:-1], key=lambda one: one.microseconds)
+                what = f"{shape[0]} x {shape[1]}, {bits} bits, {count} tokens"
+                print(f"{what}: chosen {described(found[0])}, best {described(best)}, {described(found[-1])}", flush=True)
                 if options.out is not None:
                     name = torch.cuda.get_device_name(device)
                     options.out.write_text(json.dumps({"gpu": name, "rows": [asdict(one) for one in every]}, indent=1) + "\n")

@@ -33,7 +33,10 @@ def tune() -> ModuleType:
 @pytest.fixture(scope="module")
 def compiled() -> host_cuda.Host:
     sizes = [(tokens, wide) for tokens in weight_only.TOKENS for wide in weight_only.pieces(tokens)]
-    return host_cuda.Host(*(weight_only.instance("wqmm", BF16, 4, "SYMMETRIC", False, n, tiles=wide) for n, wide in sizes))
+    decoded = weight_only.instance("dequantize", BF16, 4, "SYMMETRIC", False)
+    return host_cuda.Host(
+        decoded, *(weight_only.instance("wqmm", BF16, 4, "SYMMETRIC", False, n, tiles=wide) for n, wide in sizes)
+    )
 
 
 @pytest.fixture
@@ -70,7 +73,9 @@ def test_times_name_the_chosen_plan(tune: ModuleType, host: host_cuda.Host, monk
     assert [row.microseconds for row in rows] == pytest.approx(list(range(1, len(rows) + 1)))
     assert set(calls) == {2}
     assert weight_only.plan is plan
-    assert "pieces of 2 tiles" in tune.described(rows[0].plan)
+    assert "1.0 us (8 tokens, 1 blocks along the columns, pieces of 2 tiles" in tune.described(rows[0])
+    assert [row.plan is None for row in rows] == [False] * (len(rows) - 1) + [True]
+    assert tune.described(rows[-1]) == f"decoded {len(rows)}.0 us"
 
 
 def test_nothing_that_does_not_fit(host: host_cuda.Host) -> None:
