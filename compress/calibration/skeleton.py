@@ -335,11 +335,11 @@ class Skeleton:
         for site, weight in (weights or {}).items():
             module: Any = self.linear(site)
             turned = weight.T if type(module).__name__ == "Conv1D" else weight
-            given[f"{paths[id(module)]}.weight"] = turned.to(module.weight.dtype)
+            given[f"{paths[id(module)]}.weight"] = turned.to(module.weight)
         names = self.parameter_names()
         for name, value in (others or {}).items():
             if name in names:
-                given[names[name]] = value.to(self.model.get_parameter(names[name]).dtype)
+                given[names[name]] = value.to(self.model.get_parameter(names[name]))
         call = {"input_ids": ids.to(self.device), "use_cache": False}
         result: Tensor = torch.func.functional_call(self.model, given, (), call).logits
         return result

@@ -89,7 +89,7 @@ def matmul(x: Tensor, starts: Tensor, groups: Sequence[Group], most: int) -> Ten
         arguments += [one.table, starts, batches, 0, outputs, rows.shape[1], np.int64(rows.stride(0)), shape.tiles]
         arguments += [shape.row_blocks, -(-shape.tiles // p.tiles), p.record_bits, shape.reciprocal, p.stages, shape.entries]
         reads = [t for t in (one.codes, one.meta, one.row_scale) if t is not None]
-        _cuda.launch(kernel, (panels, 1, len(one.tiles) * batches), arguments, p.shared, x.device, reads)
+        _cuda.launch(kernel, (panels, 1, len(one.table) * batches), arguments, p.shared, x.device, reads)
     return y
 
 

@@ -23,7 +23,7 @@ def steps(method: str = "quant/gptq", match: str = "*.*", **options: Any) -> lis
 
 
 def compress(model: Path, out: Path, data: Path | None, steps: list[dict[str, Any]], **more: Any) -> Any:
-    """Run a recipe with these steps in this process and return its summary; `job`, `settings` and `listen` go to the run.
+    """Run a recipe with these steps in this process and return its summary; `job`, `settings`, `listen` and `device` go to the run.
 
     The result is loaded anew with `reload=True` only, as that takes longer than all else.
     """
@@ -32,11 +32,11 @@ def compress(model: Path, out: Path, data: Path | None, steps: list[dict[str, An
 
     settings = replace(more.pop("settings", Settings()), reload=more.pop("reload", False))
     listen = more.pop("listen", lambda *_: None)
-    job, keep_job = more.pop("job", None), more.pop("keep_job", False)
+    job, keep_job, device = more.pop("job", None), more.pop("keep_job", False), more.pop("device", "cpu")
     values = {"steps": steps, "dtype": "float32", "batch_tokens": 64, **more}
     if data is not None:
         values["data"] = {"name": str(data), **values.pop("data_options", {})}
-    plan = prepare.prepare(str(model), recipe.parse(values), "cpu")
+    plan = prepare.prepare(str(model), recipe.parse(values), device)
     ids = prepare.calibration(plan)
     expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], settings.memory, settings.offload)
     return run.run(plan, ids, out, settings, listen, expected, job, keep_job)
