@@ -23,7 +23,7 @@ def steps(method: str = "quant/gptq", match: str = "*.*", **options: Any) -> lis
 
 
 def compress(model: Path, out: Path, data: Path | None, steps: list[dict[str, Any]], **more: Any) -> Any:
-    """Run a recipe with these steps in this process and return its summary; `job`, `settings`, `listen` and `device` go to the run.
+    """Run a recipe with these steps in this process and return its summary; job, settings, listen and device go to the run.
 
     The result is loaded anew with `reload=True` only, as that takes longer than all else.
     """
