@@ -7,6 +7,7 @@ operation, operators whose implementation for CUDA was never called, parts of a 
 from __future__ import annotations
 
 import multiprocessing
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,33 @@ def test_models(
     share = (found - expected).norm(dim=1) / expected.norm(dim=1)
     # A router between two experts to the last bit may send a token elsewhere.
     assert float(share.median()) < 0.03, share
+
+
+def test_some_tests_of_a_gpu(worker: Worker) -> None:
+    """What `pytest -m cuda` will ask of a GPU is itself tried here."""
+    passes(worker, "test_experts_together or test_groups_of_different_widths or test_columns or test_the_hessian", 8)
+
+
+@pytest.mark.slow
+def test_all_tests_of_a_gpu(worker: Worker) -> None:
+    """All but graphs, streams, compilation, speed, sparse matrices of torch and the largest shapes."""
+    without = (
+        "graph",
+        "streams",
+        "compile",
+        "new_within",
+        "sum_of_all",
+        "speed",
+        "(single_weights and 200)",
+        "(any_shape and 41)",
+    )
+    passes(worker, " and ".join(f"not {one}" for one in without), 300)
+
+
+def passes(worker: Worker, which: str, least: int) -> None:
+    status, said = worker(gpu_runs.tests_of_kernels, which)
+    counted = re.search(r"(\d+) passed", said)
+    assert status == 0, said
+    assert counted is not None, said
+    assert int(counted[1]) >= least
+    assert "skipped" not in said

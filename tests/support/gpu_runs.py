@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,12 @@ def mixes_devices() -> list[str]:
             else:
                 said.append("")
     return said
+
+
+def tests_of_kernels(which: str) -> tuple[int, str]:
+    """Run some of the tests that a GPU has to pass, and return pytest's status and what it prints."""
+    file = Path(__file__).parents[1] / "kernels" / "test_cuda.py"
+    said = io.StringIO()
+    with _gpu(), contextlib.redirect_stdout(said):
+        status = pytest.main(["-q", "-m", "cuda", "-p", "no:cacheprovider", "--tb=short", str(file), "-k", which])
+    return int(status), said.getvalue()[-4000:]

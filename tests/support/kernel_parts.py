@@ -97,16 +97,17 @@ def exact(x: Tensor, decoded: Tensor) -> Tensor:
 def close(y: Tensor, x: Tensor, part: Part, rounded_weight: bool = False) -> None:
     """Compare entry by entry with the exact product of x (tokens, in) and a part.
 
-    A result is rounded once, to half a unit in its last place. Sums in float32 are off by some 2^-20 of the largest that any
-    codes could make, since codes and zero points are summed apart. `rounded_weight`: values, or entries of a table, were
-    rounded to the type of x beforehand, each by up to eps / 2.
+    A result is rounded once, to half a unit in its last place, below the normal numbers to half of the smallest number. Sums in
+    float32 are off by some 2^-20 of the largest that any codes could make, since codes and zero points are summed apart.
+    `rounded_weight`: values, or entries of a table, were rounded to the type of x beforehand, each by up to eps / 2.
     """
     decoded = part.dequantize()
     low, high = (replace(part, codes=torch.full_like(part.codes, code)) for code in (0, last_code(part)))
     expected, largest = exact(x, decoded), exact(x.abs(), low.dequantize().abs() + high.dequantize().abs())
     assert y.shape == expected.shape
     eps = torch.finfo(y.dtype).eps
-    wrong = (y.double() - expected).abs() - 0.501 * eps * expected.abs() - 2.0**-20 * largest
+    smallest = torch.finfo(y.dtype).smallest_normal * eps
+    wrong = (y.double() - expected).abs() - 0.501 * (eps * expected.abs() + smallest) - 2.0**-20 * largest
     if rounded_weight:
         wrong -= eps / 2 * exact(x.abs(), decoded.abs())
     assert bool((wrong <= 0).all()), (wrong / largest).max()
