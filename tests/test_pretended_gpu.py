@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_runs
+import pretend_cuda
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ Worker = Callable[..., Any]
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
     """Calls functions in a process of its own, one after another."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, pretend_cuda.register) as pool:
         yield lambda function, *arguments: pool.apply(function, arguments)
 
 
@@ -45,18 +46,33 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {site: source.compressed(site).dequantize() for site in source.table}
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize(
-    "recipe", ["gptq-3bit", "drift-gptq-3bit", "hqq-4bit", "nvfp4", "permute-ria-2of4", "svd-50", "sparsegpt-2of4"]
-)
+FEW = [("gptq-3bit", "mixtral"), ("drift-gptq-3bit", "llama"), ("hqq-4bit", "llama"), ("nvfp4", "llama"), ("svd-50", "mixtral")]
+FEW += [("permute-ria-2of4", "llama"), ("sparsegpt-2of4", "mixtral"), ("awq-gptq-3bit", "llama"), ("slim-3bit", "llama")]
+FEW += [("alps-2of4-4bit", "llama"), ("moe-4bit-experts-3bit", "mixtral")]
+MORE = [
+    "gptq-3bit",
+    "drift-gptq-3bit",
+    "nvfp4",
+    "permute-ria-2of4",
+    "awq-gptq-3bit",
+    "slim-3bit",
+    "alps-2of4-4bit",
+    "bitmod-3bit",
+]
+MORE += ["bitmod-3bit", "spqr-3.5bit", "awq-4bit", "wanda-50", "magnitude-50", "rtn-4bit", "bipolar-4bit"]
+
+
+@pytest.mark.parametrize(("recipe", "family"), FEW)
 def test_recipes(recipe: str, family: str, worker: Worker, folder: Path) -> None:
     """The result is that of the CPU but for what sums in another order make of it."""
     check(worker, folder, "cuda", family, recipe)
 
 
-@pytest.mark.parametrize("recipe", ["awq-gptq-3bit", "slim-3bit", "alps-2of4-4bit", "bitmod-3bit", "moe-4bit-experts-3bit"])
-def test_recipes_that_take_longer(recipe: str, worker: Worker, folder: Path) -> None:
-    check(worker, folder, "cuda", "mixtral" if recipe.startswith("moe") else "llama", recipe)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", MORE)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_more_recipes(recipe: str, family: str, worker: Worker, folder: Path) -> None:
+    check(worker, folder, "cuda", family, recipe)
 
 
 @pytest.mark.parametrize("recipe", ["signround-4bit", "gptq-2bit-tuned", "perp-60", "ast-2of4", "gqsa-w4s50"])
@@ -76,7 +92,7 @@ def check(worker: Worker, folder: Path, device: str, family: str, recipe: str) -
     there, kernels = worker(gpu_runs.compress_on, device, family, recipe, folder)
     assert not none
     assert kernels in ([], ["round_columns"])
-    assert bool(kernels) == (device == "cuda" and any(name in recipe for name in ("gptq", "slim", "moe")))
+    assert bool(kernels) == (device == "cuda" and any(name in recipe for name in ("gptq", "slim", "moe", "bipolar")))
     expected, found = weights(here), weights(there)
     assert found.keys() == expected.keys()
     shares = torch.tensor([float((found[site] - weight).norm() / weight.norm()) for site, weight in expected.items()])
@@ -111,9 +127,22 @@ def test_models(
     assert float(share.median()) < 0.03, share
 
 
+def test_benchmarks(worker: Worker, folder: Path) -> None:
+    """They measure what they say they do: every product is right, and by the kernel that its row names."""
+    rows = worker(gpu_runs.benchmarks, ["zeros", "two of four"], folder)
+    assert {name: {row["path"] for row in of} for name, of in rows.items()} == {
+        "zeros": {"weight_only"},
+        "two of four": {"masked"},
+    }
+    assert {row["stored"] for row in rows["two of four"]} == {"BF16 + 2:4", "4-bit g128 + 2:4"}
+    for row in (row for of in rows.values() for row in of):
+        assert row["how"] == "graph"
+        assert row["difference"] < 3e-3
+
+
 def test_some_tests_of_a_gpu(worker: Worker) -> None:
     """What `pytest -m cuda` will ask of a GPU is itself tried here."""
-    passes(worker, "test_experts_together or test_groups_of_different_widths or test_columns or test_the_hessian", 8)
+    passes(worker, "test_experts_together or test_the_hessian or test_columns", 5)
 
 
 @pytest.mark.slow

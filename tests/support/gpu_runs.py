@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,28 @@ def mixes_devices() -> list[str]:
             else:
                 said.append("")
     return said
+
+
+def benchmarks(names: list[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Run benchmarks of `bench/gpu.py` on a small shape; return their rows, whose times mean nothing."""
+    from typer.testing import CliRunner
+
+    from compress.cli import app
+    from compress.evaluate import bench
+
+    sys.path.insert(0, str(RECIPES.parent / "bench"))
+    found = {}
+    with _gpu(), pytest.MonkeyPatch.context() as patch:
+        import gpu
+
+        patch.setattr(bench, "rates", lambda device, dtype: (1e12, 1e14))
+        patch.setattr(bench, "_REPEATS", 1)
+        for name in names:
+            options = ["128x512" if one == "1024x1024" else one for one in gpu.benches(True)[name]]
+            made = CliRunner().invoke(app, ["bench", *options, "--device", "cuda", "-q", "-o", str(folder / "bench.json")])
+            assert made.exit_code == 0, made.output
+            found[name] = json.loads((folder / "bench.json").read_text())["rows"]
+    return found
 
 
 def tests_of_kernels(which: str) -> tuple[int, str]:

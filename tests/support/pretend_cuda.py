@@ -156,8 +156,8 @@ class Gpu(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
-def _guard() -> None:
-    """Tell torch that there are devices of the type cuda, of which nothing is asked."""
+def register() -> None:
+    """Tell torch that there are such devices, of which nothing is asked: before it computes the first gradient of a process."""
     base = Path(torch.__file__).parent
     key = hashlib.sha256((_GUARD + torch.__version__ + str(base)).encode()).hexdigest()[:24]
     path = Path(tempfile.gettempdir()) / f"compress-guard-{key}.so"
@@ -180,10 +180,30 @@ def _guard() -> None:
         torch._register_device_module(OTHER, module)
 
 
+class _Graph:
+    """What is captured has run; replays do nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
+class _Event:
+    """Between two of them a millisecond always passes."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def elapsed_time(self, other: _Event) -> float:
+        return 1.0
+
+
 @contextlib.contextmanager
 def pretended(patch: pytest.MonkeyPatch, *kernels: _cuda.Kernel, device: str = CUDA) -> Iterator[host_cuda.Host]:
     """Let torch have a device, of whose kernels some may be compiled beforehand."""
-    _guard()
+    register()
     before = _now["device"]
     _now["device"] = torch.device(device, 0)
     host = host_cuda.Host(*kernels)
@@ -207,6 +227,9 @@ def pretended(patch: pytest.MonkeyPatch, *kernels: _cuda.Kernel, device: str = C
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
         "is_current_stream_capturing": lambda: False,
+        "CUDAGraph": _Graph,
+        "graph": lambda graph: nothing(),
+        "Event": _Event,
     }.items():
         patch.setattr(torch.cuda, name, value)
 
