@@ -221,16 +221,12 @@ wqmm(const unsigned char* x, const float* x_scale, const u32* codes, const unsig
   unsigned char* ring = shared + held<ROOM>(4 * D::ENTRIES + team * stages * stage_bytes);
   const int mine = held<ROOM>(TILES * S::X + member * warp_bytes);  // where a warp's codes begin in a stage
 
-  // Where this lane copies x from, for the piece that comes next; each call goes on to the team's piece after that. Tokens that are
-  // not there stay zeros.
+  // Where this lane copies x from, for the piece that comes next; each call goes on to the team's piece after that. What stands
+  // for tokens that are not there comes to sums that nobody reads.
   using X = Activation<A>;
   constexpr int CHUNKS = X::CHUNKS, EACH = 32 * TEAM / (CHUNKS * TILES);
   const int rank = 32 * member + lane, token = rank / (CHUNKS * TILES), chunk = rank % (CHUNKS * TILES);
   const int there = tokens - first_token, rounds = there < TOKENS ? (there + EACH - 1) / EACH : TOKENS / EACH;
-  for (int i = 16 * (rounds * EACH * CHUNKS + rank); i < S::X; i += 16 * 32 * TEAM) {
-    for (int s = 0; s < stages * TILES; s++)
-      *reinterpret_cast<Words4*>(ring + s / TILES * stage_bytes + s % TILES * S::X + i) = Words4{0, 0, 0, 0};
-  }
   const u32 x_to = held<ROOM>(chunk / CHUNKS * S::X + X::place(token, chunk % CHUNKS));
   const unsigned char* x_from = held<ROOM>(x + ((first_token + token) * stride + 16 / OCTETS * chunk) * OCTETS);
   const s64 row_step = EACH * stride * OCTETS;
