@@ -1,8 +1,9 @@
 // Stands in for compress/kernels/_device.cuh, so that g++ compiles kernels and a CPU runs them, one fiber per thread.
 //
-// A fiber runs until it waits for others; those of a block take turns in an order drawn from a seed. What a GPU leaves open is made
-// as bad as it may be: copies to shared memory arrive only when they are waited for, shared memory starts as not-a-number, every
-// load and store is checked against the arrays of the launch, threads of a warp that meet in different operations are an error.
+// A fiber runs until it waits for others; those of a block take turns in an order drawn from a seed, and where it is odd a warp goes
+// on as long as it can before the next one begins. What a GPU leaves open is made as bad as it may be: copies to shared memory
+// arrive only when they are waited for, shared memory starts as not-a-number, every load and store is checked against the arrays of
+// the launch, threads of a warp that meet in different operations are an error.
 
 #include <math.h>
 #include <setjmp.h>
@@ -12,6 +13,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -133,6 +135,7 @@ static void trampoline() {
 }
 
 static u32 random_state;
+static bool ahead;  // whether warps run as far ahead of one another as barriers let them
 static u32 draw() {
   random_state ^= random_state << 13, random_state ^= random_state >> 17, random_state ^= random_state << 5;
   return random_state;
@@ -149,15 +152,18 @@ static void run_block() {
   std::vector<unsigned> order(threads);
   for (unsigned i = 0; i < threads; i++) order[i] = i;
   shuffle_order(order);
+  if (ahead) std::stable_sort(order.begin(), order.end(), [](unsigned a, unsigned b) { return a / 32 < b / 32; });
   for (Fiber& fiber : fibers) fiber.started = fiber.done = false, fiber.wait = nullptr, fiber.copies.assign(1, {});
   volatile unsigned left = threads;
   while (left) {
-    volatile bool moved = false;
+    volatile bool moved = false, again = false;
     for (volatile size_t i = 0; i < order.size(); i++) {
+      if (ahead && again && i % 32 == 0) i = i - 32;
+      if (i % 32 == 0) again = false;
       Fiber& fiber = fibers[order[i]];
       if (fiber.done || (fiber.wait && *fiber.wait == fiber.seen)) continue;
       fiber.wait = nullptr;
-      moved = true;
+      moved = again = true;
       current = order[i];
       thread_index.x = current;
       const int back = _setjmp(scheduler);
@@ -212,6 +218,7 @@ extern "C" const char* launch(void (*f)(void**), const unsigned* grid, unsigned 
   body = f;
   arguments = values;
   random_state = seed * 2654435761u + 1;
+  ahead = seed % 2 == 1 && threads % 32 == 0;
   std::vector<unsigned> order(size_t(grid[0]) * grid[1] * grid[2]);
   for (size_t i = 0; i < order.size(); i++) order[i] = unsigned(i);
   shuffle_order(order);

@@ -20,7 +20,7 @@ from tiny import tiny_checkpoint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # What a tiny model can hold.
-_MOST = {"group_size": 16, "g_max": 16, "rank": 4, "steps": 4, "iterations": 4, "epochs": 1, "target_bits": None}
+_MOST = {"group_size": 16, "g_max": 16, "rank": 4, "steps": 4, "iterations": 4, "epochs": 1}
 
 
 @contextlib.contextmanager
