@@ -3,8 +3,8 @@
     python bench/bytes.py examples/demo -o before.json                      # in a checkout of the state before
     python bench/bytes.py examples/demo -o after.json --against before.json # exit code 1 where a digest differs
 
-Digests depend on the versions of torch and on the processor, so they are compared on one machine. Each case is a process of its own,
-with one thread; `--moe MODEL` adds the cases that need a model with experts, `--only GLOB` takes some.
+Digests depend on the versions of torch and on the processor, so they are compared on one machine. Each case is a process of its
+own, with one thread; `--moe MODEL` adds the cases that need a model with experts, `--only GLOB` takes some.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,57 +29,65 @@ HELD_OUT = ROOT / "examples/demo/evaluation.jsonl"
 TIMES = ("seconds", "peak", "time", "speed", "tokens_per_second", "memory", "predicted")  # words in keys of what a clock says
 
 
-def cases(moe: str | None) -> dict[str, list[str]]:
-    """Return command lines by name; MODEL and OUT are put in later, `+` separates commands of one case."""
-    short = ["--data", str(DATA), "--samples", "8", "--length", "128"]
-    few = [*short, "--no-reload", "-q"]
-    found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        if "experts" not in path.stem:
-            found[f"recipe {path.stem}"] = ["run", path.stem, "MODEL", "-o", "OUT", *few]
-    gptq = ["run", "gptq-3bit", "MODEL", "-o", "OUT", *few]
-    found |= {
-        "inputs original": [*gptq, "--set", "inputs=original"],
-        "inputs original, cached twice": [*gptq, "--set", "inputs=original", "--cache", "OUT.cache", "+"]
-        + ["run", "spqr-3.5bit", "MODEL", "-o", "OUT.second", *few, "--set", "inputs=original", "--cache", "OUT.cache"],
-        "cached": [*gptq, "--cache", "OUT.cache", "+", *gptq[:4], "OUT.second", *few, "--cache", "OUT.cache"],
-        "watched": [*gptq, "--watch", "2"],
-        "offloaded": ["run", "drift-gptq-3bit", "MODEL", "-o", "OUT", *few, "--offload", "--watch", "2"],
-        "two ranks": ["--ranks", *gptq],
-        "two ranks, whole blocks": ["--ranks", "run", "gptq-2bit-tuned", "MODEL", "-o", "OUT", *few],
-        "two ranks, drift, original": ["--ranks", "run", "drift-gptq-3bit", "MODEL", "-o", "OUT", *few],
-        "head": [*gptq, "--set", "steps.0.match=*"],
-        "quantize --bpw": ["quantize", "MODEL", "-o", "OUT", "--bpw", "3.0", *few],
-        "quantize asymmetric": ["quantize", "MODEL", "-o", "OUT", "--bits", "4", "--asymmetric", *few],
-        "plan": ["plan", "MODEL", "--bpw", "3.0", "-o", "OUT/plan.yaml", *short, "-q", "--check"],
-        "prune owl": ["prune", "MODEL", "-o", "OUT", "--sparsity", "0.6", "--distribute", "owl", *few],
-        "prune global": ["prune", "MODEL", "-o", "OUT", "--sparsity", "0.6", "--distribute", "global", *few],
-        "prune measured": ["prune", "MODEL", "-o", "OUT", "--sparsity", "0.6", "--distribute", "measured", *few],
-        "prune and retrain": ["prune", "MODEL", "-o", "OUT", "--sparsity", "0.6", "--retrain", "perp", *few],
-        "prune 2:4 and quantize": ["prune", "MODEL", "-o", "OUT", "--pattern", "2:4", "--bits", "4", *few],
-        "retrain": [*gptq, "+", "retrain", "OUT", "-o", "OUT.second", *short, "--no-reload", "-q"],
-        "cut channels": ["cut", "MODEL", "-o", "OUT", "--channels", "0.25", *short, "-q"],
-        "cut channels uneven": ["cut", "MODEL", "-o", "OUT", "--channels", "0.25", "--uneven", *short, "-q"],
-        "cut channels mixed": ["cut", "MODEL", "-o", "OUT", "--channels", "0.25", "--score", "mixed", "--rounds", "2", *short, "-q"],
-        "cut heads": ["cut", "MODEL", "-o", "OUT", "--heads", "0.25", *short, "-q"],
-        "cut blocks": ["cut", "MODEL", "-o", "OUT", "--blocks", "1", *short, "-q"],
-        "sweep": ["sweep", "MODEL", "--method", "magnitude", "--sparsity", "0:0.8:0.4", *short, "-o", "OUT", "--json", "-q"],
-        "exports": ["run", "rtn-4bit", "MODEL", "-o", "OUT", "--no-reload", "-q"]
-        + [word for layout in ("compressed-tensors", "gptq", "awq", "gguf", "dense") for word in ("--format", layout)],
-        "eval": [*gptq, "+", "eval", "OUT", "--original", "MODEL", "--data", str(HELD_OUT), "--samples", "4", "--length", "128"]
-        + ["--no-speed", "--json"],
-        "bisect": [*gptq, "+", "bisect", "OUT", "MODEL", *short, "--json"],
-        "inspect": [*gptq, "+", "inspect", "OUT", "--json"],
-        "doctor": [*gptq, "+", "doctor", "OUT", "--json"],
-    }
-    if moe:
-        sub = {"MODEL": moe}
-        for name in ("moe-4bit-experts-3bit", "gptq-3bit", "drift-gptq-3bit", "awq-4bit", "slim-2bit", "signround-2bit", "permute-ria-2of4"):
-            found[f"experts, recipe {name}"] = ["run", name, sub["MODEL"], "-o", "OUT", *few]
-        found["experts, quantize --bpw"] = ["quantize", moe, "-o", "OUT", "--bpw", "3.0", *few]
-        found["experts, cut"] = ["cut", moe, "-o", "OUT", "--experts", "0.25", *short, "-q"]
-        found["experts, prune and retrain"] = ["prune", moe, "-o", "OUT", "--sparsity", "0.5", "--retrain", "perp", *few]
-    return found
+GPTQ = "run gptq-3bit MODEL -o OUT FEW"
+MORE = {
+    "inputs original": f"{GPTQ} --set inputs=original",
+    "inputs original, cached twice": f"{GPTQ} --set inputs=original --cache OUT.cache + "
+    "run spqr-3.5bit MODEL -o OUT.second FEW --set inputs=original --cache OUT.cache",
+    "cached": f"{GPTQ} --cache OUT.cache + run gptq-3bit MODEL -o OUT.second FEW --cache OUT.cache",
+    "watched": f"{GPTQ} --watch 2",
+    "offloaded": "run drift-gptq-3bit MODEL -o OUT FEW --offload --watch 2",
+    "two ranks": f"--ranks {GPTQ}",
+    "two ranks, whole blocks": "--ranks run gptq-2bit-tuned MODEL -o OUT FEW",
+    "two ranks, drift, original": "--ranks run drift-gptq-3bit MODEL -o OUT FEW",
+    "head": f"{GPTQ} --set steps.0.match=*",
+    "quantize --bpw": "quantize MODEL -o OUT --bpw 3.0 FEW",
+    "quantize asymmetric": "quantize MODEL -o OUT --bits 4 --asymmetric FEW",
+    "plan": "plan MODEL --bpw 3.0 -o OUT/plan.yaml SHORT -q --check",
+    "prune owl": "prune MODEL -o OUT --sparsity 0.6 --distribute owl FEW",
+    "prune global": "prune MODEL -o OUT --sparsity 0.6 --distribute global FEW",
+    "prune measured": "prune MODEL -o OUT --sparsity 0.6 --distribute measured FEW",
+    "prune and retrain": "prune MODEL -o OUT --sparsity 0.6 --retrain perp FEW",
+    "prune 2:4 and quantize": "prune MODEL -o OUT --pattern 2:4 --bits 4 FEW",
+    "retrain": f"{GPTQ} + retrain OUT -o OUT.second SHORT --no-reload -q",
+    "cut channels": "cut MODEL -o OUT --channels 0.25 SHORT -q",
+    "cut channels uneven": "cut MODEL -o OUT --channels 0.25 --uneven SHORT -q",
+    "cut channels mixed": "cut MODEL -o OUT --channels 0.25 --score mixed --rounds 2 SHORT -q",
+    "cut heads": "cut MODEL -o OUT --heads 0.25 SHORT -q",
+    "cut blocks": "cut MODEL -o OUT --blocks 1 SHORT -q",
+    "sweep": "sweep MODEL --method magnitude --sparsity 0:0.8:0.4 SHORT -o OUT --json -q",
+    "exports": "run rtn-4bit MODEL -o OUT --no-reload -q --format compressed-tensors --format gptq --format awq --format gguf "
+    "--format dense",
+    "eval": f"{GPTQ} + eval OUT --original MODEL --data {HELD_OUT} --samples 4 --length 128 --no-speed --json",
+    "bisect": f"{GPTQ} + bisect OUT MODEL SHORT --json",
+    "inspect": f"{GPTQ} + inspect OUT --json",
+    "doctor": f"{GPTQ} + doctor OUT --json",
+}
+EXPERTS = {
+    f"experts, recipe {name}": f"run {name} MOE -o OUT FEW"
+    for name in [
+        "moe-4bit-experts-3bit",
+        "gptq-3bit",
+        "drift-gptq-3bit",
+        "awq-4bit",
+        "slim-2bit",
+        "signround-2bit",
+        "permute-ria-2of4",
+    ]
+} | {
+    "experts, quantize --bpw": "quantize MOE -o OUT --bpw 3.0 FEW",
+    "experts, cut": "cut MOE -o OUT --experts 0.25 SHORT -q",
+    "experts, prune and retrain": "prune MOE -o OUT --sparsity 0.5 --retrain perp FEW",
+}
+
+
+def cases(model: str, moe: str | None) -> dict[str, str]:
+    """Return command lines by name; OUT is put in later, ` + ` separates commands of one case."""
+    short = f"--data {DATA} --samples 8 --length 128"
+    recipes = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml") if "experts" not in path.stem)
+    found = {f"recipe {name}": f"run {name} MODEL -o OUT FEW" for name in recipes} | MORE | (EXPERTS if moe else {})
+    words = {"FEW": f"{short} --no-reload -q", "SHORT": short, "MODEL": model, "MOE": moe or ""}
+    return {name: re.sub("|".join(words), lambda word: words[word[0]], text) for name, text in found.items()}
 
 
 def untimed(value: object) -> object:
@@ -109,16 +118,14 @@ def digests(folder: Path, printed: list[str]) -> dict[str, str]:
     return found
 
 
-def run(name: str, words: list[str], model: str) -> tuple[str, dict[str, str], float]:
+def run(name: str, commands: str) -> tuple[str, dict[str, str], float]:
     """Run a case in a folder of its own; what went wrong is the digest then."""
     start = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="bytes-"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
     printed, failed = [], {}
-    commands = " ".join(words).split(" + ") if "+" in words else [" ".join(words)]
-    for command in commands:
-        argv = [word.replace("OUT", str(folder / "out")) if word.startswith("OUT") else word for word in command.split(" ")]
-        argv = [model if word == "MODEL" else word for word in argv]
+    for command in commands.split(" + "):
+        argv = command.replace("OUT", str(folder / "out")).split(" ")
         start_with = [sys.executable, "-m", "compress"]
         if argv[0] == "--ranks":
             argv = argv[1:]
@@ -126,7 +133,7 @@ def run(name: str, words: list[str], model: str) -> tuple[str, dict[str, str], f
             start_with += ["--rdzv-endpoint=localhost:0", "-m", "compress"]
         if argv[0] == "plan":
             (folder / "out").mkdir()
-        done = subprocess.run([*start_with, *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run([*start_with, *argv], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         printed.append(done.stdout)
         if done.returncode != 0:
             failed = {"failed": f"exit {done.returncode}: {done.stderr.strip()[-300:]}"}
@@ -147,21 +154,26 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     before = json.loads(given.against.read_text()) if given.against else {}
-    chosen = {name: words for name, words in cases(given.moe).items() if fnmatch.fnmatch(name, given.only)}
-    model = str(Path(given.model).resolve())
+    moe = str(Path(given.moe).resolve()) if given.moe else None
+    known = cases(str(Path(given.model).resolve()), moe)
+    chosen = {name: text for name, text in known.items() if fnmatch.fnmatch(name, given.only)}
     found: dict[str, dict[str, str]] = {}
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        waiting = [pool.submit(run, name, words, model) for name, words in chosen.items()]
+        waiting = [pool.submit(run, name, text) for name, text in chosen.items()]
         for future in concurrent.futures.as_completed(waiting):
             name, digest, seconds = future.result()
             found[name] = digest
-            word = "FAILED" if "failed" in digest else "" if name not in before else "same" if before[name] == digest else "DIFFERS"
+            word = (
+                "FAILED" if "failed" in digest else "" if name not in before else "same" if before[name] == digest else "DIFFERS"
+            )
             print(f"{seconds:6.1f} s  {name:40s} {len(digest):2d} digests  {word}", flush=True)
             given.output.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     different = [name for name in found if before.get(name, found[name]) != found[name]]
     for name in different:
         old, new = before[name], found[name]
-        print(f"{name}: " + "; ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)))
+        print(
+            f"{name}: " + "; ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k))
+        )
     sys.exit(bool(different))
 
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import packed
+from compress.checkpoint import packing
 from compress.kernels import int4_cpu, torch_reference
-from compress.parts.uniform import Uniform
-from compress.weight import CompressedWeight
+from compress.weights.uniform import Uniform
+from compress.weights.weight import CompressedWeight
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 WEIGHTS = 4  # products in a row, each with a weight of its own
@@ -41,7 +41,7 @@ def ways(rows: int, columns: int, group_size: int) -> dict[str, list[Callable[[T
         codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
         scale = (torch.rand(rows, columns // group_size, generator=generator) * columns**-0.5).bfloat16()
         weight = CompressedWeight(Uniform(codes, scale, 4, group_size))
-        tensors, spec = packed.pack(weight)
+        tensors, spec = packing.pack(weight)
         prepared, dense = int4_cpu.prepare(spec, tensors), weight.dequantize().bfloat16()
         found["int4"].append(lambda x, spec=spec, prepared=prepared: int4_cpu.matmul(x, spec, prepared))  # type: ignore[misc]
         found["decode"].append(lambda x, spec=spec, tensors=tensors: torch_reference.matmul(x, spec, tensors))  # type: ignore[misc]

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.quant._grid import Grid, fit
-from compress.quant.gptq import gptq
+from compress.methods.quant.gptq import gptq
+from compress.methods.solvers.uniform_grid import Grid, fit
 
 DAMP = 0.01
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compress import container
-from compress.files import human_bytes, write_json
+from compress.checkpoint import tensor_file as container
+from compress.system.files import human_bytes, write_json
 
 VOCABULARY = 1024
 

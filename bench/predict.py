@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from memory import VOCABULARY, write_checkpoint
 
-from compress.files import duration, human_bytes
+from compress.system.files import duration, human_bytes
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 

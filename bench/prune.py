@@ -23,14 +23,17 @@ from typing import Any
 
 import torch
 
-from compress import estimate, prepare, registry, run
-from compress import recipe as recipes
-from compress.calibration.claims import vocabulary
+from compress import registry
+from compress.architecture.config import vocabulary
 from compress.calibration.data import load_ids
 from compress.evaluate.quality import compare, open_any
-from compress.files import write_json
-from compress.pipeline import Settings
-from compress.recipe_data import Data
+from compress.recipe import reading as recipe_reading
+from compress.recipe.data import Data
+from compress.run import estimate
+from compress.run import prepare as run_prepare
+from compress.run import run as run_module
+from compress.run.pipeline import Settings
+from compress.system.files import write_json
 
 Options = dict[str, Any]
 BATCH_TOKENS = 2048  # what a step of training looks at
@@ -81,12 +84,12 @@ def measure(model: Path, case: str, data: Options, training: Options | None, hel
     """Compress and measure; return the row."""
     values = recipe_of(case, data, training)
     started = time.perf_counter()
-    plan = prepare.prepare(str(model), recipes.parse(values))
-    ids = prepare.calibration(plan)
+    plan = run_prepare.prepare(str(model), recipe_reading.parse(values))
+    ids = run_prepare.calibration(plan)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], 4 << 30, False)
-        summary = run.run(plan, ids, out, Settings(), lambda *_: None, expected)
+        summary = run_module.run(plan, ids, out, Settings(), lambda *_: None, expected)
         seconds = time.perf_counter() - started
         found = compare(open_any(str(out)), plan.source, heldout, torch.float32, plan.device, lambda *_: None)
     return {
@@ -150,7 +153,7 @@ def main() -> None:
     training = None
     if arguments.retrain:
         changes = [f"options.{option}" for option in arguments.option]
-        training = recipes.change({"method": f"retrain/{arguments.retrain}"}, changes)
+        training = recipe_reading.change({"method": f"retrain/{arguments.retrain}"}, changes)
     print(f"{'case':>24} {'bits':>7} {'KL':>9} {'± seeds':>9} {'top-1':>7} {'perplexity':>10} {'before':>8} {'seconds':>8}")
     rows = []
     for case in arguments.case or CASES:

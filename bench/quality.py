@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import yaml
 
-from compress.files import write_json
+from compress.system.files import write_json
 
 PLAN = "plan-"
 Steps = dict[str, Any]

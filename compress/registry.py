@@ -11,6 +11,9 @@ from typing import Any
 
 from compress.errors import RecipeError
 
+PACKAGES = {"formats": "formats", "plan": "planning.planners", "export": "interop.layouts"} | {
+    kind: f"methods.{kind}" for kind in ("quant", "prune", "transform", "tune", "retrain")
+}
 KINDS = ("quant", "prune", "transform", "tune", "retrain", "formats", "plan", "export")
 _EXPORTS = {"formats": "FORMAT", "plan": "PLANNER", "export": "EXPORT"}  # kinds that are no methods
 _WORDS = {"formats": "format", "plan": "planner", "export": "export"}
@@ -18,7 +21,7 @@ _WORDS = {"formats": "format", "plan": "planner", "export": "export"}
 
 def names(kind: str) -> list[str]:
     """List what one kind offers, without importing it; files that start with an underscore are private."""
-    folder = Path(__file__).parent / kind
+    folder = Path(__file__).parent.joinpath(*PACKAGES[kind].split("."))
     return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
 
 
@@ -35,7 +38,7 @@ def lookup(kind: str, name: str) -> Any:
         hint = f"; did you mean {kind}/{close[0]}?" if close else ""
         choices = ", ".join(f"{kind}/{n}" for n in known) or ", ".join(methods())
         raise RecipeError(f"{kind}/{name}: no such {_WORDS.get(kind, 'method')}; known are {choices}{hint}")
-    return getattr(importlib.import_module(f"compress.{kind}.{name}"), _EXPORTS.get(kind, "METHOD"))
+    return getattr(importlib.import_module(f"compress.{PACKAGES[kind]}.{name}"), _EXPORTS.get(kind, "METHOD"))
 
 
 def method(path: str) -> Any:

@@ -21,7 +21,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def reload_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs load their result in the process of the tests, unless a test is marked `fresh_process`: that takes seconds."""
-    from compress.evaluate import reload
+    from compress.verify import fresh_process as reload
 
     @contextmanager
     def here() -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:

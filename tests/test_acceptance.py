@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from places import ROOT
 from runs import compress as run
 from runs import digests, killed_at, steps
 from written import OFFLINE, no_network
 
 from compress import cli, registry
-from compress.container import read_header
-from compress.packed import PackedSource
+from compress.checkpoint.packed_source import PackedSource
+from compress.checkpoint.tensor_file import read_header
 
 Tiny = Callable[..., Path]
-ROOT = Path(__file__).parent.parent
 KINDS = ["*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj", ["*.gate_proj", "*.w1"], ["*.up_proj", "*.w3"], ["*.down_proj", "*.w2"]]
 SMALL = {
     "group_size": 16,
@@ -164,7 +164,7 @@ def test_a_fresh_interpreter_gives_the_logits_of_the_decoded_weights(tiny: Tiny,
     """Bit for bit, of the result and of its export, which is read without compress. The decoded model is a dense checkpoint."""
     from safetensors.torch import save_file
 
-    from compress import exporting
+    from compress.interop import exporter as exporting
 
     run(tiny("llama"), tmp_path / "native", ids, steps(bits=3, group_size=16), dtype="float32")
     source = PackedSource.open_packed(tmp_path / "native")

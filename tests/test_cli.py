@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from places import ROOT
 from runs import digests, ids_file
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +30,6 @@ import compress.checkpoint
 from compress import cli, errors
 
 Tiny = Callable[..., Path]
-ROOT = Path(__file__).parent.parent
 COMMANDS = {
     command.name or command.callback.__name__: command.callback for command in cli.app.registered_commands if command.callback
 }
@@ -967,7 +967,7 @@ def test_a_bug_keeps_its_traceback(run: Run, model: Path, monkeypatch: pytest.Mo
     def broken(model: str) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("compress.inspection.contents", broken)
+    monkeypatch.setattr("compress.inspection.contents.contents", broken)
     with pytest.raises(ZeroDivisionError):
         run("inspect", model)
 

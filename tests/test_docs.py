@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import typer.main
+from places import ROOT
 from written import compress, less, python, short_demo
 
 from compress import cli
 
-ROOT = Path(__file__).parent.parent
 PAGES = ("quickstart", "choosing", "commands", "adding-a-method", "all-methods")
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 

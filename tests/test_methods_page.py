@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+
+from places import ROOT
 
 from compress import registry
 
-ROOT = Path(__file__).parent.parent
 ROWS = {
     found[1]: [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[2:-1]]
     for line in (ROOT / "docs" / "all-methods.md").read_text(encoding="utf-8").splitlines()

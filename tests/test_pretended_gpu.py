@@ -17,7 +17,7 @@ import pretend_cuda
 import pytest
 import torch
 
-from compress import packed
+from compress.checkpoint import packed_source
 
 Worker = Callable[..., Any]
 
@@ -42,7 +42,7 @@ def test_two_devices_do_not_meet(worker: Worker) -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    source = packed.PackedSource.open_packed(folder)
+    source = packed_source.PackedSource.open_packed(folder)
     return {site: source.compressed(site).dequantize() for site in source.table}
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from places import ROOT
 from written import compress, less, process, python, short_demo
 
-from compress import cli, recipe
+from compress import cli
+from compress.recipe import reading as recipe_reading
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [(match[1], match[2]) for match in re.finditer(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)]
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -74,7 +75,7 @@ def test_make_targets_exist() -> None:
 
 def test_recipes_in_the_text_are_recipes() -> None:
     for text in blocks("yaml"):
-        recipe.parse(yaml.safe_load(text))
+        recipe_reading.parse(yaml.safe_load(text))
     assert blocks("yaml")
 
 

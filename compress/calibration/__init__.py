@@ -1,0 +1,1 @@
+"""Token ids, statistics of what linears read, and their cache."""

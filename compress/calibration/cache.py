@@ -19,9 +19,9 @@ import torch
 
 from compress.calibration.observe import Tap
 from compress.calibration.statistics import Statistics, Stats
-from compress.container import load, save
+from compress.checkpoint.tensor_file import load, save
 from compress.errors import CheckpointError
-from compress.files import writing
+from compress.system.files import writing
 
 
 @dataclass

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from compress.calibration.documents import Row, first_line, local_file, rows
 from compress.errors import CalibrationError
-from compress.recipe_data import Data
+from compress.recipe.data import Data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from compress.errors import CalibrationError
-from compress.recipe_data import PRESETS, SUFFIXES, Data, Preset
+from compress.recipe.data import PRESETS, SUFFIXES, Data, Preset
 
 PIECE = 1 << 18  # bytes of a .txt that make a document
 SHUFFLE = 10_000  # rows in the shuffle buffer of a streamed dataset

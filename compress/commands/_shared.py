@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CalibrationError, RecipeError
 
 if TYPE_CHECKING:
-    from compress.packed import PackedSource
-    from compress.prepare import Plan
-    from compress.recipe import Recipe
-    from compress.recipe_data import Data
+    from compress.checkpoint.packed_source import PackedSource
+    from compress.recipe.data import Data
+    from compress.recipe.schema import Recipe
+    from compress.run.prepare import Plan
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Delivery:
     def of(cls, target: str | None, tensor_parallel: int, formats: list[str] | None) -> Delivery:
         """Check names before anything is read. Raises RecipeError."""
         if target is not None:
-            from compress import targets
+            from compress.interop import targets
 
             targets.find(target)
         elif tensor_parallel != 1:
             raise RecipeError("--tensor-parallel: says nothing without --target; add --target vllm, or leave it out")
         if formats:
-            from compress import exporting
+            from compress.interop import exporter as exporting
 
             for name in formats:
                 exporting.lookup(name)
@@ -86,8 +86,8 @@ def made_recipe(
     settings: list[str] | None,
 ) -> Recipe:
     """Make the recipe that the command line describes: a given one with changes, or one step over all linears in blocks."""
-    from compress import recipe as recipe_module
     from compress import registry
+    from compress.recipe import reading as recipe_reading
 
     if name is None:
         stages, path = method_line(method or "quant/gptq")
@@ -102,19 +102,19 @@ def made_recipe(
         if method or options:
             flag = "--method" if method else "--" + next(iter(options)).replace("_", "-")
             raise RecipeError(f"{flag}: not with --recipe; change the recipe with --set, as in --set steps.0.options.bits=3")
-        values = recipe_module.read(name)
+        values = recipe_reading.read(name)
     before = values.get("data") or {}
     if data and isinstance(before, dict):
         # A name of its own replaces the recipe's data; other settings change it.
         values["data"] = data if "name" in data else {**before, **data}
     if dtype is not None:
         values["dtype"] = dtype
-    return recipe_module.parse(recipe_module.change(values, settings or []), name or "command line")
+    return recipe_reading.parse(recipe_reading.change(values, settings or []), name or "command line")
 
 
 def watched(recipe: Recipe, windows: int | None) -> Recipe:
     """A recipe with the running check over so many windows, without it for 0; as it is for None."""
-    from compress.recipe import Watch
+    from compress.recipe.schema import Watch
 
     if windows is None:
         return recipe
@@ -127,7 +127,7 @@ def watched(recipe: Recipe, windows: int | None) -> Recipe:
 
 
 def parse_room(memory: str) -> int:
-    from compress.recipe import parse_size
+    from compress.recipe.schema import parse_size
 
     try:
         return parse_size(memory)
@@ -163,19 +163,21 @@ def run_recipe(model: str, output: Path, recipe: Recipe, how: Running) -> None:
     """Run a recipe, or say what it would do; measure and export the result where that is asked for. Raises CompressError."""
     import torch
 
-    from compress import distributed, estimate, prepare
-    from compress import run as runs
-    from compress.evaluate import quality as evaluation
-    from compress.pipeline import Settings as RunSettings
-    from compress.recipe import parse_data
+    from compress.evaluate import quality
+    from compress.recipe.reading import parse_data
+    from compress.run import estimate
+    from compress.run import prepare as run_prepare
+    from compress.run import run as run_module
+    from compress.run.pipeline import Settings as RunSettings
     from compress.screen.checkpoints import show_exports
     from compress.screen.plans import describe_plan, show_plan
     from compress.screen.results import plain_summary, show_summary
+    from compress.system import distributed
 
     room, delivery = parse_room(how.memory), how.delivery
-    plan = prepare.prepare(model, recipe, how.device, how.revision, headers=how.dry_run)
+    plan = run_prepare.prepare(model, recipe, how.device, how.revision, headers=how.dry_run)
     findings = check_plan(plan, delivery, output)
-    ids = torch.empty(prepare.calibration_shape(plan), device="meta") if how.dry_run else prepare.calibration(plan)
+    ids = torch.empty(run_prepare.calibration_shape(plan), device="meta") if how.dry_run else run_prepare.calibration(plan)
     measured = None if how.evaluate is None else parse_data({"name": how.evaluate})
     if measured is not None and not plan.source.remote:
         _check_text(measured, plan)
@@ -189,13 +191,13 @@ def run_recipe(model: str, output: Path, recipe: Recipe, how: Running) -> None:
     leader = distributed.leads()
     with progress(how.silent or not leader, expected.seconds) as listen:
         settings = RunSettings(offload=how.offload, memory=room, reload=not how.no_reload, cache=how.cache)
-        summary = runs.run(plan, ids, output, settings, listen, expected, how.job, how.keep_job)
+        summary = run_module.run(plan, ids, output, settings, listen, expected, how.job, how.keep_job)
     result = None
     if measured is not None and leader:
         with progress(how.silent) as listen:
-            result = evaluation.evaluate(str(output), str(plan.source.folder), measured, how.device, "float32", True, listen)
+            result = quality.evaluate(str(output), str(plan.source.folder), measured, how.device, "float32", True, listen)
         result = replace(result, original=plan.source.name)
-        evaluation.save(output, result)
+        quality.save(output, result)
     distributed.stop()
     if leader:
         with progress(how.silent or not delivery.formats) as listen:
@@ -211,7 +213,7 @@ def run_recipe(model: str, output: Path, recipe: Recipe, how: Running) -> None:
 
 def _check_text(data: Data, plan: Plan) -> None:
     """Read the text of --evaluate before a long run, not after it. Raises CalibrationError."""
-    from compress.calibration.claims import context_length, vocabulary
+    from compress.architecture.config import context_length, vocabulary
     from compress.calibration.data import load_ids
 
     try:
@@ -223,9 +225,11 @@ def _check_text(data: Data, plan: Plan) -> None:
 
 def check_plan(plan: Plan, delivery: Delivery, output: Path) -> dict[str, Any]:
     """Lint what is planned for whom it is for, before anything is computed; return what is worth a word. Raises RecipeError."""
-    from compress import distributed, exporting, targets
-    from compress.calibration.claims import settings
+    from compress.architecture.config import settings
+    from compress.interop import exporter as exporting
+    from compress.interop import targets
     from compress.screen.checkpoints import show_findings
+    from compress.system import distributed
 
     if delivery.target is None and not delivery.formats:
         return {}
@@ -250,7 +254,7 @@ def check_plan(plan: Plan, delivery: Delivery, output: Path) -> dict[str, Any]:
 
 def check_source(source: PackedSource, target: str, tensor_parallel: int, formats: list[str], said: Sequence[str] = ()) -> None:
     """Lint a compressed checkpoint for a runtime; print what was not `said` before. Raises RecipeError with what it refuses."""
-    from compress import targets
+    from compress.interop import targets
     from compress.screen.checkpoints import show_findings
 
     found = targets.lint(target, targets.of_checkpoint(source), tensor_parallel, formats)
@@ -262,7 +266,7 @@ def export_to(
     model: str, places: dict[str, Path], target: str | None, tensor_parallel: int, listen: Any, said: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Write a compressed checkpoint in some layouts, each to its place. All are checked before the first is written."""
-    from compress import exporting
+    from compress.interop import exporter as exporting
 
     if not places:
         return []

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
+from compress.commands._options import Device, Json, Quiet
 from compress.commands._shared import progress
 from compress.errors import RecipeError
-from compress.options import Device, Json, Quiet
 
 
 def bench_command(
@@ -41,9 +41,9 @@ def bench_command(
     Against a dense weight and against what the machine can do; of a model also tokens per second, against its original.
     """
     from compress.evaluate import bench as benchmark
-    from compress.files import write_json
-    from compress.prepare import DTYPES, pick_device
     from compress.screen.results import show_bench
+    from compress.system.device import DTYPES, pick_device
+    from compress.system.files import write_json
 
     if (model is None) == (shapes is None):
         raise RecipeError("compress bench: expected a model, or --shapes OUTxIN")

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from compress.commands._options import Device, Json, Length, Quiet, Samples, Seed
 from compress.commands._shared import data_values, progress
 from compress.errors import RecipeError
-from compress.options import Device, Json, Length, Quiet, Samples, Seed
 
 
 def bisect(
@@ -34,9 +34,9 @@ def bisect(
     Halves of the compressed weights are made dense again, one evaluation of the divergence each, some 2 log2 of their number.
     """
     from compress.evaluate.bisect import bisect as search
-    from compress.prepare import DTYPES
-    from compress.recipe import parse_data
+    from compress.recipe.reading import parse_data
     from compress.screen.results import show_bisection
+    from compress.system.device import DTYPES
 
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from compress.options import Json
+from compress.commands._options import Json
 
 
 def compare(
@@ -22,7 +22,8 @@ def compare(
 
     compress compare A B C -o page.html
     """
-    from compress import card, front
+    from compress.report import card
+    from compress.report import comparison as front
     from compress.screen.results import show_comparison
 
     found = front.entries(checkpoints)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from compress.commands._options import DataName, Device, Json, Length, Model, NoReload, Output, Quiet, Revision, Samples, Seed
 from compress.commands._shared import data_values, progress
 from compress.errors import RecipeError
-from compress.options import DataName, Device, Json, Length, Model, NoReload, Output, Quiet, Revision, Samples, Seed
 
 
 def cut(
@@ -46,11 +46,11 @@ def cut(
     """
     from typing import Any, cast, get_args
 
-    from compress import cutting
-    from compress.importance import Score
-    from compress.recipe import parse_data
+    from compress.recipe.reading import parse_data
     from compress.screen.checkpoints import show_cut
-    from compress.smaller import Wish
+    from compress.structured_pruning import cut as cutting
+    from compress.structured_pruning.importance import Score
+    from compress.structured_pruning.sizes import Wish
 
     if score not in get_args(Score):
         raise RecipeError(f"--score {score}: expected one of {', '.join(get_args(Score))}")

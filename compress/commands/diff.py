@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from compress.commands._options import Json, Quiet
 from compress.commands._shared import progress
-from compress.options import Json, Quiet
 
 
 def diff(
@@ -22,7 +22,7 @@ def diff(
     Missing weights, shapes, how they are stored, the largest and the relative difference of values, and the share of codes that
     differ. Ends with 0 where all values are the same, however they are stored, and with 9 where they are not.
     """
-    from compress.difference import difference
+    from compress.inspection.diff import difference
     from compress.screen.checkpoints import show_difference
 
     with progress(quiet or json_) as listen:

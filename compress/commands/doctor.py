@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from compress.commands._options import Json, Quiet, Target, TensorParallel
 from compress.commands._shared import progress
-from compress.options import Json, Quiet, Target, TensorParallel
 
 
 def doctor(
@@ -27,7 +27,7 @@ def doctor(
     Files and index, checksums, the config against the tensors, NaN, the tokenizer, and which runtimes would load it. Ends with 0
     where nothing is wrong, and with 9 where something is.
     """
-    from compress.diagnosis import diagnose
+    from compress.inspection.doctor import diagnose
     from compress.screen.checkpoints import show_diagnosis
 
     with progress(quiet or json_) as listen:

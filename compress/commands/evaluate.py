@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from compress.commands._options import Device, Json, Length, Model, Quiet, Samples, Seed
 from compress.commands._shared import data_values, progress
 from compress.errors import RecipeError
-from compress.options import Device, Json, Length, Model, Quiet, Samples, Seed
 
 
 def evaluate_command(
@@ -36,16 +36,16 @@ def evaluate_command(
 
     Perplexity, and against the original KL divergence and top-1 agreement; tokens per second of generation.
     """
-    from compress.evaluate import quality as evaluation
-    from compress.prepare import DTYPES
-    from compress.recipe import parse_data
+    from compress.evaluate import quality
+    from compress.recipe.reading import parse_data
     from compress.screen.results import show_quality
+    from compress.system.device import DTYPES
 
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     values = data_values(data, samples, length, seed, None)
     with progress(quiet or json_) as listen:
-        result = evaluation.evaluate(model, original, parse_data(values), device, dtype, speed, listen, tasks or [], limit)
+        result = quality.evaluate(model, original, parse_data(values), device, dtype, speed, listen, tasks or [], limit)
     if save:
-        evaluation.save(Path(model), result)
+        quality.save(Path(model), result)
     print(json.dumps(result.plain(), indent=2)) if json_ else show_quality(result)

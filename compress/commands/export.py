@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from compress.commands._options import Formats, Json, Model, Output, Quiet, Target, TensorParallel
 from compress.commands._shared import Delivery, export_to, progress
 from compress.errors import RecipeError
-from compress.options import Formats, Json, Model, Output, Quiet, Target, TensorParallel
 
 
 def export(
@@ -59,6 +59,6 @@ def convert(
 
 
 def _formats() -> list[str]:
-    from compress.exporting import formats
+    from compress.interop.exporter import formats
 
     return formats()

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
+from compress.commands._options import Device, Json, Model, Quiet
 from compress.commands._shared import progress
-from compress.options import Device, Json, Model, Quiet
 
 
 def inspect(model: Model, json_: Json = False) -> None:
     """Show what a checkpoint holds."""
-    from compress.inspection import contents
+    from compress.inspection.contents import contents
     from compress.screen.checkpoints import show_contents
 
     found = contents(model)
@@ -26,8 +26,8 @@ def verify(model: Model, device: Device = "cpu", json_: Json = False, quiet: Qui
 
     Checksums, every tensor decoded, one batch against the result that was recorded when it was written.
     """
-    from compress.evaluate.verify import verify as check
     from compress.screen.checkpoints import show_verified
+    from compress.verify.verify import verify as check
 
     with progress(quiet or json_) as listen:
         found = check(Path(model), device, listen)
@@ -44,11 +44,11 @@ def methods(json_: Json = False) -> None:
 
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None, json_: Json = False) -> None:
     """List the shipped recipes, or print one."""
-    from compress import recipe as recipe_module
+    from compress.recipe import reading as recipe_reading
 
     if name is not None:
-        values = recipe_module.read(name)
-        print(json.dumps(values, indent=2)) if json_ else print(recipe_module.locate(name).read_text(encoding="utf-8"), end="")
+        values = recipe_reading.read(name)
+        print(json.dumps(values, indent=2)) if json_ else print(recipe_reading.locate(name).read_text(encoding="utf-8"), end="")
         return
-    found = {preset: recipe_module.read(preset).get("description", "") for preset in recipe_module.presets()}
+    found = {preset: recipe_reading.read(preset).get("description", "") for preset in recipe_reading.presets()}
     print(json.dumps(found, indent=2)) if json_ else [print(f"{preset:20} {text}") for preset, text in found.items()]

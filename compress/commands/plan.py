@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from compress.commands._shared import data_values, method_lines, parse_room, progress
-from compress.options import (
+from compress.commands._options import (
     Bpw,
     ChatTemplate,
     DataName,
@@ -26,6 +25,7 @@ from compress.options import (
     Seed,
     Size,
 )
+from compress.commands._shared import data_values, method_lines, parse_room, progress
 
 
 def plan_command(
@@ -68,14 +68,16 @@ def plan_command(
 
     compress plan MODEL --bpw 3.0 -o recipe.yaml --data text.jsonl
     """
-    from compress import planning, plots
+    from compress.planning import planner as planning
+    from compress.planning import plots
+    from compress.planning.budget import Budget
     from compress.screen.plans import show_outlook, show_planned
 
-    budget = planning.Budget.of(bpw, size, max_kl)
+    budget = Budget.of(bpw, size, max_kl)
     values = data_values(data, samples, length, seed, chat_template)
     transforms, methods = method_lines(method, candidates)
     if dry_run:
-        from compress.outlook import outlook
+        from compress.planning.feasibility import outlook
 
         room, given = parse_room(memory), (methods, candidates or [], transforms)
         seen = outlook(model, values, budget, dtype, device, revision, *given, room)

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.commands._shared import Delivery, Running, data_values, method_line, parse_room, progress, run_recipe, watched
-from compress.errors import RecipeError
-from compress.options import (
+from compress.commands._options import (
     CacheFolder,
     ChatTemplate,
     DataName,
@@ -33,9 +31,11 @@ from compress.options import (
     Settings,
     Watch,
 )
+from compress.commands._shared import Delivery, Running, data_values, method_line, parse_room, progress, run_recipe, watched
+from compress.errors import RecipeError
 
 if TYPE_CHECKING:
-    from compress.recipe import Recipe
+    from compress.recipe.schema import Recipe
 
 STEP_TOKENS = 2048  # that pass through a block at a time where it is trained: as many steps as the text has pieces of this size
 _DISTRIBUTIONS = ("uniform", "global", "owl", "measured")
@@ -165,8 +165,8 @@ def _recipe(
     silent: bool,
 ) -> Recipe:
     """Make the recipe that the command line describes, with a sparsity of its own for every weight where that is asked for."""
-    from compress import recipe as recipes
     from compress import registry
+    from compress.recipe import reading as recipe_reading
 
     build = registry.method(path)
     if not path.startswith("prune/"):
@@ -177,12 +177,12 @@ def _recipe(
     if unknown := [key for key in options if key not in build.model_fields]:
         raise RecipeError(f"--{unknown[0]}: {path} has no such option; it has {', '.join(build.model_fields)}")
     if distribute == "uniform":
-        return recipes.parse(recipes.change(uniform, settings or []), "command line")
+        return recipe_reading.parse(recipe_reading.change(uniform, settings or []), "command line")
     if "pattern" in options:
         raise RecipeError(f"--distribute {distribute}: a pattern has one sparsity; leave one of the two out")
     share = options.pop("sparsity", 0.5)
-    from compress import shares
+    from compress.planning import sparsity_steps as shares
 
     with progress(silent) as listen:
         steps = shares.steps(model, uniform, distribute, share, folder, device, revision, parse_room(memory), listen)
-    return recipes.parse(recipes.change({**values, "steps": steps}, settings or []), "command line")
+    return recipe_reading.parse(recipe_reading.change({**values, "steps": steps}, settings or []), "command line")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from compress.options import Json
+from compress.commands._options import Json
 
 
 def push(
@@ -24,7 +24,7 @@ def push(
     Checksums are compared first, and files that name paths of this machine are refused. Repeating the command goes on where it
     was interrupted.
     """
-    from compress.push import push as publish
+    from compress.interop.hub import push as publish
     from compress.screen.checkpoints import show_push
 
     found = publish(folder, repository, private, dry_run, message)

@@ -7,19 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.commands._shared import (
-    Delivery,
-    Running,
-    data_values,
-    made_recipe,
-    method_lines,
-    parse_room,
-    progress,
-    run_recipe,
-    watched,
-)
-from compress.errors import RecipeError
-from compress.options import (
+from compress.commands._options import (
     Bpw,
     CacheFolder,
     ChatTemplate,
@@ -49,10 +37,22 @@ from compress.options import (
     TensorParallel,
     Watch,
 )
+from compress.commands._shared import (
+    Delivery,
+    Running,
+    data_values,
+    made_recipe,
+    method_lines,
+    parse_room,
+    progress,
+    run_recipe,
+    watched,
+)
+from compress.errors import RecipeError
 
 if TYPE_CHECKING:
-    from compress.planning import Budget
-    from compress.recipe import Recipe
+    from compress.planning.budget import Budget
+    from compress.recipe.schema import Recipe
 
 
 def quantize(
@@ -104,12 +104,12 @@ def quantize(
     given = {key: value for key, value in options.items() if value is not None}
     values = data_values(data, samples, length, seed, chat_template)
     if any(budget is not None for budget in (bpw, size, max_kl)):
-        from compress import planning
+        from compress.planning import budget as plan_budget
 
         if given or recipe is not None:
             flag = "--recipe" if recipe is not None else "--" + next(iter(given)).replace("_", "-")
             raise RecipeError(f"{flag}: not with a budget, which chooses the recipe; leave one of them out")
-        budget = planning.Budget.of(bpw, size, max_kl)
+        budget = plan_budget.Budget.of(bpw, size, max_kl)
         siblings = target in ("vllm", "sglang")  # they load q, k, v, and gate, up, as one matrix
         silent = quiet or json_
         made = _planned(model, values, budget, output.parent, method, settings, device, dtype, memory, revision, silent, siblings)
@@ -172,17 +172,17 @@ def _planned(
     uniform_siblings: bool,
 ) -> Recipe:
     """Plan for `quantize`; settings change the recipe that was planned."""
-    from compress import planning
-    from compress import recipe as recipe_module
+    from compress.planning import planner
+    from compress.recipe import reading as recipe_reading
     from compress.screen.plans import show_planned
 
     transforms, methods = method_lines([method] if method else None)
     with progress(silent) as listen:
-        made = planning.command(
+        made = planner.command(
             model, data, budget, folder, listen, dtype, device, revision, parse_room(memory), methods=methods,
             siblings=uniform_siblings, transforms=transforms,
         )  # fmt: skip
     if not silent:
         show_planned(made.planned.plain())
     values = made.recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    return recipe_module.parse(recipe_module.change(values, settings or []), "plan")
+    return recipe_reading.parse(recipe_reading.change(values, settings or []), "plan")

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from compress.commands._options import Device, Dtype, Formats, Json, Model, Quiet, Revision, Settings
 from compress.commands._shared import made_recipe, progress
-from compress.options import Device, Dtype, Formats, Json, Model, Quiet, Revision, Settings
 
 
 def rehearse(
@@ -32,7 +32,7 @@ def rehearse(
     with --format exports. Of a Hub id only
     config and headers are fetched. Exit code 2 where something would fail.
     """
-    from compress.rehearsal import rehearse as run
+    from compress.run.rehearsal import rehearse as run
     from compress.screen.plans import show_rehearsal
 
     made = made_recipe(recipe, None, {}, {}, dtype, settings)

@@ -8,9 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.commands._shared import data_values, progress
-from compress.errors import RecipeError
-from compress.options import (
+from compress.commands._options import (
     DataName,
     Device,
     JobFolder,
@@ -24,6 +22,8 @@ from compress.options import (
     Samples,
     Seed,
 )
+from compress.commands._shared import data_values, progress
+from compress.errors import RecipeError
 
 
 def retrain(
@@ -55,18 +55,18 @@ def retrain(
 
     Both models are in memory as a whole. It goes on after an interruption; what was pruned stays pruned.
     """
-    from compress import prepare
-    from compress import recipe as recipe_module
-    from compress import run as runs
+    from compress.checkpoint.packed_source import PackedSource
     from compress.evaluate.quality import base_of
-    from compress.packed import PackedSource
+    from compress.recipe import reading as recipe_reading
+    from compress.run import prepare as run_prepare
+    from compress.run import run as run_module
     from compress.screen.results import plain_summary, show_summary
 
     start = PackedSource.open_packed(Path(model))
     base = original or base_of(model)
     if base is None:
         raise RecipeError("--original: missing, and the model that OUT names is not on this machine; give its folder or Hub id")
-    given: dict[str, Any] = recipe_module.change({}, [f"options.{option}" for option in options or []])
+    given: dict[str, Any] = recipe_reading.change({}, [f"options.{option}" for option in options or []])
     stage = {
         "method": method if "/" in method else f"retrain/{method}",
         "steps": steps,
@@ -75,16 +75,16 @@ def retrain(
         "labels": labels,
         **given,
     }
-    values = recipe_module.read(str(start.folder / "recipe.yaml"))
+    values = recipe_reading.read(str(start.folder / "recipe.yaml"))
     text = data_values(data, samples, length, seed, None)
     if "name" in text:
         stage["data"] = text
     elif text or not values.get("data"):
         raise RecipeError("--data: missing; give the text to train on: a file, a preset or a dataset's name")
     values["retraining"] = [*(values.get("retraining") or []), stage]
-    plan = prepare.prepare(base, recipe_module.parse(values, str(start.folder)), device)
+    plan = run_prepare.prepare(base, recipe_reading.parse(values, str(start.folder)), device)
     last = plan.recipe.retraining[-1]
-    ids = prepare.calibration(plan, last.data) if last.data is not None else prepare.calibration(plan)
+    ids = run_prepare.calibration(plan, last.data) if last.data is not None else run_prepare.calibration(plan)
     with progress(quiet or json_) as listen:
-        summary = runs.retrain(plan, ids, start, output, listen, job, keep_job, not no_reload)
+        summary = run_module.retrain(plan, ids, start, output, listen, job, keep_job, not no_reload)
     print(json.dumps(plain_summary(summary, None), indent=2)) if json_ else show_summary(summary, None)

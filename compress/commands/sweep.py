@@ -8,9 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
+from compress.commands._options import (
+    ChatTemplate,
+    DataName,
+    Device,
+    Dtype,
+    Json,
+    Length,
+    Memory,
+    Model,
+    Quiet,
+    Revision,
+    Samples,
+    Seed,
+)
 from compress.commands._shared import data_values, parse_room, progress
 from compress.errors import RecipeError
-from compress.options import ChatTemplate, DataName, Device, Dtype, Json, Length, Memory, Model, Quiet, Revision, Samples, Seed
 
 
 def sweep_command(
@@ -46,23 +59,24 @@ def sweep_command(
     Bits of a quantizer, kept in a file with a plot beside it:
     compress sweep MODEL --method gptq --bits 2:8:1 --data text.jsonl -o curve.json
     """
-    from compress import planning, plots, prepare
-    from compress import sweep as sweeps
-    from compress.calibration.claims import context_length, vocabulary
+    from compress.architecture.config import context_length, vocabulary
     from compress.calibration.data import load_ids
-    from compress.files import write_json
-    from compress.recipe import parse_data
+    from compress.planning import planner, plots
+    from compress.planning import sweep as sweeps
+    from compress.planning.sensitivity import sites_of, split
+    from compress.recipe.reading import parse_data
+    from compress.run import prepare as run_prepare
     from compress.screen.results import show_curve
-    from compress.sensitivity import sites_of, split
+    from compress.system.files import write_json
 
     option, values, fixed = _settings(sparsity, bits, pattern, settings or [])
     methods = sweeps.variants(_path(method), option, values, fixed)
-    plan = planning.prepared(model, data_values(data, samples, length, seed, chat_template), dtype, device, revision)
+    plan = planner.prepared(model, data_values(data, samples, length, seed, chat_template), dtype, device, revision)
     for one in methods:
         for site in sites_of(plan):
             if problem := one.build.check(site.shape):
                 raise RecipeError(f"{one.label}: {site.name}: {problem}")
-    ids = prepare.calibration(plan)
+    ids = run_prepare.calibration(plan)
     fit, probes = split(ids)
     if evaluate is not None:
         text, source = parse_data({"name": evaluate}), plan.source
@@ -92,8 +106,8 @@ def _settings(
     sparsity: str | None, bits: str | None, pattern: str | None, more: list[str]
 ) -> tuple[str, list[float | str], dict[str, Any]]:
     """What is swept, its values, and options that stay. Raises RecipeError."""
-    from compress import recipe as recipes
-    from compress.sweep import settings
+    from compress.planning.sweep import settings
+    from compress.recipe import reading as recipe_reading
 
     given: dict[str, list[float | str]] = {}
     if sparsity is not None:
@@ -107,5 +121,5 @@ def _settings(
         what = " and ".join(f"--{name}" for name in many) if many else "nothing"
         raise RecipeError(f"{what} to sweep: give several values of one of --sparsity, --bits and --pattern, as --bits 2:8:1")
     fixed: dict[str, Any] = {name: values[0] for name, values in given.items() if name != many[0]}
-    changed: dict[str, Any] = recipes.change({"options": fixed}, [f"options.{setting}" for setting in more])["options"]
+    changed: dict[str, Any] = recipe_reading.change({"options": fixed}, [f"options.{setting}" for setting in more])["options"]
     return many[0], given[many[0]], changed

@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import packed
+from compress.checkpoint import packed_source, packing
 from compress.errors import KernelError, RecipeError
 from compress.evaluate.quality import base_of
 from compress.evaluate.speed import tokens_per_second
-from compress.foreign import open_any
+from compress.interop.foreign import open_any
 from compress.kernels import bit_serial, int8, weight_only
-from compress.parts.dense import Dense
-from compress.parts.mask import Bitmask, Pattern
-from compress.parts.uniform import Uniform
 from compress.runtime.linear import CompressedLinear, round_activations
-from compress.weight import CompressedWeight
+from compress.weights.dense import Dense
+from compress.weights.mask import Bitmask, Pattern
+from compress.weights.uniform import Uniform
+from compress.weights.weight import CompressedWeight
 
 TOKENS = (1, 4, 16, 64, 256)
 _REPEATS, _LEAST = 21, 0.05  # calls or replays of a measurement, and seconds
@@ -184,7 +184,7 @@ def measure(
     """Time products of rows of x with one weight: through `CompressedLinear` as a model does, and of integers."""
     linear = CompressedLinear.of(weight)
     (rows, columns), nbytes = weight.shape, weight.stored_bits // 8
-    decoded, stored = weight.dequantize(), packed.short(linear.spec)
+    decoded, stored = weight.dequantize(), packing.short(linear.spec)
     count_copies = copies_of(nbytes, device)
     dense = [decoded.to(device, dtype, copy=True) for _ in range(copies_of(rows * columns * dtype.itemsize, device))]
     exact = decoded.to(device, torch.float64)
@@ -308,11 +308,11 @@ def weight_of(base: Dense | Uniform, pattern: str | None, sparsity: float | None
 def of_model(folder: str) -> list[CompressedWeight]:
     """One weight of each shape and kind in a compressed checkpoint. Raises CheckpointError."""
     source = open_any(folder)
-    if not isinstance(source, packed.PackedSource):
+    if not isinstance(source, packed_source.PackedSource):
         raise RecipeError(f"{folder}: not compressed; give a checkpoint that compress wrote, or --shapes OUTxIN")
     first: dict[str, str] = {}
     for site, spec in source.table.items():
-        first.setdefault(f"{spec['shape']} {packed.short(spec)}", site)
+        first.setdefault(f"{spec['shape']} {packing.short(spec)}", site)
     return [source.compressed(site) for site in first.values()]
 
 

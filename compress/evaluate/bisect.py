@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.calibration.claims import claim, context_length, find, vocabulary
+from compress.architecture.config import context_length, vocabulary
+from compress.architecture.family import Site
+from compress.architecture.inventory import claim
 from compress.calibration.data import load_ids
-from compress.calibration.families import Site
-from compress.checkpoint import Source
+from compress.checkpoint.packed_source import PackedSource
+from compress.checkpoint.source import Source
 from compress.errors import CheckpointError
 from compress.evaluate.quality import Stream
-from compress.evaluate.verify import recorded_ids
-from compress.foreign import open_any
-from compress.packed import PackedSource
-from compress.prepare import DTYPES, pick_device
-from compress.recipe_data import Data
+from compress.interop.foreign import open_any
+from compress.model.detect import find
+from compress.recipe.data import Data
+from compress.system.device import DTYPES, pick_device
+from compress.verify.verify import recorded_ids
 
 Listen = Callable[[int, int, str, float], None]
 

@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.calibration.claims import context_length, vocabulary
+from compress.architecture.config import context_length, vocabulary
+from compress.blockwise.forward import open_skeleton
+from compress.blockwise.hidden_states import Hidden
 from compress.calibration.data import fingerprint, load_ids
-from compress.calibration.hidden import Hidden
 from compress.calibration.observe import batches
-from compress.calibration.skeleton import Skeleton
-from compress.checkpoint import Source
+from compress.checkpoint.source import Source
 from compress.errors import CheckpointError, OutputError
 from compress.evaluate import tasks
 from compress.evaluate.intervals import Interval, interval, resampled_means
 from compress.evaluate.speed import tokens_per_second
-from compress.evaluate.streamed import open_skeleton
-from compress.files import write_json
-from compress.foreign import open_any
-from compress.prepare import DTYPES, pick_device
-from compress.published import LOCAL, cleaned, data_name
-from compress.recipe_data import Data
+from compress.interop.foreign import open_any
+from compress.model.streamed import Skeleton
+from compress.recipe.data import Data
+from compress.report.redaction import LOCAL, cleaned, data_name
+from compress.system.device import DTYPES, pick_device
+from compress.system.files import write_json
 
 FILE = "evaluation.json"
 Listen = Callable[[int, int, str, float], None]
@@ -70,11 +70,6 @@ class Quality:
     def plain(self) -> dict[str, Any]:
         """The result as JSON values."""
         return asdict(self)
-
-
-def stored_bytes(source: Source) -> int:
-    """Bytes of all tensors as they are on disk."""
-    return source.stored_nbytes
 
 
 def base_of(model: str) -> str | None:
@@ -215,8 +210,8 @@ def evaluate(
         windows=ids.shape[0],
         length=ids.shape[1],
         ids_sha256=fingerprint(ids),
-        bytes=stored_bytes(source),
-        bytes_before=None if before is None else stored_bytes(before),
+        bytes=source.stored_nbytes,
+        bytes_before=None if before is None else before.stored_nbytes,
         dtype=dtype,
         device=where.type,
         **values,
@@ -225,7 +220,7 @@ def evaluate(
 
 def save(folder: Path, result: Quality) -> None:
     """Put a result into a compressed checkpoint: beside the weights, into its report and its model card. Raises OutputError."""
-    from compress import card
+    from compress.report import card
 
     if not (folder / "summary.json").is_file():
         raise OutputError(f"{folder}: not a checkpoint that compress wrote; a result can only be saved into one")

@@ -1,0 +1,1 @@
+"""One codec per kind of part: part <-> named tensors."""

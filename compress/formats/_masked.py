@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.parts.kept import TILE, Stream, same_in_rows, tiles
+from compress.weights.kept_values import TILE, Stream, same_in_rows, tiles
 
 KEYS = ("kept", "fields")
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import _bits
-from compress.parts.mask import Bitmask
+from compress.weights import bit_stream as _bits
+from compress.weights.mask import Bitmask
 
 _KEYS = ("format", "size")
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import _bits, _masked
-from compress.parts.kept import Stream, kept_groups, stored_groups
-from compress.parts.stream import WORD
-from compress.parts.uniform import Uniform
+from compress.formats import _masked
+from compress.weights import bit_stream as _bits
+from compress.weights.bit_stream import WORD
+from compress.weights.kept_values import Stream, kept_groups, stored_groups
+from compress.weights.uniform import Uniform
 
 _GROUP_DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 _GROUP_NAMES = {dtype: name for name, dtype in _GROUP_DTYPES.items()}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats import _masked
-from compress.parts.dense import DENSE_DTYPES, Dense
-from compress.parts.kept import Stream
+from compress.weights.dense import DENSE_DTYPES, Dense
+from compress.weights.kept_values import Stream
 
 _NAMES = {dtype: name for name, dtype in DENSE_DTYPES.items()}
 _KEYS = ("format", "dtype", *_masked.KEYS)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.parts.dense import DENSE_DTYPES
-from compress.parts.low_rank import LowRank
+from compress.weights.dense import DENSE_DTYPES
+from compress.weights.low_rank import LowRank
 
 _NAMES = {dtype: name for name, dtype in DENSE_DTYPES.items()}
 _KEYS = ("format", "dtype", "rank")

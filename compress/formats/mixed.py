@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import _bits
-from compress.parts.mixed import WIDTH_BITS, WIDTHS, Mixed, group_bits, group_dtype
+from compress.weights import bit_stream as _bits
+from compress.weights.mixed import WIDTH_BITS, WIDTHS, Mixed, group_bits, group_dtype
 
 _KEYS = ("format", "group_size", "groups", "zero", "scattered")
 

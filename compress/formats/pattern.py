@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import _bits
-from compress.parts.mask import Pattern, choice_bits
+from compress.weights import bit_stream as _bits
+from compress.weights.mask import Pattern, choice_bits
 
 _KEYS = ("format", "kept", "of")
 

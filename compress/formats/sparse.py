@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.parts.sparse import Sparse, column_dtype
+from compress.weights.sparse import Sparse, column_dtype
 
 _KEYS = ("format", "nnz")
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import _bits
-from compress.parts.table import DATATYPES, SCALE_DTYPES, Table, code_bits, select_bits
+from compress.weights import bit_stream as _bits
+from compress.weights.table import DATATYPES, SCALE_DTYPES, Table, code_bits, select_bits
 
 _KEYS = ("format", "datatype", "bits", "group_size", "scale")
 

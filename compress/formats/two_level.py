@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import _bits
-from compress.parts.two_level import TILE, TwoLevel, tiles
+from compress.weights import bit_stream as _bits
+from compress.weights.two_level import TILE, TwoLevel, tiles
 
 _GROUP_DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 _GROUP_NAMES = {dtype: name for name, dtype in _GROUP_DTYPES.items()}

@@ -1,0 +1,1 @@
+"""x @ W.T from packed tensors, one kernel per file."""

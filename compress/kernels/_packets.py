@@ -11,9 +11,9 @@ from compress.errors import KernelError
 from compress.kernels import _tiles
 from compress.kernels._layouts import ALIGN, LAY_OUT, READ, VALUE, Packets, get, run_places, uncut, width_of
 from compress.kernels._weights import STEP, beside, middle_of
-from compress.parts.dense import Dense
-from compress.parts.mask import Bitmask, Pattern
-from compress.parts.uniform import Uniform
+from compress.weights.dense import Dense
+from compress.weights.mask import Bitmask, Pattern
+from compress.weights.uniform import Uniform
 
 _CHUNK = 1 << 22  # weights laid out at a time
 

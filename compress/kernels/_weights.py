@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from compress.errors import KernelError
-from compress.formats import _bits
 from compress.kernels import _tiles
-from compress.parts.table import DATATYPES, Table, code_bits
-from compress.parts.two_level import STEP_BITS, TwoLevel
-from compress.parts.uniform import Uniform, middle
-from compress.weight import Part
+from compress.weights import bit_stream as _bits
+from compress.weights.table import DATATYPES, Table, code_bits
+from compress.weights.two_level import STEP_BITS, TwoLevel
+from compress.weights.uniform import Uniform, middle
+from compress.weights.weight import Part
 
 STEP = 16  # columns of a tensor core's product
 RECORD = {"SYMMETRIC": 32, "HALF": 32, "ZERO": 48, "SHIFT": 96, "WIDE": 128, "TWO_LEVEL": 32, "SELECT": 48}  # bytes

@@ -20,7 +20,7 @@ from torch import Tensor
 from compress.errors import KernelError
 from compress.kernels import _cuda, _tiles
 from compress.kernels.weight_only import TYPES
-from compress.parts.uniform import Uniform
+from compress.weights.uniform import Uniform
 
 _THREADS, _ROWS, _TOKENS, _BLOCK = 256, 16, 8, 256
 _LONGEST = 1 << 15  # columns whose products of 8 and 8 bits sum up in 31 bits

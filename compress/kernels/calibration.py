@@ -1,4 +1,4 @@
-"""Steps of methods on a GPU: importing this file gives them to torch's dispatcher, see `compress/operators.py`.
+"""Steps of methods on a GPU: importing this file gives them to torch's dispatcher, see `compress/methods/solvers/operators.py`.
 
 `assign`, the step of k-means that takes the time, compares each point with all centroids in registers, in float32: the matrix of
 distances, which is as large as all points times all centroids, never exists.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.errors import KernelError
 from compress.kernels import _cuda
-from compress.operators import SPAN, assign, assigned_by_torch, centered, columns_by_torch, round_columns
+from compress.methods.solvers.operators import SPAN, assign, assigned_by_torch, centered, columns_by_torch, round_columns
 
 _ROWS = 32  # of the weight in a block
 DIMENSIONS = (1, 2, 4, 8, 16)  # of points, filled up with zeros

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import packed
-from compress.parts.uniform import Uniform
+from compress.checkpoint import packing
+from compress.weights.uniform import Uniform
 
 GROUP_SIZES = (32, 64, 128, 256)  # the kernel refuses others
 _KEYS = {"format", "bits", "group_size", "zero", "bipolar", "kept", "fields", "scales"}  # of a base without offsets
@@ -58,7 +58,7 @@ def pays(x: Tensor) -> bool:
 
 def prepare(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the kernel's own layout: codes, and (groups, out, 2) of scales and zeros."""
-    weight = packed.unpack(dict(spec), tensors)
+    weight = packing.unpack(dict(spec), tensors)
     base = weight.base
     assert isinstance(base, Uniform)
     codes, scale = base.codes.int(), base.scale

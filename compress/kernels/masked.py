@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress import packed
+from compress.checkpoint import packing
 from compress.errors import KernelError
-from compress.formats import _bits, bitmask, pattern
+from compress.formats import bitmask, pattern
 from compress.kernels import _cuda, _packets, _tiles, _weights, weight_only
 from compress.kernels._layouts import VALUE, Packets
 from compress.kernels.weight_only import BLOCKS, TOKENS, TYPES
-from compress.parts.dense import Dense
-from compress.parts.kept import Stream
-from compress.parts.mask import Bitmask, Pattern
-from compress.parts.stream import WORD
-from compress.parts.uniform import Uniform
+from compress.weights import bit_stream as _bits
+from compress.weights.bit_stream import WORD
+from compress.weights.dense import Dense
+from compress.weights.kept_values import Stream
+from compress.weights.mask import Bitmask, Pattern
+from compress.weights.uniform import Uniform
 
 _WARPS, _ROWS = 8, BLOCKS * _tiles.ROWS  # of a block; of a warp
 _LAYOUTS = {"SINGLE": "Single", "RUNS": "Runs", "TWO_OF_FOUR": "TwoOfFour"}
@@ -194,7 +195,7 @@ def prepare(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Packets:
         raise KernelError("masked: the weight has no mask")
     if (why := reason(spec)) is not None:
         raise KernelError(f"masked: {why}")
-    weight = packed.unpack({role: spec[role] for role in ("shape", "base", "keep")}, tensors)
+    weight = packing.unpack({role: spec[role] for role in ("shape", "base", "keep")}, tensors)
     assert isinstance(weight.base, Dense | Uniform)
     assert isinstance(weight.keep, Bitmask | Pattern)
     return _packets.prepare(weight.base, weight.keep)

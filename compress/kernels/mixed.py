@@ -14,8 +14,8 @@ from torch import Tensor
 from compress.errors import KernelError
 from compress.kernels import _weights, weight_only
 from compress.kernels._weights import Tiles
-from compress.parts.mixed import Mixed
-from compress.parts.uniform import Uniform
+from compress.weights.mixed import Mixed
+from compress.weights.uniform import Uniform
 
 
 def prepare(part: Mixed) -> list[Tiles]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from compress.errors import KernelError
 from compress.kernels import _cuda
 from compress.kernels.weight_only import CROSSOVER, TYPES
-from compress.parts.sparse import Sparse
+from compress.weights.sparse import Sparse
 
 _COLUMNS = {torch.uint8: "u8", torch.int16: "u16", torch.int32: "u32"}
 _ROWS = _TOKENS = 8

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import packed
+from compress.checkpoint import packing
 
 # Weights decoded at a time: on a CPU 4 MB in float32, which stays in its cache; 64 MB took 7 times as long (71 against 10 ms for
 # 4 bits, 4096 x 4096 and one row of activations, by `bench/cpu_int4.py --chunk`). Elsewhere few launches count for more.
@@ -24,6 +24,6 @@ def matmul(x: Tensor, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     step = max(chunk // columns // _ALIGN, 1) * _ALIGN
     outputs = []
     for start in range(0, rows, step):
-        weight = packed.unpack_rows(spec, tensors, start, min(start + step, rows))
+        weight = packing.unpack_rows(spec, tensors, start, min(start + step, rows))
         outputs.append(torch.nn.functional.linear(x, weight.dequantize().to(x.dtype)))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)

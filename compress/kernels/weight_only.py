@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress import packed
+from compress.checkpoint import packing
 from compress.errors import KernelError
 from compress.kernels import _cuda, _tiles
 from compress.kernels._weights import RECORD, STEP, Tiles, decode, prepare, reason
@@ -338,4 +338,4 @@ def matmul(x: Tensor, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     """x (..., in) times the base of a site's packed weight, laid out for this one product -> (..., out). Raises KernelError."""
     if (why := reason(spec)) is not None:
         raise KernelError(f"weight_only: {why}")
-    return matmul_tiles(x, prepare(packed.unpack(dict(spec), tensors).base))
+    return matmul_tiles(x, prepare(packing.unpack(dict(spec), tensors).base))

@@ -1,0 +1,1 @@
+"""The modules a loaded model consists of, and transformers' quantizer."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compress.calibration.experts import ExpertLoop
 from compress.errors import KernelError
 from compress.kernels import experts, weight_only
 from compress.kernels._weights import Tiles
+from compress.model.expert_loop import ExpertLoop
 from compress.runtime.linear import CompressedLinear
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import packed
+from compress.checkpoint import packing
 from compress.errors import KernelError
 from compress.kernels import _cuda, _weights, int4_cpu, int8, low_rank, masked, mixed, sparse_rows, torch_reference, weight_only
 from compress.kernels._layouts import Packets
-from compress.parts.mixed import Mixed
-from compress.weight import CompressedWeight
+from compress.weights.mixed import Mixed
+from compress.weights.weight import CompressedWeight
 
 
 class CompressedLinear(nn.Module):
@@ -25,12 +25,12 @@ class CompressedLinear(nn.Module):
     whoever asks for the packed tensors gets them made again.
     """
 
-    def __init__(self, spec: packed.Spec, bias: nn.Parameter | None = None, device: str = "meta") -> None:
+    def __init__(self, spec: packing.Spec, bias: nn.Parameter | None = None, device: str = "meta") -> None:
         super().__init__()
         self.spec = spec
         self.out_features, self.in_features = spec["shape"]
-        self.leaves = tuple(packed.layout(spec))
-        for leaf, (dtype, shape) in packed.layout(spec).items():
+        self.leaves = tuple(packing.layout(spec))
+        for leaf, (dtype, shape) in packing.layout(spec).items():
             self.register_buffer(leaf, torch.empty(shape, dtype=dtype, device=device))
         # Models look at a linear's weight for its dtype, or initialise it: an empty one serves.
         self.register_buffer("weight", torch.empty(0, device=device), persistent=False)
@@ -43,7 +43,7 @@ class CompressedLinear(nn.Module):
     @classmethod
     def of(cls, weight: CompressedWeight, bias: nn.Parameter | None = None) -> CompressedLinear:
         """Make one from a compressed weight in memory."""
-        tensors, spec = packed.pack(weight)
+        tensors, spec = packing.pack(weight)
         linear = cls(spec, bias, device="cpu")
         for leaf, tensor in tensors.items():
             linear.register_buffer(leaf, tensor)
@@ -62,7 +62,7 @@ class CompressedLinear(nn.Module):
 
     def compressed(self) -> CompressedWeight:
         """The weight as numbers."""
-        return packed.unpack(self.spec, self.tensors)
+        return packing.unpack(self.spec, self.tensors)
 
     def obstacle(self, where: torch.device) -> str | None:
         """Say why no kernel for a GPU multiplies by this weight on a device, or None if one does."""
@@ -99,7 +99,7 @@ class CompressedLinear(nn.Module):
                 if leaf in ("codes", "values", "keep_bits", "keep_choice"):
                     self.register_buffer(leaf, self.get_buffer(leaf).new_empty(0))
         else:
-            base = packed.unpack({"shape": self.spec["shape"], "base": self.spec["base"]}, self._base()).base
+            base = packing.unpack({"shape": self.spec["shape"], "base": self.spec["base"]}, self._base()).base
             if isinstance(base, Mixed):
                 self._tiles = {f"codes{tiles.bits}": tiles for tiles in mixed.prepare(base)}
             else:
@@ -115,7 +115,7 @@ class CompressedLinear(nn.Module):
             self.register_buffer(leaf, tensor)
 
     def _base(self) -> dict[str, Tensor]:
-        return {leaf: self.get_buffer(leaf) for leaf in packed.layout({"shape": self.spec["shape"], "base": self.spec["base"]})}
+        return {leaf: self.get_buffer(leaf) for leaf in packing.layout({"shape": self.spec["shape"], "base": self.spec["base"]})}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         """Move with the model, but keep the dtypes of packed tensors: they are part of the format."""

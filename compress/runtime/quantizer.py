@@ -16,13 +16,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress import packed
-from compress.calibration import uneven
-from compress.calibration.claims import parameter_name
-from compress.calibration.experts import ExpertLoop, MakeLinear
-from compress.calibration.families import FAMILIES, INFERRED, Family
-from compress.container import read_header
+from compress.architecture.families.llama import FAMILIES, INFERRED
+from compress.architecture.family import Family
+from compress.architecture.names import parameter_name
+from compress.checkpoint import packing, site_table
+from compress.checkpoint.tensor_file import read_header
 from compress.errors import FormatError
+from compress.model import layer_sizes as uneven
+from compress.model.expert_loop import ExpertLoop, MakeLinear
 from compress.runtime.experts import ExpertProducts
 from compress.runtime.linear import CompressedLinear
 
@@ -34,8 +35,8 @@ class CompressConfig(QuantizationConfigMixin):
 
     def __init__(self, **values: Any) -> None:
         values.pop("quant_method", None)
-        self.quant_method: Any = packed.METHOD  # not one of transformers' own
-        packed.read_table(values)  # a damaged or newer table fails here, before anything is built
+        self.quant_method: Any = packing.METHOD  # not one of transformers' own
+        site_table.read_table(values)  # a damaged or newer table fails here, before anything is built
         for key, value in values.items():
             setattr(self, key, value)
 
@@ -60,7 +61,7 @@ def _in_this(model: nn.Module, path: str) -> str:
     return path.removeprefix(f"{prefix}.") if prefix and not hasattr(model, prefix) else path
 
 
-def without_absent_head(model: nn.Module, table: Mapping[str, packed.Spec]) -> dict[str, packed.Spec]:
+def without_absent_head(model: nn.Module, table: Mapping[str, packing.Spec]) -> dict[str, packing.Spec]:
     """Return a table without the head's entry where a model has none, as those of `AutoModel` and of classifiers."""
     head = FAMILIES.get(getattr(model.config, "model_type", ""), INFERRED).head
     return {site: spec for site, spec in table.items() if site != head or hasattr(model, head)}
@@ -85,23 +86,23 @@ def _linear_at(model: nn.Module, path: str, site: str) -> tuple[Any, list[int]]:
     return dense, list(dense.weight.shape)
 
 
-def check_files(family: Family, table: Mapping[str, packed.Spec], files: Iterable[str | Path]) -> None:
+def check_files(family: Family, table: Mapping[str, packing.Spec], files: Iterable[str | Path]) -> None:
     """Raise FormatError where the files lack a packed tensor: transformers would warn, and leave memory as it found it."""
     names = {name for file in files for name in read_header(Path(file))[0]}
     for site, spec in table.items():
         spelled = {site, family.prefix + site, site.removeprefix(family.prefix)}  # the last as `AutoModel` saves them
-        for leaf in packed.layout(spec):
+        for leaf in packing.layout(spec):
             if names and not {f"{name}.{leaf}" for name in spelled} & names:
                 raise FormatError(f"{site}.{leaf}: named in quantization_config, but no file has it; fetch the checkpoint again")
 
 
-def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | None) -> bool:
+def replace_modules(model: Any, table: Mapping[str, packing.Spec], guard: str | None) -> bool:
     """Give every compressed site of a model on meta its packed module; return whether single experts on disk stay single.
 
     Raises FormatError for a site that the model does not have.
     """
     family = FAMILIES.get(model.config.model_type, INFERRED)
-    experts: dict[str, dict[tuple[int, str], packed.Spec]] = {}
+    experts: dict[str, dict[tuple[int, str], packing.Spec]] = {}
     for site, spec in table.items():
         path, expert = _within(family, site)
         path = _in_this(model, path)
@@ -132,7 +133,7 @@ def replace_modules(model: Any, table: Mapping[str, packed.Spec], guard: str | N
     return single
 
 
-def _make(specs: Mapping[tuple[int, str], packed.Spec], dtype: torch.dtype, fused: bool) -> MakeLinear:
+def _make(specs: Mapping[tuple[int, str], packing.Spec], dtype: torch.dtype, fused: bool) -> MakeLinear:
     def make(expert: int, name: str, columns: int, rows: int) -> nn.Module | None:
         spec = specs.get((expert, name))
         if spec is None:  # an expert that was left dense
@@ -165,13 +166,13 @@ class CompressQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Take out the name of the file that is not there, before files are looked for."""
-        if getattr(config, packed.FILE_KEY, None) == packed.IMPORT_FIRST:
-            setattr(config, packed.FILE_KEY, None)
+        if getattr(config, site_table.FILE_KEY, None) == site_table.IMPORT_FIRST:
+            setattr(config, site_table.FILE_KEY, None)
         return super().update_attn_implementation(config)  # type: ignore[no-untyped-call]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
-        table = without_absent_head(model, packed.read_table(config))
+        table = without_absent_head(model, site_table.read_table(config))
         guard = config.get("guard")
         if guard is not None and not without_absent_head(model, {guard.removesuffix(".weight"): {}}):
             guard = None
@@ -203,6 +204,6 @@ class CompressQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make the format known to transformers; a second call does nothing."""
-    if packed.METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(packed.METHOD)(CompressConfig)
-        register_quantizer(packed.METHOD)(CompressQuantizer)
+    if packing.METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(packing.METHOD)(CompressConfig)
+        register_quantizer(packing.METHOD)(CompressQuantizer)

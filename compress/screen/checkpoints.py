@@ -6,14 +6,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.files import human_bytes
 from compress.screen.console import console, table_of
+from compress.system.files import human_bytes
 
 if TYPE_CHECKING:
-    from compress.diagnosis import Diagnosis
-    from compress.difference import Difference
-    from compress.inspection import Contents
-    from compress.targets import Finding
+    from compress.inspection.contents import Contents
+    from compress.inspection.diff import Difference
+    from compress.inspection.doctor import Diagnosis
+    from compress.interop.targets import Finding
 
 
 def show_contents(c: Contents) -> None:
@@ -69,7 +69,7 @@ def show_diagnosis(found: Diagnosis) -> None:
 
 def show_difference(found: Difference) -> None:
     """Print what differs between two checkpoints."""
-    from compress.difference import grouped
+    from compress.inspection.diff import grouped
 
     out = console()
     rows = grouped(found)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.files import duration, human_bytes
 from compress.screen.console import console, measured, table_of
+from compress.system.files import duration, human_bytes
 
 if TYPE_CHECKING:
-    from compress.estimate import Estimate
-    from compress.prepare import Plan
+    from compress.run.estimate import Estimate
+    from compress.run.prepare import Plan
 
 
 def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[str, Any]:
     """What a dry run says, as JSON values."""
-    from compress import estimate
+    from compress.run import estimate
 
     devices = [] if expected.on_host else [estimate.free_on(plan.device)]
     kinds: dict[tuple[str, str, str], list[Any]] = {}

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from compress import memory
-from compress.files import duration, human_bytes
+from compress.system import memory
+from compress.system.files import duration, human_bytes
 
 Listen = Callable[[int, int, str, float], None]
 _SECONDS = 0.5  # between lines of one kind

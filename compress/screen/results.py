@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from compress import memory
-from compress.files import duration, human_bytes
 from compress.screen.console import between, console, measured, table_of
+from compress.system import memory
+from compress.system.files import duration, human_bytes
 
 if TYPE_CHECKING:
     from compress.evaluate.bench import Bench
     from compress.evaluate.quality import Quality
-    from compress.run import Summary
+    from compress.run.finish import Summary
 
 
 def plain_summary(summary: Summary, quality: Quality | None) -> dict[str, Any]:
     """What a run gave, as JSON values."""
-    from compress import same_size
+    from compress.report import same_size
 
     values = {k: v for k, v in summary.values.items() if k not in ("identity", "check")}
     evaluation = quality.plain() if quality else None
@@ -34,7 +34,8 @@ def plain_summary(summary: Summary, quality: Quality | None) -> dict[str, Any]:
 
 def show_summary(summary: Summary, quality: Quality | None) -> None:
     """Print what a run gave."""
-    from compress import facts, same_size
+    from compress.report import same_size
+    from compress.report import summary as facts
 
     v, out = summary.values, console()
     if summary.resumed:

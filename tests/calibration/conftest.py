@@ -14,7 +14,7 @@ import torch
 
 from compress.calibration.data import POOL, load_ids
 from compress.errors import CalibrationError
-from compress.recipe_data import Data
+from compress.recipe.data import Data
 
 WORDS = "the of rounding weight error column block scale grid sum is small when codes follow the"
 CHATML = (

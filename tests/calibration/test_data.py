@@ -20,7 +20,7 @@ from compress.calibration import data as data_module
 from compress.calibration import documents
 from compress.calibration.data import fingerprint, load_ids
 from compress.errors import CalibrationError
-from compress.recipe_data import Data
+from compress.recipe.data import Data
 
 EOS = 0
 

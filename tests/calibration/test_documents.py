@@ -17,7 +17,7 @@ import torch
 
 from compress.calibration import documents
 from compress.calibration.data import POOL
-from compress.recipe_data import PRESETS, SUFFIXES, Data
+from compress.recipe.data import PRESETS, SUFFIXES, Data
 
 EOS = 0
 

@@ -11,7 +11,7 @@ from runs import compress, ids_file, steps
 
 from compress.errors import CheckpointError
 from compress.evaluate import bisect as module
-from compress.recipe_data import Data
+from compress.recipe.data import Data
 
 Tiny = Callable[..., Path]
 

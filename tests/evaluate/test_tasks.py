@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from runs import compress, steps
 from tasks import write_tasks
 
 from compress.errors import RecipeError
 from compress.evaluate import tasks
 from compress.evaluate.quality import evaluate, save
-from compress.recipe_data import Data
+from compress.recipe.data import Data
 
-DEMO = Path(__file__).parent.parent.parent / "examples" / "demo"
+DEMO = ROOT / "examples" / "demo"
 CPU = torch.device("cpu")
 
 

@@ -14,7 +14,7 @@ from compress.errors import KernelError
 from compress.kernels import bit_serial
 from compress.kernels._bit_serial import planes
 from compress.kernels._tiles import tile_bits
-from compress.parts.uniform import Uniform
+from compress.weights.uniform import Uniform
 
 BF16, FP16 = torch.bfloat16, torch.float16
 WIDTHS = [(1, 1), (1, 4), (2, 2), (2, 8), (3, 3), (4, 4), (5, 2), (8, 8)]

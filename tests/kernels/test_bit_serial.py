@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels._bit_serial import Kind, bipolar_product, planes, popcount, product, values
-from compress.parts.uniform import Uniform
+from compress.weights.uniform import Uniform
 
 KINDS: tuple[Kind, ...] = ("unsigned", "signed", "bipolar")
 BITS = range(1, 9)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress import operators
 from compress.errors import KernelError
 from compress.kernels import calibration
-from compress.operators import assign, columns_by_torch, nearest_step, round_columns
-from compress.quant import _solver
-from compress.quant._grid import nearest
-from compress.quant.gptq import gptq
+from compress.methods.quant.gptq import gptq
+from compress.methods.solvers import error_feedback as _solver
+from compress.methods.solvers import operators
+from compress.methods.solvers.operators import assign, columns_by_torch, nearest_step, round_columns
+from compress.methods.solvers.uniform_grid import nearest
 
 
 @pytest.fixture(scope="module")

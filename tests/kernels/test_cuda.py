@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,20 +13,21 @@ from examples.low_rank import low_rank
 from examples.mixed import mixed as mixed_part
 from examples.sparse import sparse
 from kernel_parts import Part, activations, close, kinds, uniform
+from places import ROOT
 from pruned_parts import close as close_to_pruned
 from pruned_parts import kinds as pruned_kinds
 from pruned_parts import mask, pruned, values
 from torch import Tensor
 
-from compress import operators, prepare
 from compress.calibration.statistics import Hessian
 from compress.evaluate import bench
 from compress.kernels import _cuda, _packets, _weights, bit_serial, experts, int8, masked, mixed, sparse_rows, weight_only
 from compress.kernels._layouts import Packets
-from compress.parts.uniform import Uniform
-from compress.quant.gptq import gptq
+from compress.methods.quant.gptq import gptq
+from compress.methods.solvers import operators
 from compress.runtime.linear import CompressedLinear
-from compress.weight import CompressedWeight
+from compress.weights.uniform import Uniform
+from compress.weights.weight import CompressedWeight
 
 pytestmark = pytest.mark.cuda
 
@@ -34,7 +35,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 PARTS = kinds()
 PRUNED = pruned_kinds()
 TOKENS = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129)
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
+RESULTS = ROOT / "bench" / "results"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +43,7 @@ def gpu() -> torch.device:
     where = torch.device("cuda", torch.cuda.current_device())
     # A machine with a GPU that cannot run kernels must not pass for one that did.
     assert _cuda.obstacle(where) is None, _cuda.obstacle(where)
-    prepare.pick_device("cuda")  # registers the kernels of methods
+    importlib.import_module("compress.kernels.calibration")  # registers the kernels of methods
     return where
 
 

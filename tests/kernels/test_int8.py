@@ -10,15 +10,15 @@ import torch
 from kernel_parts import activations, kinds, uniform
 from torch import Tensor
 
-from compress import packed
+from compress.checkpoint import packing
 from compress.errors import KernelError
 from compress.kernels import _weights, int8, weight_only
-from compress.parts.two_level import TwoLevel
-from compress.parts.uniform import Uniform
-from compress.weight import CompressedWeight
+from compress.weights.two_level import TwoLevel
+from compress.weights.uniform import Uniform
+from compress.weights.weight import CompressedWeight
 
 BF16, FP16 = torch.bfloat16, torch.float16
-PARTS = {name: part for name, part in kinds().items() if int8.reason(packed.pack(CompressedWeight(part))[1]) is None}
+PARTS = {name: part for name, part in kinds().items() if int8.reason(packing.pack(CompressedWeight(part))[1]) is None}
 CASES = [(name, BF16) for name in PARTS] + [("4 bits", FP16), ("8 bits, zeros", FP16)]
 
 

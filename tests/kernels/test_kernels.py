@@ -15,9 +15,9 @@ from torch import Tensor
 from weights import random_weight
 
 import compress.kernels
-from compress import packed
+from compress.checkpoint import packing
 from compress.kernels import int4_cpu, torch_reference, weight_only
-from compress.weight import CompressedWeight
+from compress.weights.weight import CompressedWeight
 
 Packed = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -92,7 +92,10 @@ def test_every_kernel_of_the_folder_is_under_the_law() -> None:
 
 
 CASES = [
-    (kernel, kind) for kind, of in WEIGHTS.items() for kernel in KERNELS if KERNELS[kernel][2](packed.pack(random_weight(*of))[1])
+    (kernel, kind)
+    for kind, of in WEIGHTS.items()
+    for kernel in KERNELS
+    if KERNELS[kernel][2](packing.pack(random_weight(*of))[1])
 ]
 
 
@@ -100,7 +103,7 @@ CASES = [
 def test_the_law(kernel: str, kind: str) -> None:
     multiply, dtypes, _ = KERNELS[kernel]
     weight = random_weight(*WEIGHTS[kind])
-    tensors, spec = packed.pack(weight)
+    tensors, spec = packing.pack(weight)
     for dtype in dtypes:
         x = activations(weight.shape[1], dtype=dtype)
         close(multiply(x, spec, tensors), x, weight)
@@ -110,7 +113,7 @@ def test_the_law(kernel: str, kind: str) -> None:
 def test_leading_axes_and_no_rows(kernel: str) -> None:
     multiply, dtypes, _ = KERNELS[kernel]
     weight = random_weight(32, 64)
-    tensors, spec = packed.pack(weight)
+    tensors, spec = packing.pack(weight)
     x = activations(64, 6, dtypes[-1])
     whole = multiply(x, spec, tensors)
     assert torch.equal(multiply(x.reshape(2, 1, 3, 64), spec, tensors), whole.reshape(2, 1, 3, 32))
@@ -125,7 +128,7 @@ def test_leading_axes_and_no_rows(kernel: str) -> None:
 def test_chunks_are_the_whole(chunk: int, bits: int, zero: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 40 columns do not end on words; the unit matrix takes each weight through one product, so nothing is rounded."""
     weight = random_weight(101, 40, bits, 8, zero)
-    tensors, spec = packed.pack(weight)
+    tensors, spec = packing.pack(weight)
     monkeypatch.setattr(torch_reference, "_CHUNK", chunk)
     assert torch.equal(torch_reference.matmul(torch.eye(40), spec, tensors), weight.dequantize().T)
     x = activations(40)
@@ -135,14 +138,14 @@ def test_chunks_are_the_whole(chunk: int, bits: int, zero: bool, monkeypatch: py
 def test_chunks_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_reference, "_CHUNK", 64 * 32)
     seen = []
-    unpack_rows = packed.unpack_rows
+    unpack_rows = packing.unpack_rows
 
     def counted(spec: Any, tensors: Any, start: int, stop: int) -> CompressedWeight:
         seen.append((start, stop))
         return unpack_rows(spec, tensors, start, stop)
 
-    monkeypatch.setattr(packed, "unpack_rows", counted)
-    tensors, spec = packed.pack(random_weight(100, 64))
+    monkeypatch.setattr(packing, "unpack_rows", counted)
+    tensors, spec = packing.pack(random_weight(100, 64))
     torch_reference.matmul(activations(64), spec, tensors)
     assert seen == [(0, 32), (32, 64), (64, 96), (96, 100)]
 
@@ -154,7 +157,7 @@ def test_chunks_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 33, 100])
 def test_int4_takes_each_of_its_group_sizes(group_size: int, rows: int) -> None:
     weight = random_weight(80, 512, 4, group_size)
-    tensors, spec = packed.pack(weight)
+    tensors, spec = packing.pack(weight)
     assert int4_cpu.supports(spec)
     x = activations(512, rows, torch.bfloat16)
     close(int4(x, spec, tensors), x, weight)
@@ -174,7 +177,7 @@ def test_int4_takes_each_of_its_group_sizes(group_size: int, rows: int) -> None:
     ],
 )
 def test_int4_refuses(refused: str, weight: CompressedWeight) -> None:
-    assert not int4_cpu.supports(packed.pack(weight)[1])
+    assert not int4_cpu.supports(packing.pack(weight)[1])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -184,7 +187,7 @@ def test_int4_takes_fewer_bits_bipolar_integers_and_masks(bits: int) -> None:
     for base in bases:
         masks = [mask(kind, 48, 256) for kind in ("2:4", "3:4", "single", "runs 16", "single none", "single rows")]
         for weight in (CompressedWeight(base), *(pruned(base, keep) for keep in masks)):
-            tensors, spec = packed.pack(weight)
+            tensors, spec = packing.pack(weight)
             assert int4_cpu.supports(spec)
             close(int4(x, spec, tensors), x, weight)
 

@@ -12,14 +12,14 @@ from kernel_parts import activations, uniform
 from pruned_parts import close, kinds, mask, packets_of, pruned, values
 from torch import Tensor
 
-from compress import packed
+from compress.checkpoint import packing
 from compress.errors import KernelError
 from compress.kernels import _cuda, _packets, masked, weight_only
 from compress.kernels._layouts import Packets
-from compress.parts.dense import Dense
-from compress.parts.mask import Bitmask, Pattern
-from compress.parts.uniform import Uniform
-from compress.weight import CompressedWeight
+from compress.weights.dense import Dense
+from compress.weights.mask import Bitmask, Pattern
+from compress.weights.uniform import Uniform
+from compress.weights.weight import CompressedWeight
 
 BF16, FP16 = torch.bfloat16, torch.float16
 WEIGHTS = kinds()
@@ -325,16 +325,16 @@ def test_activations_that_do_not_fit(x: Tensor, message: str) -> None:
 
 
 def test_what_has_no_kernel_is_said() -> None:
-    three = packed.pack(pruned(values(16, 64, torch.float32), mask("2:4", 16, 64)))
+    three = packing.pack(pruned(values(16, 64, torch.float32), mask("2:4", 16, 64)))
     assert "values of F32" in str(masked.reason(three[1]))
-    narrow = packed.pack(pruned(uniform(16, 64, 4, 8), mask("2:4", 16, 64)))
+    narrow = packing.pack(pruned(uniform(16, 64, 4, 8), mask("2:4", 16, 64)))
     assert "groups of 8 columns" in str(masked.reason(narrow[1]))
     for tensors, spec in (three, narrow):
         with pytest.raises(KernelError, match="masked: "):
             masked.prepare(spec, tensors)
     wide = replace(uniform(16, 64, 4, 32), scale=torch.ones(16, 2, dtype=FP16))
-    assert "scales of F16" in str(masked.reason(packed.pack(pruned(wide, mask("2:4", 16, 64)))[1]))
-    tensors, spec = packed.pack(CompressedWeight(uniform(16, 64, 4, 32)))
+    assert "scales of F16" in str(masked.reason(packing.pack(pruned(wide, mask("2:4", 16, 64)))[1]))
+    tensors, spec = packing.pack(CompressedWeight(uniform(16, 64, 4, 32)))
     with pytest.raises(KernelError, match="no mask"):
         masked.prepare(spec, tensors)
     with pytest.raises(KernelError, match="multiple of 16"):

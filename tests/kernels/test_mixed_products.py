@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.errors import KernelError
 from compress.kernels import mixed, weight_only
-from compress.parts.mixed import Mixed
+from compress.weights.mixed import Mixed
 
 BF16 = torch.bfloat16
 PARTS = {

@@ -10,7 +10,7 @@ from kernel_parts import activations
 
 from compress.errors import KernelError
 from compress.kernels import sparse_rows
-from compress.parts.sparse import Sparse
+from compress.weights.sparse import Sparse
 
 DTYPES, COLUMNS = (torch.bfloat16, torch.float16), (torch.uint8, torch.int16, torch.int32)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import host_cuda
 import pytest
 import torch
 from kernel_parts import activations, close, uniform
+from places import ROOT
 
 from compress.kernels import _weights, weight_only
 
@@ -20,7 +20,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(scope="module")
 def tune() -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / "tune.py"
+    path = ROOT / "bench" / "tune.py"
     spec = importlib.util.spec_from_file_location("bench_tune", path)
     assert spec is not None
     assert spec.loader is not None

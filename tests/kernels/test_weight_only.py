@@ -10,10 +10,10 @@ import torch
 from kernel_parts import activations, close, exact, kinds, uniform
 from torch import Tensor
 
-from compress import packed
+from compress.checkpoint import packing
 from compress.errors import KernelError
 from compress.kernels import _cuda, _weights, weight_only
-from compress.weight import CompressedWeight
+from compress.weights.weight import CompressedWeight
 
 BF16, FP16 = torch.bfloat16, torch.float16
 PARTS = kinds()
@@ -260,7 +260,7 @@ def test_addends_that_do_not_fit(host: host_cuda.Host) -> None:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_codes_come_back_from_tiles(name: str) -> None:
-    tensors, spec = packed.pack(CompressedWeight(PARTS[name]))
+    tensors, spec = packing.pack(CompressedWeight(PARTS[name]))
     assert weight_only.reason(spec) is None
     assert torch.equal(_weights.stored_codes(_weights.prepare(PARTS[name])), tensors["codes"])
 

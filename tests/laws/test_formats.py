@@ -19,10 +19,11 @@ from examples.bitpack import uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress import packed, registry
+from compress import registry
+from compress.checkpoint import packing
 from compress.errors import FormatError
-from compress.formats import _bits
-from compress.weight import CompressedWeight
+from compress.weights import bit_stream as _bits
+from compress.weights.weight import CompressedWeight
 
 FORMATS = registry.names("formats")
 law = settings(max_examples=100, deadline=None, derandomize=True)
@@ -325,12 +326,12 @@ def test_a_weight_of_one_part_is_stored_as_that_part(name: str) -> None:
         weight = CompressedWeight(part) if role == "base" else CompressedWeight(beside, **{role: part})
         if role == "keep":
             weight = CompressedWeight.pruned(beside, part)
-        tensors, spec = packed.pack(weight)
+        tensors, spec = packing.pack(weight)
         spec = json.loads(json.dumps(spec))
         rows, columns = part.shape
         assert sum(tensor.nbytes for tensor in tensors.values()) * 8 == weight.stored_bits
         assert weight.bits_per_weight == weight.stored_bits / (rows * columns)
-        assert {leaf: (tensor.dtype, tuple(tensor.shape)) for leaf, tensor in tensors.items()} == packed.layout(spec)
-        assert same(packed.unpack(spec, tensors).parts[role], part)
+        assert {leaf: (tensor.dtype, tuple(tensor.shape)) for leaf, tensor in tensors.items()} == packing.layout(spec)
+        assert same(packing.unpack(spec, tensors).parts[role], part)
         for start in range(0, rows, 32):
-            assert same(packed.unpack_rows(spec, tensors, start, rows).parts[role], part.rows(start, rows))
+            assert same(packing.unpack_rows(spec, tensors, start, rows).parts[role], part.rows(start, rows))

@@ -12,13 +12,13 @@ import torch
 from examples.table import table
 from masks import BASES, COLUMNS, MASKS, base, mask, pruned
 
-from compress import packed
+from compress.checkpoint import packing
 from compress.errors import FormatError
-from compress.formats import _bits
-from compress.parts.kept import Stream
-from compress.parts.mask import Bitmask, Pattern
 from compress.runtime.linear import CompressedLinear
-from compress.weight import CompressedWeight
+from compress.weights import bit_stream as _bits
+from compress.weights.kept_values import Stream
+from compress.weights.mask import Bitmask, Pattern
+from compress.weights.weight import CompressedWeight
 
 every_base = pytest.mark.parametrize("base_kind", BASES)
 every_mask = pytest.mark.parametrize("mask_kind", MASKS)
@@ -44,15 +44,15 @@ def same(first: Any, second: Any) -> bool:
 def test_a_pruned_weight_is_stored_and_restored_bit_for_bit(base_kind: str, mask_kind: str, more: bool) -> None:
     for rows in (1, 5, 32, 33, 97):
         weight = pruned(base_kind, mask_kind, rows, more=more)
-        tensors, spec = packed.pack(weight)
+        tensors, spec = packing.pack(weight)
         spec = json.loads(json.dumps(spec))
-        assert {leaf: (t.dtype, tuple(t.shape)) for leaf, t in tensors.items()} == packed.layout(spec)
+        assert {leaf: (t.dtype, tuple(t.shape)) for leaf, t in tensors.items()} == packing.layout(spec)
         assert 8 * sum(t.nbytes for t in tensors.values()) == weight.stored_bits
-        back = packed.unpack(spec, tensors)
+        back = packing.unpack(spec, tensors)
         assert back.parts.keys() == weight.parts.keys()
         assert all(same(back.parts[role], part) for role, part in weight.parts.items())
         assert torch.equal(back.dequantize(), weight.dequantize())
-        again, described = packed.pack(back)
+        again, described = packing.pack(back)
         assert json.loads(json.dumps(described)) == spec
         assert {leaf: bits_of(t) for leaf, t in again.items()} == {leaf: bits_of(t) for leaf, t in tensors.items()}
 
@@ -61,12 +61,12 @@ def test_a_pruned_weight_is_stored_and_restored_bit_for_bit(base_kind: str, mask
 @every_mask
 def test_rows_that_are_cut_are_the_rows_of_the_whole(base_kind: str, mask_kind: str) -> None:
     weight = pruned(base_kind, mask_kind, 97, more=True)
-    tensors, spec = packed.pack(weight)
+    tensors, spec = packing.pack(weight)
     for start in range(0, 97, 32):
         for stop in {start + 1, min(start + 32, 97), min(start + 40, 97), 97}:
-            cut, expected = packed.unpack_rows(spec, tensors, start, stop), weight.rows(start, stop)
+            cut, expected = packing.unpack_rows(spec, tensors, start, stop), weight.rows(start, stop)
             assert all(same(cut.parts[role], part) for role, part in expected.parts.items())
-            assert packed.pack(cut)[0].keys() <= tensors.keys()
+            assert packing.pack(cut)[0].keys() <= tensors.keys()
 
 
 @every_base
@@ -132,37 +132,37 @@ def test_patterns_name_their_combinations(of: int) -> None:
 
 def test_masks_that_do_not_fit_the_base_are_refused() -> None:
     weight, other = pruned("4-bit", "balanced", 40), pruned("4-bit", "ragged", 40)
-    tensors, spec = packed.pack(weight)
-    ragged, ragged_spec = packed.pack(other)
+    tensors, spec = packing.pack(weight)
+    ragged, ragged_spec = packing.pack(other)
     with pytest.raises(FormatError, match="does not keep 16 weights in every row"):
-        packed.unpack(spec, {**tensors, "keep_bits": ragged["keep_bits"]})
+        packing.unpack(spec, {**tensors, "keep_bits": ragged["keep_bits"]})
     with pytest.raises(FormatError, match="pointers are not those of the mask"):
-        packed.unpack(ragged_spec, {**ragged, "keep_bits": tensors["keep_bits"]})
+        packing.unpack(ragged_spec, {**ragged, "keep_bits": tensors["keep_bits"]})
     with pytest.raises(FormatError, match="pointers are not those of the mask"):
-        packed.unpack(ragged_spec, {**ragged, "pointers": ragged["pointers"] + 1})
+        packing.unpack(ragged_spec, {**ragged, "pointers": ragged["pointers"] + 1})
     with pytest.raises(FormatError, match="pointers of rows 32"):
-        packed.unpack_rows(ragged_spec, {**ragged, "pointers": ragged["pointers"].flip(0)}, 32, 40)
+        packing.unpack_rows(ragged_spec, {**ragged, "pointers": ragged["pointers"].flip(0)}, 32, 40)
     with pytest.raises(FormatError, match="no mask beside the base"):
-        packed.unpack({k: v for k, v in spec.items() if k != "keep"}, tensors)
+        packing.unpack({k: v for k, v in spec.items() if k != "keep"}, tensors)
     dense_spec = {**spec, "base": {k: v for k, v in spec["base"].items() if k != "kept"}}
     with pytest.raises(FormatError, match="a mask beside the base"):
-        packed.unpack(dense_spec, {**tensors, "codes": torch.zeros(_bits.words(40 * COLUMNS, 4), dtype=torch.int32)})
-    runs, runs_spec = packed.pack(pruned("4-bit runs", "balanced runs", 40))
+        packing.unpack(dense_spec, {**tensors, "codes": torch.zeros(_bits.words(40 * COLUMNS, 4), dtype=torch.int32)})
+    runs, runs_spec = packing.pack(pruned("4-bit runs", "balanced runs", 40))
     assert runs_spec["base"]["scales"] == 2
     moved = runs["keep_bits"].clone()
     moved[0] = (moved[0] & ~0x3F) | 0b000111  # the first row keeps three runs
     with pytest.raises(FormatError, match="does not keep 16 weights"):
-        packed.unpack(runs_spec, {**runs, "keep_bits": moved})
+        packing.unpack(runs_spec, {**runs, "keep_bits": moved})
 
 
 def test_a_base_that_goes_with_no_mask_says_so() -> None:
     part = table(8, 3, 16, "nf4", "bfloat16")
     with pytest.raises(FormatError, match="Table: cannot be stored under a mask"):
         _ = CompressedWeight(part, keep=mask("2:4", 8)).stored_bits
-    tensors, spec = packed.pack(CompressedWeight(part))
+    tensors, spec = packing.pack(CompressedWeight(part))
     with pytest.raises(FormatError, match="'table' is there with a mask"):
-        packed.layout({**spec, "keep": {"format": "pattern", "kept": 2, "of": 4}})
-    assert packed.layout(spec).keys() == tensors.keys()
+        packing.layout({**spec, "keep": {"format": "pattern", "kept": 2, "of": 4}})
+    assert packing.layout(spec).keys() == tensors.keys()
 
 
 @every_base

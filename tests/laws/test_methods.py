@@ -1,6 +1,7 @@
-"""The law of methods, for every file of `compress/quant`: better than rounding, finite whatever comes, a function of its input.
+"""The law of methods, for every file of `methods/quant`: better than rounding, finite whatever comes, a function of its input.
 
-That the codes equal those of a slow reference is tested with each method, in `tests/quant/test_<method>.py`, which must exist.
+That the codes equal those of a slow reference is tested with each method, in `tests/methods/quant/test_<method>.py`, which must
+exist.
 """
 
 from __future__ import annotations
@@ -9,22 +10,22 @@ import itertools
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from blocks import call
 from layers import any_inputs, any_weights
+from places import TESTS
 from pydantic import ValidationError
 from torch import Tensor
 
 from compress import registry
 from compress.calibration.statistics import Hessian, Statistics
-from compress.parts.uniform import Uniform
-from compress.quant._grid import Grid, encode
-from compress.quant.rtn import rtn
-from compress.weight import CompressedWeight
+from compress.methods.quant.rtn import rtn
+from compress.methods.solvers.uniform_grid import Grid, encode
+from compress.weights.uniform import Uniform
+from compress.weights.weight import CompressedWeight
 
 METHODS = registry.names("quant")
 GROUP = 32
@@ -81,7 +82,7 @@ def assert_sound(result: Any, weight: Tensor) -> None:
 
 @every_method
 def test_it_has_tests_of_its_own(name: str) -> None:
-    assert (Path(__file__).parents[1] / "quant" / f"test_{name}.py").exists()
+    assert (TESTS / "methods" / "quant" / f"test_{name}.py").exists()
 
 
 @every_method

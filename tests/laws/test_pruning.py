@@ -1,6 +1,6 @@
 """The law of pruning, for every file of `compress/prune` that makes masks: masks exact to the element, finite whatever comes.
 
-That masks and values equal those of a slow reference is tested with each method, in `tests/prune/test_<method>.py`.
+That masks and values equal those of a slow reference is tested with each method, in `tests/methods/prune/test_<method>.py`.
 """
 
 from __future__ import annotations
@@ -8,18 +8,19 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from layers import any_inputs, any_weights, inputs, observed, weights
+from places import ROOT
 from pydantic import ValidationError
 from torch import Tensor
 
-from compress import packed, registry
-from compress.parts.mask import Bitmask, Pattern
-from compress.prune._options import Pruning
+from compress import registry
+from compress.checkpoint import packing
+from compress.methods.pruning import Pruning
+from compress.weights.mask import Bitmask, Pattern
 
 METHODS = [name for name in registry.names("prune") if issubclass(registry.lookup("prune", name), Pruning)]
 TARGETS: dict[str, dict[str, Any]] = {
@@ -70,7 +71,7 @@ def assert_quota(keep: Tensor, made: Any) -> None:
 
 @every_method
 def test_it_has_tests_and_a_recipe_of_its_own(name: str) -> None:
-    root = Path(__file__).parents[2]
+    root = ROOT
     assert (root / "tests" / "prune" / f"test_{name}.py").exists()
     recipes = [path.read_text() for path in (root / "recipes").glob("*.yaml")]
     assert any(f"prune/{name}" in text for text in recipes)
@@ -101,7 +102,7 @@ def test_zeros_stay_zeros_in_exactly_the_bits_that_are_announced(
 ) -> None:
     made, weight = method(name, **target, **rounded), weights(33, 160)
     result = call(made, weight, inputs(300, 160)).weight
-    tensors, spec = packed.pack(result)
+    tensors, spec = packing.pack(result)
     assert 8 * sum(tensor.nbytes for tensor in tensors.values()) == result.stored_bits
     announced = made.stored_bits((33, 160))
     assert announced in (None, result.stored_bits)
@@ -109,10 +110,10 @@ def test_zeros_stay_zeros_in_exactly_the_bits_that_are_announced(
     assert least <= result.stored_bits <= most
     if announced is None and made.dtype != "auto":
         assert made.likely_bits((33, 160)) == pytest.approx(result.stored_bits, rel=0.1)
-    back = packed.unpack(json.loads(json.dumps(spec)), tensors)
+    back = packing.unpack(json.loads(json.dumps(spec)), tensors)
     assert torch.equal(back.dequantize().view(torch.int32), result.dequantize().view(torch.int32))
     for start in (0, 32):
-        assert torch.equal(packed.unpack_rows(spec, tensors, start, 33).dequantize(), result.dequantize()[start:])
+        assert torch.equal(packing.unpack_rows(spec, tensors, start, 33).dequantize(), result.dequantize()[start:])
 
 
 @every_method

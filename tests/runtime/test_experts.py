@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import compress as package  # noqa: F401  registers the format
-from compress.calibration.experts import ExpertLoop
 from compress.kernels import experts
+from compress.model.expert_loop import ExpertLoop
 from compress.runtime.experts import ExpertProducts
 from compress.runtime.linear import CompressedLinear
 

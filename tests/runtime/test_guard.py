@@ -14,8 +14,9 @@ import pytest
 from runs import compress as run
 from transformers import AutoModelForCausalLM
 
-from compress import exporting, packed
-from compress.packed import PackedSource
+from compress.checkpoint import site_table
+from compress.checkpoint.packed_source import PackedSource
+from compress.interop import exporter as exporting
 
 Tiny = Callable[..., Path]
 STEPS = [{"match": "*.*", "method": "quant/rtn", "options": {"bits": 4, "group_size": 16}}]
@@ -85,13 +86,13 @@ def test_what_transformers_has_saved_again_fails_too(tiny: Tiny, tmp_path: Path)
 def test_with_the_package_nothing_is_in_the_way(tiny: Tiny, tmp_path: Path) -> None:
     run(tiny("llama"), tmp_path / "out", None, STEPS)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["transformers_weights"] == packed.IMPORT_FIRST
-    assert not (tmp_path / "out" / packed.IMPORT_FIRST).exists()
-    assert packed.FILE_KEY not in PackedSource.open_packed(tmp_path / "out").config
+    assert config["transformers_weights"] == site_table.IMPORT_FIRST
+    assert not (tmp_path / "out" / site_table.IMPORT_FIRST).exists()
+    assert site_table.FILE_KEY not in PackedSource.open_packed(tmp_path / "out").config
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", ignore_mismatched_sizes=True)
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "CompressedLinear"
     exporting.export(exporting.prepare(str(tmp_path / "out"), "awq"), tmp_path / "awq", lambda *_: None)
-    assert packed.FILE_KEY not in json.loads((tmp_path / "awq" / "config.json").read_text())
+    assert site_table.FILE_KEY not in json.loads((tmp_path / "awq" / "config.json").read_text())
 
 
 def test_a_name_of_the_users_own_stays(tiny: Tiny, tmp_path: Path) -> None:
@@ -100,6 +101,6 @@ def test_a_name_of_the_users_own_stays(tiny: Tiny, tmp_path: Path) -> None:
 
     shutil.copytree(tiny("llama"), tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").rename(tmp_path / "other" / "mine.safetensors")
-    config = json.loads((tmp_path / "other" / "config.json").read_text()) | {packed.FILE_KEY: "mine.safetensors"}
+    config = json.loads((tmp_path / "other" / "config.json").read_text()) | {site_table.FILE_KEY: "mine.safetensors"}
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "other").config.vocab_size == 96

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from weights import random_weight
 
-from compress import packed
+from compress.checkpoint import packing
 from compress.kernels import int4_cpu
 from compress.runtime.linear import CompressedLinear
 
@@ -172,7 +172,7 @@ def test_gradients_reach_what_lies_before(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_linear_on_meta_has_the_shapes_of_the_file() -> None:
-    tensors, spec = packed.pack(random_weight(40, 64, 3, zero=True))
+    tensors, spec = packing.pack(random_weight(40, 64, 3, zero=True))
     linear = CompressedLinear(spec)
     assert {name: (t.dtype, t.shape) for name, t in linear.tensors.items()} == {n: (t.dtype, t.shape) for n, t in tensors.items()}
     assert all(tensor.is_meta for tensor in linear.tensors.values())

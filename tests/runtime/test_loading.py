@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 from runs import compress as run
 from runs import steps
 from safetensors.torch import load_file, save_file
@@ -22,18 +23,17 @@ from transformers import AutoModelForCausalLM
 from weights import random_weight
 
 import compress
-from compress import packed
-from compress.checkpoint import Source
-from compress.container import save
+from compress.blockwise.forward import last_hidden
+from compress.checkpoint import packing, site_table
+from compress.checkpoint.packed_source import PackedSource
+from compress.checkpoint.source import Source
+from compress.checkpoint.tensor_file import save
 from compress.errors import FormatError
-from compress.evaluate.streamed import last_hidden
 from compress.kernels import int4_cpu
-from compress.packed import PackedSource
 from compress.runtime.linear import CompressedLinear
 
 Tiny = Callable[..., Path]
 Steps = list[dict[str, Any]]
-ROOT = Path(__file__).parent.parent.parent
 PROBE = torch.randint(0, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
 # Experts add up their tokens' outputs in another order than the fused module.
 TOLERANCE = 1e-5
@@ -124,7 +124,7 @@ def test_any_mix_loads_and_saves_as_it_was(name: str, mixes: dict[str, Path], tm
     model = load(folder)
     expected = streamed(folder)
     torch.testing.assert_close(logits(model), expected, rtol=TOLERANCE, atol=TOLERANCE)
-    table = packed.read_table(json.loads((folder / "config.json").read_text())["quantization_config"])
+    table = site_table.read_table(json.loads((folder / "config.json").read_text())["quantization_config"])
     assert sum(isinstance(module, CompressedLinear) for module in model.modules()) == len(table)
     assert torch.equal(logits(again(model, tmp_path / "again", folder)), logits(model))
 
@@ -305,7 +305,7 @@ def large_checkpoint(folder: Path) -> int:
     config.save_pretrained(folder)
     shapes = {f"self_attn.{name}_proj": (1024, 1024) for name in "qkvo"}
     shapes |= {"mlp.gate_proj": (4096, 1024), "mlp.up_proj": (4096, 1024), "mlp.down_proj": (1024, 4096)}
-    leaves = {name: packed.pack(random_weight(*shape, group_size=128)) for name, shape in shapes.items()}
+    leaves = {name: packing.pack(random_weight(*shape, group_size=128)) for name, shape in shapes.items()}
     tensors, specs = {}, {}
     for block in range(6):
         for name, (mine, spec) in leaves.items():
@@ -319,7 +319,7 @@ def large_checkpoint(folder: Path) -> int:
     tensors |= {name: torch.randn(VOCABULARY, 1024) for name in ("model.embed_tokens.weight", "lm_head.weight")}
     save(folder / "model.safetensors", tensors)
     written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**written, "quantization_config": packed.write_table(specs, guard)}))
+    (folder / "config.json").write_text(json.dumps({**written, "quantization_config": site_table.write_table(specs, guard)}))
     return (folder / "model.safetensors").stat().st_size
 
 

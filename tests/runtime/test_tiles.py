@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from compress.errors import KernelError
 from compress.kernels import int8, masked, mixed, sparse_rows, weight_only
-from compress.parts.mixed import Mixed
 from compress.runtime.linear import CompressedLinear, round_activations
-from compress.weight import CompressedWeight
+from compress.weights.mixed import Mixed
+from compress.weights.weight import CompressedWeight
 
 PARTS: dict[str, Part | Mixed] = {
     name: part for name, part in kinds().items() if name in ("4 bits", "3 bits, zeros", "4 bits, scattered", "nf4")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from compress.calibration.statistics import Statistics, Stats
-from compress.method import Result
-from compress.weight import CompressedWeight
+from compress.methods.method import Result
+from compress.weights.weight import CompressedWeight
 
 Forward = Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 

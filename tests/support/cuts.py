@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import cutting
-from compress.recipe_data import Data
-from compress.smaller import Wish
+from compress.recipe.data import Data
+from compress.structured_pruning import cut as cutting
+from compress.structured_pruning.sizes import Wish
 
 
 def quiet(*_: Any) -> None:

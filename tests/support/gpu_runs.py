@@ -43,9 +43,11 @@ def _shrunk(value: Any) -> Any:
 
 def compress_on(device: str, family: str, recipe: str, folder: Path) -> tuple[Path, list[str]]:
     """Run a recipe of this repository on a tiny model and a device, `cpu` or a pretended one; return the result and kernels."""
-    from compress import estimate, prepare, run
-    from compress import recipe as recipes
-    from compress.pipeline import Settings
+    from compress.recipe import reading as recipe_reading
+    from compress.run import estimate
+    from compress.run import prepare as run_prepare
+    from compress.run import run as run_module
+    from compress.run.pipeline import Settings
 
     values = _shrunk(yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text()))
     values |= {"data": {"name": str(runs.ids_file(folder / "ids.npy", samples=8))}, "dtype": "float32", "batch_tokens": 64}
@@ -53,10 +55,10 @@ def compress_on(device: str, family: str, recipe: str, folder: Path) -> tuple[Pa
     if not model.exists():
         tiny_checkpoint(model, family)
     with _gpu(device) if device != "cpu" else contextlib.nullcontext() as host:
-        plan = prepare.prepare(str(model), recipes.parse(values), device)
-        ids = prepare.calibration(plan)
+        plan = run_prepare.prepare(str(model), recipe_reading.parse(values), device)
+        ids = run_prepare.calibration(plan)
         expected = estimate.estimate(plan, *ids.shape, 1 << 30, False)
-        run.run(plan, ids, out, Settings(reload=False), lambda *_: None, expected, None, False)
+        run_module.run(plan, ids, out, Settings(reload=False), lambda *_: None, expected, None, False)
     return out, [] if host is None else sorted({kernel.name.split("<")[0] for kernel, _ in host.launched})
 
 

@@ -9,9 +9,9 @@ from examples.table import table
 from examples.two_level import two_level
 from torch import Tensor
 
-from compress.parts.table import Table, code_bits
-from compress.parts.two_level import TwoLevel
-from compress.parts.uniform import Uniform
+from compress.weights.table import Table, code_bits
+from compress.weights.two_level import TwoLevel
+from compress.weights.uniform import Uniform
 
 Part = Uniform | Table | TwoLevel
 

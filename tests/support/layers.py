@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.calibration.statistics import Statistics
-from compress.prune._select import Within
+from compress.methods.solvers.mask_selection import Within
 
 
 def inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:

@@ -10,8 +10,8 @@ from examples.low_rank import low_rank
 from examples.pattern import pattern
 from examples.sparse import sparse
 
-from compress.parts.mask import Bitmask
-from compress.weight import CompressedWeight, Keep, Maskable
+from compress.weights.mask import Bitmask
+from compress.weights.weight import CompressedWeight, Keep, Maskable
 
 COLUMNS = 48
 MASKS = ("ragged", "balanced", "runs", "balanced runs", "2:4", "1:4", "5:8", "all", "none")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from compress.report import SiteRow, write_rows
+from compress.report.rows import SiteRow, write_rows
 
 SECRET = "/home/jane/secret"
 EVIL = "<script>alert(1)</script>\"'`|$x$ [a](javascript:alert(1))"

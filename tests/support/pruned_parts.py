@@ -11,10 +11,10 @@ from torch import Tensor
 
 from compress.kernels import _packets
 from compress.kernels._packets import Packets
-from compress.parts.dense import Dense
-from compress.parts.mask import Bitmask, Pattern
-from compress.parts.uniform import Uniform
-from compress.weight import CompressedWeight
+from compress.weights.dense import Dense
+from compress.weights.mask import Bitmask, Pattern
+from compress.weights.uniform import Uniform
+from compress.weights.weight import CompressedWeight
 
 
 def values(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Dense:

@@ -15,8 +15,8 @@ def assert_round_trip(model: Path, folder: Path, data: Path | None, steps: list[
     """Check everything between a recipe and the logits of what it made, and return the summary of the run."""
     from transformers import AutoModelForCausalLM
 
-    from compress.evaluate.streamed import last_hidden
-    from compress.packed import PackedSource
+    from compress.blockwise.forward import last_hidden
+    from compress.checkpoint.packed_source import PackedSource
 
     summary: dict[str, Any] = compress(model, folder / "out", data, steps).values
     source = PackedSource.open_packed(folder / "out")

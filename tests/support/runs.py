@@ -27,8 +27,11 @@ def compress(model: Path, out: Path, data: Path | None, steps: list[dict[str, An
 
     The result is loaded anew with `reload=True` only, as that takes longer than all else.
     """
-    from compress import estimate, prepare, recipe, run
-    from compress.pipeline import Settings
+    from compress.recipe import reading as recipe_reading
+    from compress.run import estimate
+    from compress.run import prepare as run_prepare
+    from compress.run import run as run_module
+    from compress.run.pipeline import Settings
 
     settings = replace(more.pop("settings", Settings()), reload=more.pop("reload", False))
     listen = more.pop("listen", lambda *_: None)
@@ -36,10 +39,10 @@ def compress(model: Path, out: Path, data: Path | None, steps: list[dict[str, An
     values = {"steps": steps, "dtype": "float32", "batch_tokens": 64, **more}
     if data is not None:
         values["data"] = {"name": str(data), **values.pop("data_options", {})}
-    plan = prepare.prepare(str(model), recipe.parse(values), device)
-    ids = prepare.calibration(plan)
+    plan = run_prepare.prepare(str(model), recipe_reading.parse(values), device)
+    ids = run_prepare.calibration(plan)
     expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], settings.memory, settings.offload)
-    return run.run(plan, ids, out, settings, listen, expected, job, keep_job)
+    return run_module.run(plan, ids, out, settings, listen, expected, job, keep_job)
 
 
 def digests(folder: Path) -> dict[str, str]:

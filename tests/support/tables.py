@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compress.quant import _table
+from compress.methods.solvers import table_grid as _table
 
 RANGE = {
     "fp3": [(0, 1, 2, 4)],
@@ -24,7 +24,7 @@ RANGE = {
 def tables(datatype: str) -> list[dict[int, float]]:
     """Value by code of each table of a datatype, without the code of -0."""
     if datatype == "nf4":
-        from compress.parts.table import DATATYPES
+        from compress.weights.table import DATATYPES
 
         return [dict(enumerate(DATATYPES["nf4"][0]))]
     result = []

@@ -9,13 +9,16 @@ import torch
 from tiny import VOCABULARY
 from torch import Tensor
 
-from compress import recipe as recipes
-from compress.block_methods import Surroundings, transform
-from compress.calibration.claims import claim, find
-from compress.calibration.hidden import Hidden
-from compress.calibration.skeleton import Skeleton
-from compress.checkpoint import Source
-from compress.recipe import StageAssignment
+from compress.architecture.inventory import claim
+from compress.blockwise.hidden_states import Hidden
+from compress.blockwise.stages import transform
+from compress.blockwise.view import Surroundings
+from compress.checkpoint.source import Source
+from compress.model.detect import find
+from compress.model.streamed import Skeleton
+from compress.recipe import assignment as recipe_assignment
+from compress.recipe import reading as recipe_reading
+from compress.recipe.assignment import StageAssignment
 
 IDS = torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))
 
@@ -27,7 +30,7 @@ def run(
     source = Source.open(folder)
     claims = claim(source, find(source), copy)
     step = {"match": match, "method": "quant/rtn", "options": {"group_size": -1}}
-    assignments = recipes.resolve(recipes.parse({"steps": [step]}), claims.sites)
+    assignments = recipe_assignment.resolve(recipe_reading.parse({"steps": [step]}), claims.sites)
     skeleton = Skeleton(source, claims, torch.float32, torch.device("cpu"))
     with skeleton.outer():
         hidden = skeleton.embed(IDS)

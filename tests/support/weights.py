@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from compress.parts.uniform import Uniform
-from compress.weight import CompressedWeight
+from compress.weights.uniform import Uniform
+from compress.weights.weight import CompressedWeight
 
 
 def random_weight(

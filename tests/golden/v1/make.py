@@ -1,7 +1,8 @@
 """How this checkpoint was made, once, with format version 1: `PYTHONPATH=tests/support python tests/golden/v1/make.py`.
 
 A tiny Mixtral with every width from 1 to 8 bits, symmetric and asymmetric grids, and columns in groups that are not neighbours.
-It is never made again: tests/test_packed.py reads it, and so must every later version. A new format version gets its own folder.
+It is never made again: tests/checkpoint/test_packing.py reads it, and so must every later version. A new format version gets
+its own folder.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from runs import compress, ids_file
 from tiny import tiny_checkpoint
 
-from compress.packed import PackedSource
+from compress.checkpoint.packed_source import PackedSource
 
 HERE = Path(__file__).parent
 PROBE = [[3, 1, 4, 1, 5, 9, 2, 6], [31, 0, 27, 18, 28, 18, 2, 8]]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from compress.parts.mask import Bitmask
+from compress.weights.mask import Bitmask
 
 
 def bitmask(rows: int, runs: int, size: int, share: float = 0.5, seed: int = 0) -> Bitmask:

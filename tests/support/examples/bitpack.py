@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from compress.parts.uniform import Uniform
+from compress.weights.uniform import Uniform
 
 
 def uniform(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from compress.parts.dense import Dense
+from compress.weights.dense import Dense
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

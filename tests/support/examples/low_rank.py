@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from compress.parts.low_rank import LowRank
+from compress.weights.low_rank import LowRank
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from hypothesis import strategies as st
 
-from compress.parts.mixed import Mixed, group_dtype
+from compress.weights.mixed import Mixed, group_dtype
 
 
 def mixed(

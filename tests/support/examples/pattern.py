@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from compress.parts.mask import Pattern
+from compress.weights.mask import Pattern
 
 
 def pattern(rows: int, groups: int, kept: int, of: int, seed: int = 0) -> Pattern:

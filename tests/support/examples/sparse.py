@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from compress.parts.sparse import Sparse
+from compress.weights.sparse import Sparse
 
 
 def sparse(rows: int, columns: int, share: float, seed: int = 0) -> Sparse:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.parts.table import DATATYPES, SCALE_TYPES, ScaleType, Table, code_bits, select_bits
+from compress.weights.table import DATATYPES, SCALE_TYPES, ScaleType, Table, code_bits, select_bits
 
 
 def table(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from hypothesis import strategies as st
 
-from compress.parts.two_level import TwoLevel, tiles
+from compress.weights.two_level import TwoLevel, tiles
 
 
 def two_level(

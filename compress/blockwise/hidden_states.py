@@ -1,0 +1,102 @@
+"""The calibration's hidden states between two blocks: this rank's batches, in memory or on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint.tensor_file import bytes_of
+from compress.errors import CheckpointError
+from compress.system.files import replacing
+
+
+class States(Protocol):
+    """Batches of hidden states."""
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        """Shapes of the batches (samples, length, width)."""
+
+    def read(self, batch: int) -> Tensor:
+        """Return one batch (samples, length, width) on the CPU."""
+
+
+class Hidden:
+    """Batches of hidden states (samples, length, width) in `dtype`, one after the other in memory or in one file.
+
+    On disk (`folder`) the output of a block is written beside its input and takes its place when it is whole.
+    """
+
+    def __init__(self, samples: list[int], length: int, width: int, dtype: torch.dtype, folder: Path | None) -> None:
+        self.shapes = [(count, length, width) for count in samples]
+        self.dtype, self.folder = dtype, folder
+        self._inner = length, width
+        self._memory: list[Tensor | None] = [None] * len(samples)
+        self._file: Path | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all batches."""
+        return sum(a * b * c for a, b, c in self.shapes) * self.dtype.itemsize
+
+    def _offset(self, batch: int) -> int:
+        return sum(a * b * c for a, b, c in self.shapes[:batch]) * self.dtype.itemsize
+
+    def read(self, batch: int) -> Tensor:
+        """Return one batch (samples, length, width) on the CPU."""
+        kept = self._memory[batch]
+        if kept is not None:
+            return kept
+        if self._file is None:
+            raise RuntimeError("hidden states are read before they were written")
+        return self._read_file(self._file, batch)
+
+    def _read_file(self, path: Path, batch: int) -> Tensor:
+        shape = self.shapes[batch]
+        buffer = torch.empty(shape, dtype=self.dtype)
+        view = bytes_of(buffer)
+        with path.open("rb", buffering=0) as stream:
+            stream.seek(self._offset(batch))
+            if stream.readinto(view) != view.nbytes:
+                raise CheckpointError(f"{path}: ends early; remove the job folder and start again")
+        return buffer
+
+    def update(self, outputs: Iterator[Tensor], name: str) -> None:
+        """Replace every batch by the next of `outputs`; on disk the new file is `name`, and the old one is left to the caller."""
+        if self.folder is None:
+            for batch, output in enumerate(outputs):
+                self._memory[batch] = output.to("cpu", self.dtype)
+            return
+        path = self.folder / name
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            for output in outputs:
+                stream.write(bytes_of(output.to("cpu", self.dtype)))
+        self._file = path
+
+    def after(self, outputs: Iterator[Tensor], name: str) -> Hidden:
+        """Return what comes after these states, and keep them; on disk in a file of its own."""
+        result = Hidden([count for count, _, _ in self.shapes], *self._inner, self.dtype, self.folder)
+        result.update(outputs, name)
+        return result
+
+    def save(self, path: Path) -> None:
+        """Write all batches into a file that `restore` reads; on disk they are there already."""
+        if self._file is not None:
+            return
+        with replacing(path) as temporary, temporary.open("wb") as stream:
+            for batch in range(len(self.shapes)):
+                stream.write(bytes_of(self.read(batch)))
+
+    def restore(self, path: Path) -> bool:
+        """Take all batches from a file; False when it is not there or has another size."""
+        if not path.is_file() or path.stat().st_size != self.nbytes:
+            return False
+        if self.folder is not None:
+            self._file = path
+        else:
+            self._memory = [self._read_file(path, batch) for batch in range(len(self.shapes))]
+        return True

@@ -1,0 +1,140 @@
+"""One block: which of its taps are watched, who compresses what, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compress.calibration.observe import Tap, observe, passes
+from compress.calibration.statistics import Hessian, Statistics, Stats
+from compress.model.streamed import Skeleton
+from compress.recipe.assignment import Assignment
+from compress.system import distributed
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where the statistics of some taps of a block are read from (None: they are not there) and kept."""
+
+    holds: Callable[[list[Tap]], bool]
+    read: Callable[[list[Tap]], dict[str, Stats] | None]
+    write: Callable[[list[Tap], dict[str, Stats]], None]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The sites of a block that read one tap: what one rank compresses with one set of statistics."""
+
+    tap: str
+    assignments: tuple[Assignment, ...]
+
+    @property
+    def kinds(self) -> tuple[type[Statistics], ...]:
+        """The statistics that its methods need."""
+        options = [o for a in self.assignments for o in (a.method, a.fallback) if o is not None]
+        return tuple(dict.fromkeys(kind for o in options for kind in o.needs))
+
+    @property
+    def columns(self) -> int:
+        """Input features."""
+        return int(self.assignments[0].site.shape[1])
+
+    @property
+    def cost(self) -> float:
+        """Work, up to a factor: factoring the Hessian and sweeping the rows."""
+        rows = sum(int(a.site.shape[0]) for a in self.assignments)
+        return float(self.columns**2 * (self.columns + rows))
+
+    @property
+    def pool(self) -> str | None:
+        """Name of the tap that pools all experts of the block, when a site may need it."""
+        site = self.assignments[0].site
+        wanted = any(a.fallback is None and a.min_tokens > 0 for a in self.assignments)
+        return (
+            self.tap.replace(f".{site.expert}.", ".*.") if site.expert is not None and wanted and Hessian in self.kinds else None
+        )
+
+
+def units(assignments: Sequence[Assignment]) -> list[Unit]:
+    """Group the assignments of one block by tap, in order."""
+    by_tap: dict[str, list[Assignment]] = {}
+    for assignment in assignments:
+        by_tap.setdefault(assignment.site.tap, []).append(assignment)
+    return [Unit(tap, tuple(members)) for tap, members in by_tap.items()]
+
+
+def taps(skeleton: Skeleton, work: Sequence[Unit]) -> list[Tap]:
+    """The taps to watch, pooled ones first, because every expert may need them."""
+    pooled: dict[str, list[Unit]] = {}
+    for unit in work:
+        if unit.pool is not None:
+            pooled.setdefault(unit.pool, []).append(unit)
+    result = []
+    for name, members in pooled.items():
+        modules = tuple(skeleton.linear(unit.assignments[0].site) for unit in members)
+        result.append(Tap(name, modules, members[0].columns, (Hessian,), tuple(unit.tap for unit in members)))
+    for unit in work:
+        if unit.kinds:
+            result.append(Tap(unit.tap, (skeleton.linear(unit.assignments[0].site),), unit.columns, unit.kinds))
+    return result
+
+
+def _reduce(collected: dict[str, Stats], owners: dict[str, int]) -> None:
+    """Add up the ranks' statistics: each tap's at its owner, pooled ones everywhere."""
+    for tap, stats in collected.items():
+        for statistic in stats.values():
+            distributed.reduce_to(statistic.tensors(), owners.get(tap))
+    counts = distributed.gather({tap: [s.tokens for s in stats.values()] for tap, stats in collected.items()})
+    for tap, stats in collected.items():
+        for index, statistic in enumerate(stats.values()):
+            statistic.tokens = sum(count[tap][index] for count in counts)
+
+
+def observed(
+    skeleton: Skeleton,
+    assignments: Sequence[Assignment],
+    run: Callable[[], None],
+    budget: int,
+    listen: Callable[[str, float], None],
+    cache: Cache | None = None,
+) -> Iterator[tuple[Unit, Stats, Stats]]:
+    """Yield the units of one filled block that are this rank's, each with its statistics and those pooled over experts.
+
+    `run` sends the calibration through the block; it is called once per pass, and each pass's statistics fit `budget` bytes.
+    """
+    work = units(assignments)
+    owner = dict(zip([u.tap for u in work], distributed.assign([u.cost for u in work], distributed.world()), strict=True))
+    watched = taps(skeleton, work)
+    pooled: dict[str, Stats] = {}
+    left = {unit.tap: unit for unit in work}
+    schedule = passes(watched, budget) or [[]]
+    for number, group in enumerate(schedule):
+        listen("calibrating", number / len(schedule))
+        kept = cache.read(group) if cache is not None and group else None
+        collected = kept if kept is not None else observe(group, run, skeleton.device) if group else {}
+        _reduce(collected, owner)
+        if cache is not None and group and kept is None:
+            cache.write(group, collected)
+        pooled |= {tap: stats for tap, stats in collected.items() if tap not in owner}
+        ready = [tap for tap in collected if tap in owner] if number + 1 < len(schedule) else list(left)
+        for index, tap in enumerate(ready):
+            unit = left.pop(tap)
+            if owner[tap] == distributed.rank():
+                listen("compressing", index / len(ready))
+                yield unit, collected.pop(tap, {}), pooled.get(unit.pool or "", {})
+
+
+def choose(assignment: Assignment, stats: Stats, pooled: Stats) -> tuple[Any, Stats, str | None]:
+    """The method and statistics for a site: the step's own, or the fallback where too few tokens were seen."""
+    tokens = min((s.tokens for s in stats.values()), default=None)
+    if tokens is None or tokens >= assignment.min_tokens:
+        return assignment.method, stats, None
+    few = f"{tokens} of {assignment.min_tokens} tokens"
+    if assignment.fallback is not None:
+        return assignment.fallback, stats, f"{assignment.fallback.path}: {few}"
+    own, shared = stats.get(Hessian), pooled.get(Hessian)
+    if isinstance(own, Hessian) and isinstance(shared, Hessian) and shared.tokens > 0:
+        shrunk: Stats = {**stats, Hessian: own.shrunk(shared, float(assignment.site.shape[1]))}
+        return assignment.method, shrunk, f"shrunk Hessian: {few}"
+    return assignment.method, stats, None

@@ -1,0 +1,181 @@
+"""Methods that see a whole block: transforms before it is calibrated, joint compression, and tuning of what was compressed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.architecture.config import settings
+from compress.blockwise import permutable as orders
+from compress.blockwise import scalable as scalings
+from compress.blockwise.hidden_states import States
+from compress.calibration.observe import Tap, observe, observe_drift, passes
+from compress.calibration.statistics import Drift, Statistics, Stats
+from compress.errors import CalibrationError
+from compress.methods.block import Permutable, Scalable
+from compress.methods.method import Method
+from compress.model.streamed import Skeleton
+from compress.system import distributed, memory
+
+
+@dataclass
+class Surroundings:
+    """A filled block and the calibration around it: what all views of it share."""
+
+    skeleton: Skeleton
+    number: int
+    inputs: States  # behind compressed blocks
+    originals: States | None  # behind original blocks, where a method compares
+    targets: States | None  # what the original block gives behind original blocks
+    send: Callable[[], None]  # sends the calibration through the block, for hooks on it
+    budget: int  # bytes of statistics at a time
+    seed: int
+    listen: Callable[[str, float], None]
+    weights: dict[str, Tensor] = field(default_factory=dict)  # (out, in) float32, of sites that a transform has changed
+    others: dict[str, Tensor] = field(default_factory=dict)  # tensors that are stored instead of the source's, by disk name
+
+    def weight(self, site: Any) -> Tensor:
+        """Return a site's weight (out, in) in float32, as transforms have left it."""
+        changed = self.weights.get(site.name)
+        return self.skeleton.weight(site).to(self.skeleton.device).float() if changed is None else changed
+
+    def replace_others(self, others: Mapping[str, Tensor]) -> None:
+        """Store other tensors in the dtype that the source has them in, and let the block run with them."""
+        for name, value in others.items():
+            if not bool(value.isfinite().all()):
+                raise CalibrationError(f"{name}: is not finite after a transform or tuning; check the calibration data")
+            self.others[name] = value.detach().to("cpu", self.skeleton.source.dtype(name)).contiguous()
+        self.skeleton.put_others(self.number, {name: self.others[name] for name in others})
+
+
+class View:
+    """A block as one method sees it: `compress.method.Block`."""
+
+    def __init__(self, around: Surroundings, assignments: Sequence[Any], step: str) -> None:
+        self._around, self._step = around, step
+        self._sites = {a.site.name: a.site for a in assignments}
+        self.sites = {name: site.shape for name, site in self._sites.items()}
+        self._rounding = {a.site.name: a.method for a in assignments}
+        self.batches = len(around.inputs.shapes)
+        counts = distributed.gather(self.batches)
+        self.first, self.everyones = sum(counts[: distributed.rank()]), sum(counts)
+
+    def weight(self, site: str) -> Tensor:
+        """Return the weight of a site (out, in) in float32, as transforms have left it."""
+        return self._around.weight(self._sites[site])
+
+    def others(self) -> dict[str, Tensor]:
+        """Return the block's other floating-point tensors by disk name, in float32."""
+        around, source = self._around, self._around.skeleton.source
+        names = around.skeleton.others(around.number)  # the model may compute in less precision than the source is stored in
+        values = {name: around.others[name] if name in around.others else source.tensor(name) for name in names}
+        return {name: value.to(around.skeleton.device).float() for name, value in values.items()}
+
+    @property
+    def scalables(self) -> list[Scalable]:
+        """Where scales can move between tensors of the block, and where they could but for an obstacle."""
+        skeleton = self._around.skeleton
+        return scalings.resolve(skeleton.claims, settings(skeleton.source), self._around.number, self._sites)
+
+    @property
+    def permutables(self) -> list[Permutable]:
+        """Where channels can change places between tensors of the block, and where they could but for an obstacle."""
+        skeleton = self._around.skeleton
+        return orders.resolve(skeleton.claims, settings(skeleton.source), self._around.number, self._sites)
+
+    def rounding(self, site: str) -> Method:
+        """Return the method that will compress a site, or has."""
+        method: Method = self._rounding[site]
+        return method
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """Return a value of one of the other tensors as it comes back from where it is stored, in float32."""
+        return value.to(self._around.skeleton.source.dtype(name)).float()
+
+    def observe(self, kinds: Sequence[type[Statistics]]) -> dict[str, Stats]:
+        """Return statistics of the inputs of every site, over the calibration of all ranks."""
+        return {name: stats for names, stats in self.observe_in_turn(kinds) for name in names}
+
+    def observe_in_turn(self, kinds: Sequence[type[Statistics]]) -> Iterator[tuple[tuple[str, ...], Stats]]:
+        """Yield the same tensor by tensor, with the sites that read it, observed in passes within the budget."""
+        by_tap = self._by_tap()
+        for group in passes(self._taps(by_tap, tuple(kinds)), self._around.budget):
+            found = observe(group, self._around.send, self._around.skeleton.device)
+            for tap in [tap.name for tap in group]:
+                stats = found.pop(tap)
+                for statistic in stats.values():
+                    _everyones(statistic)
+                yield tuple(site.name for site in by_tap[tap]), stats
+
+    def drift_in_turn(self) -> Iterator[tuple[tuple[str, ...], Drift]]:
+        """Yield, tensor by tensor, how it differs from the original model's, with the sites that read it, as the block is now."""
+        by_tap, skeleton = self._by_tap(), self._around.skeleton
+        for group in passes(self._taps(by_tap, (Drift,)), self._around.budget):
+            found = observe_drift(group, skeleton.expert_loops(self._around.number), self._both, skeleton.device)
+            for tap in [tap.name for tap in group]:
+                drift = found.pop(tap)
+                _everyones(drift)
+                memory.give_back()
+                yield tuple(site.name for site in by_tap[tap]), drift
+
+    def _both(self) -> Iterator[bool]:
+        """Send every batch through the block behind compressed blocks, then as the original model has it."""
+        around = self._around
+        if around.originals is None:
+            raise RuntimeError(f"{self._step} does not say that it compares")
+        for batch in range(self.batches):
+            self._around.listen("calibrating", batch / self.batches)
+            for original, hidden in ((False, around.inputs), (True, around.originals)):
+                yield original
+                around.skeleton.forward(around.number, hidden.read(batch).to(around.skeleton.device))
+
+    def _by_tap(self) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        for site in self._sites.values():
+            found.setdefault(site.tap, []).append(site)
+        return found
+
+    def _taps(self, by_tap: Mapping[str, list[Any]], kinds: tuple[type[Statistics], ...]) -> list[Tap]:
+        linear = self._around.skeleton.linear
+        return [Tap(tap, (linear(sites[0]),), sites[0].shape[1], kinds) for tap, sites in by_tap.items()]
+
+    def inputs(self, batch: int) -> Tensor:
+        """Return one batch of hidden states (samples, length, width) that enter the block behind compressed ones."""
+        return self._around.inputs.read(batch).to(self._around.skeleton.device)
+
+    def targets(self, batch: int) -> Tensor:
+        """Return what the original model's block gives for this batch of the original model (samples, length, width)."""
+        if self._around.targets is None:
+            raise RuntimeError(f"{self._step} does not say that it compares")
+        return self._around.targets.read(batch).to(self._around.skeleton.device)
+
+    def run(self, hidden: Tensor, weights: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the block's output for a batch with these weights (out, in) and other tensors; gradients pass through."""
+        given = {self._sites[name]: weight for name, weight in weights.items()}
+        return self._around.skeleton.differentiable(self._around.number, hidden, given, others or {})
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over ranks."""
+        distributed.reduce_to([values], None)
+        return values
+
+    def generator(self) -> torch.Generator:
+        """Return a source of random numbers that is the same for this block and step on all ranks and in every run."""
+        name = f"{self._step} of block {self._around.number}"
+        digest = hashlib.sha256(f"{self._around.seed}: {name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def say(self, share: float) -> None:
+        """Tell how much of the work is done, from 0 to 1."""
+        self._around.listen("tuning", share)
+
+
+def _everyones(statistic: Statistics) -> None:
+    """Make a rank's statistic that of all ranks."""
+    distributed.reduce_to(statistic.tensors(), None)
+    statistic.tokens = sum(distributed.gather(statistic.tokens))

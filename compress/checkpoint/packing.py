@@ -1,0 +1,143 @@
+"""A compressed weight as named tensors and a JSON description, and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import registry
+from compress.checkpoint.tensor_file import bytes_of
+from compress.errors import FormatError, RecipeError
+from compress.weights.weight import CompressedWeight
+
+METHOD = "compress"
+FORMAT_VERSION = 1
+Spec = dict[str, Any]
+_MAX_AXIS = 2**31 - 1
+_ROLES = ("base", "keep", "outliers", "low_rank")  # of the parts of a weight, in the order they are stored
+
+
+def _prefix(role: str) -> str:
+    return "" if role == "base" else f"{role}_"
+
+
+def _format_of(part: Any) -> Any:
+    for name in registry.names("formats"):
+        form = registry.lookup("formats", name)
+        if isinstance(part, form.part):
+            return form
+    raise FormatError(f"{type(part).__name__}: no format stores such a part; known are {', '.join(registry.names('formats'))}")
+
+
+def pack(weight: CompressedWeight) -> tuple[dict[str, Tensor], Spec]:
+    """Return the tensors of a compressed weight, by the name they have within their site, and what is needed to read them."""
+    tensors: dict[str, Tensor] = {}
+    spec: Spec = {"shape": list(weight.shape)}
+    for role, part in weight.parts.items():
+        form = _format_of(part)
+        under = (weight.keep.mask(),) if role == "base" and weight.keep is not None else ()
+        spec[role] = form.describe(part, *under)
+        tensors |= {_prefix(role) + name: tensor for name, tensor in form.pack(part, *under).items()}
+    return tensors, spec
+
+
+def digest(weight: CompressedWeight) -> str:
+    """SHA-256 of a weight's values before they are packed, which whoever decodes the file can compare: float32, row by row."""
+    result = hashlib.sha256(bytes_of(weight.exact().cpu()))
+    for factor in weight.low_rank.factors() if weight.low_rank is not None else ():
+        result.update(bytes_of(factor.cpu().contiguous()))
+    return result.hexdigest()
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _shape(spec: Spec) -> tuple[int, int]:
+    shape = spec.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(_whole(n, 1, _MAX_AXIS) for n in shape):
+        raise FormatError(f"quantization_config: shape is {shape!r:.80}; expected [out, in]")
+    return shape[0], shape[1]
+
+
+def _parts(spec: Spec) -> dict[str, Spec]:
+    parts = {role: spec[role] for role in _ROLES if role in spec}
+    if "base" not in parts or spec.keys() - {"shape", *_ROLES} or not all(isinstance(part, dict) for part in parts.values()):
+        raise FormatError(
+            f"quantization_config: a site has the parts {sorted(spec.keys() - {'shape'})!s:.80}; expected base, and of others "
+            f"only {', '.join(_ROLES[1:])}. Written by a newer compress?"
+        )
+    if "keep" in parts and not getattr(_format("base", parts["base"]), "masked", False):
+        name = parts["base"].get("format")
+        raise FormatError(
+            f"quantization_config: a base of the format {name!r:.80} is there with a mask, and it is stored whole. Written by "
+            "a newer compress?"
+        )
+    return parts
+
+
+def _format(role: str, described: Spec) -> Any:
+    name = described.get("format")
+    try:
+        form = registry.lookup("formats", name if isinstance(name, str) else "")
+        if role not in form.roles:
+            raise FormatError(f"quantization_config: {role} has the format {name}, which is for {', '.join(form.roles)}")
+        return form
+    except RecipeError:
+        known = ", ".join(registry.names("formats"))
+        raise FormatError(
+            f"quantization_config: format is {name!r:.80}; known are {known}. Written by a newer compress?"
+        ) from None
+
+
+def short(spec: Spec) -> str:
+    """Return how a site is stored, in a few words for a table. Raises FormatError."""
+    return " + ".join(str(_format(role, described).short(described)) for role, described in _parts(spec).items())
+
+
+def layout(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor of a site, by the name within the site. Raises FormatError."""
+    result: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for role, described in _parts(spec).items():
+        form = _format(role, described)
+        result |= {_prefix(role) + name: value for name, value in form.layout(described, _shape(spec)).items()}
+    return result
+
+
+def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedWeight:
+    """Return the compressed weight that was packed, equal bit for bit. Raises FormatError."""
+    parts: dict[str, Any] = {}
+    for role, form, described, under in _in_turn(spec, parts):
+        parts[role] = form.unpack(described, _shape(spec), _tensors_of(role, tensors), *under)
+    return CompressedWeight(**parts)
+
+
+def _in_turn(spec: Spec, parts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Spec, tuple[Tensor, ...]]]:
+    """Yield role, format and description of each part, the mask first: the base is read with the one in `parts` by then."""
+    described = _parts(spec)
+    for role in sorted(described, key=lambda role: role != "keep"):
+        under = (parts["keep"].mask(),) if role == "base" and "keep" in described else ()
+        yield role, _format(role, described[role]), described[role], under
+
+
+def _tensors_of(role: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one part, by the name they have within it."""
+    others = tuple(_prefix(other) for other in _ROLES if other not in ("base", role))
+    prefix = _prefix(role)
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix) and not n.startswith(others)}
+
+
+def unpack_rows(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], start: int, stop: int) -> CompressedWeight:
+    """Return the rows start..stop of a packed weight; `start` must be a multiple of 32, where every row begins on a word."""
+    rows, columns = _shape(dict(spec))
+    if (start, stop) == (0, rows):
+        return unpack(dict(spec), tensors)
+    parts: dict[str, Any] = {}
+    for role, form, described, under in _in_turn(dict(spec), parts):
+        fewer, cut = form.cut_rows(described, (rows, columns), _tensors_of(role, tensors), start, stop, *under)
+        parts[role] = form.unpack(fewer, (stop - start, columns), cut, *under)
+    return CompressedWeight(**parts)

@@ -1,0 +1,1 @@
+"""Other tools' layouts, read and written; what runtimes can load; the Hub."""

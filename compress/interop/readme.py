@@ -1,0 +1,52 @@
+"""The README of an export: how it is stored, who reads it, and what the Hub knows of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.checkpoint.source import Source
+from compress.report.summary import evaluation
+from compress.report.templating import environment, plain
+
+_LOADERS = {
+    "compressed-tensors": "transformers (with the package compressed-tensors), vLLM, SGLang",
+    "gptq": "vLLM, SGLang, GPTQModel, transformers (with the packages optimum and gptqmodel)",
+    "awq": "vLLM, SGLang, GPTQModel, transformers (with the package gptqmodel)",
+    "native": "transformers, after `import compress`",
+    "dense": "whatever reads the original",
+    "gguf": "llama.cpp and what is built on it; transformers, which decodes it (`gguf_file=`)",
+}
+
+
+_KEPT = ("base_model", "base_model_relation", "license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+
+
+def _matter(folder: Path) -> dict[str, Any]:
+    """The front matter of a checkpoint's card: what the Hub knows of a model goes along with its weights."""
+    try:
+        parts = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        values = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def text(source: Source, summary: dict[str, Any], name: str) -> str:
+    """Return the README of an export, given its record: with the scores of what it was made from, if there are any."""
+    scores = evaluation(source.folder)
+    kept = {key: value for key, value in _matter(source.folder).items() if key in _KEPT}
+    matter = yaml.safe_dump({**kept, "tags": ["compress", summary["format"], "quantized"]}, sort_keys=False, allow_unicode=True)
+    body = environment(markdown=True).get_template("export.md.jinja")
+    shown = body.render(
+        name=name,
+        model_type=source.model_type,
+        s=summary,
+        readers=plain(_LOADERS[summary["format"]]),
+        e=scores and scores | {"tokens_per_second": None},  # another runtime is as fast as it is
+        whose="source checkpoint",
+        left_out=summary.get("left_out", []),
+    )
+    return f"---\n{matter}---\n\n{shown}"

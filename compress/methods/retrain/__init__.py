@@ -1,0 +1,1 @@
+"""One way of training what pruning or rounding left per file."""

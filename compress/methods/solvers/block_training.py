@@ -1,0 +1,134 @@
+"""Block-wise reconstruction: what moves of a block's weights, norms and biases is trained on the block's outputs.
+
+Loss      the mean of |block(x) - t|^2 over outputs, x behind compressed blocks, t = (1 - b) f(x) + b f(y): f is the original
+          block, y what the original model gives it, b = `original`. With b = 1 errors of earlier blocks are corrected too.
+Step      AdamW, weight decay 0, the rate rises over the first tenth of the steps and then falls linearly to 0. Gradients are
+          summed over ranks, so all ranks take the same step.
+Best      the loss over all batches is taken before the first round and after each, with everything as it is stored; the least is
+          kept, so that the result is never worse than what came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.calibration.statistics import MeanSquare, Statistics
+from compress.methods.block import Block, Tuned
+from compress.methods.solvers.block_loss import drawn, gradients, loss
+from compress.methods.solvers.trainable_weight import Moving, Vector
+from compress.weights.weight import CompressedWeight
+
+WARM_UP = 0.1  # of all steps
+BETAS = (0.9, 0.95)
+Make = Callable[[CompressedWeight, Tensor, Tensor | None, torch.Generator], Moving | None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a block is trained; see `_options.Retraining`."""
+
+    epochs: int
+    batches: int
+    rate: float
+    relative_rate: float
+    norms: bool
+    biases: bool
+    original: float
+    statistics: tuple[type[Statistics], ...] = ()
+
+
+def optimizer(moving: Sequence[Moving | Vector], rate: float, relative_rate: float) -> torch.optim.AdamW:
+    """Return AdamW over all leaves, with a rate for those that are relative and one for the others."""
+    groups: list[dict[str, Any]] = []
+    for relative, first in ((False, rate), (True, relative_rate)):
+        leaves = [value for m in moving if m.relative == relative for value in m.leaves.values()]
+        if leaves:
+            groups.append({"params": leaves, "lr": first, "largest": first})
+    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, foreach=False)
+
+
+def pace(step: int, steps: int) -> float:
+    """Return the share of the largest rate that a step takes: linear warm-up, then linear decay."""
+    warm = max(1, round(WARM_UP * steps))
+    return (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
+
+
+def advance(adam: torch.optim.AdamW, moving: Sequence[Moving | Vector], step: int, steps: int) -> None:
+    """Take one step on the gradients that the leaves have."""
+    for m in moving:
+        m.course(step / steps)
+    for group in adam.param_groups:
+        group["lr"] = group["largest"] * pace(step, steps)
+    adam.step()
+    adam.zero_grad(set_to_none=True)
+
+
+def vectors_of(others: Mapping[str, Tensor], norms: bool, biases: bool) -> dict[str, Vector]:
+    """Return the norms and biases among the other tensors of a block, by disk name, as what moves."""
+    return {n: Vector(v) for n, v in others.items() if v.ndim == 1 and (biases if n.endswith("bias") else norms)}
+
+
+def reconstruct(block: Block, weights: Mapping[str, CompressedWeight], make: Make, settings: Settings) -> Tuned:
+    """Train a block's compressed weights, norms and biases."""
+    seen = block.observe(settings.statistics) if settings.statistics else {}
+    generator = block.generator()
+    moving: dict[str, Moving] = {}
+    for site, weight in weights.items():
+        square = seen.get(site, {}).get(MeanSquare)
+        mean = square.mean() if isinstance(square, MeanSquare) else None
+        if (mover := make(weight, block.weight(site), mean, generator)) is not None:
+            moving[site] = mover
+    fixed = {site: weight.dequantize() for site, weight in weights.items() if site not in moving}
+    vectors = vectors_of(block.others(), settings.norms, settings.biases)
+    notes: dict[str, Any] = {"fixed": sorted(fixed)} if fixed else {}
+    if not (moving or vectors) or not block.everyones:
+        return Tuned(notes=notes)
+    target = _target(block, settings.original)
+
+    def now() -> tuple[dict[str, CompressedWeight], dict[str, Tensor], float]:
+        with torch.no_grad():
+            kept = {site: m.stored() for site, m in moving.items()}
+            others = {name: block.stored(name, m.values()) for name, m in vectors.items()}
+            return kept, others, loss(block, fixed | {s: w.dequantize() for s, w in kept.items()}, others, target)
+
+    best = (*now()[:2], loss(block, {site: weight.dequantize() for site, weight in weights.items()}, None, target))
+    notes |= {"loss_before": best[2], "loss": best[2], "best_epoch": 0}
+    everything: list[Moving | Vector] = [*moving.values(), *vectors.values()]
+    adam = optimizer(everything, settings.rate, settings.relative_rate)
+    source, per_epoch = drawn(block, settings.batches), -(-block.everyones // settings.batches)
+    steps = settings.epochs * per_epoch
+    for step in range(steps):
+        values = {site: m.values() for site, m in moving.items()}
+        others = {name: m.values() for name, m in vectors.items()}
+        given = {site: value.detach() for site, value in values.items()}
+        _, by_weight, by_other = gradients(block, next(source), fixed | given, {n: v.detach() for n, v in others.items()}, target)
+        torch.autograd.backward(
+            [*values.values(), *others.values()], [*(by_weight[s] for s in values), *(by_other[n] for n in others)]
+        )
+        advance(adam, everything, step, steps)
+        epoch, rest = divmod(step + 1, per_epoch)
+        if rest == 0 and (found := now())[2] < best[2]:
+            best = found
+            notes |= {"loss": best[2], "best_epoch": epoch}
+        block.say((step + 1) / steps)
+    return Tuned(best[0], best[1], notes) if notes["best_epoch"] else Tuned(notes=notes)
+
+
+def _target(block: Block, original: float) -> Callable[[int], Tensor] | None:
+    """Return what gives the target of a batch; None where it is the original's output alone."""
+    if original == 1:
+        return None
+    dense = {site: block.weight(site) for site in block.sites}
+    others = block.others()
+
+    def target(batch: int) -> Tensor:
+        with torch.no_grad():
+            own = block.run(block.inputs(batch), dense, others).float()
+            return own if original == 0 else torch.lerp(own, block.targets(batch).float(), original)
+
+    return target

@@ -1,0 +1,1 @@
+"""One rewrite of a block before it is rounded per file."""

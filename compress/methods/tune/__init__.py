@@ -1,0 +1,1 @@
+"""One adjustment of what is not a code per file."""

@@ -1,0 +1,143 @@
+"""Grid: scales and offsets of compressed weights, and norms, trained so that the block gives what the original gave.
+
+Problem   minimise the mean squared error of a block's outputs, with inputs behind compressed blocks and the original's outputs
+          as targets, over the scales s and offsets o (out, groups) of all its compressed weights, codes fixed, and over its norms
+          and biases. A weight is linear in them, Q = (code - zero) s + o, so there is nothing to round but how they are stored.
+Step      Adam on p, with s = s0 + |s0| p, o = o0 + |s0| p and n = n0 + rms(n0) p for other vectors: one rate suits all, as it is
+          relative to what is there. Masters are float32; the rate falls linearly to 0.
+Best      the loss over all batches is taken before the first round and after each, with everything rounded as it is stored; the
+          least is kept, so that the result is never worse than what came in.
+Parts     every floating-point field `scale` and `offset` of a weight's base by which its values can be differentiated. Other
+          parts stay as they are, and the notes name their sites.
+Source    the block-wise step of decoupleQ (arXiv 2404.12759), which takes absolute steps of 1e-5.
+Failures  few calibration tokens are fitted and not learned from; needs gradients through the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.methods.block import Block, Tuned
+from compress.methods.method import Method
+from compress.methods.solvers.block_loss import Adam, drawn, gradients, loss
+from compress.methods.solvers.trainable_fields import trainable_fields, unit_of, with_fields
+from compress.weights.weight import CompressedWeight
+
+_LEAST = 1e-3  # of the root mean square of a vector, as the unit of its steps: gains of norms may begin at zero
+
+
+class Master:
+    """Float32 values behind a stored tensor: start + unit * p."""
+
+    def __init__(self, start: Tensor, unit: Tensor) -> None:
+        self.start, self.unit = start.float(), unit.float()
+        self.p = torch.zeros_like(self.start)
+        self._adam = Adam(self.p)
+
+    def value(self) -> Tensor:
+        """Return what p stands for."""
+        return self.start + self.unit * self.p
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """Take one step of Adam, given the gradient by the value."""
+        # The unit is a factor of the gradient by p, and directions do not change with it.
+        self.p.sub_(self._adam.direction(gradient), alpha=rate)
+
+
+class Weight:
+    """A compressed weight whose scales and offsets move."""
+
+    def __init__(self, weight: CompressedWeight) -> None:
+        self.weight = weight
+        floats = trainable_fields(weight)
+        self.masters = {name: Master(value, unit_of(floats, name)) for name, value in floats.items()}
+
+    def values(self) -> Tensor:
+        """Return the weight (out, in) at the masters."""
+        return with_fields(self.weight, {name: master.value() for name, master in self.masters.items()}).dequantize()
+
+    def stored(self) -> CompressedWeight:
+        """Return the weight with its fields rounded to how they are stored."""
+        base: Any = self.weight.base
+        rounded = {name: master.value().to(getattr(base, name).dtype) for name, master in self.masters.items()}
+        return with_fields(self.weight, rounded)
+
+    def step(self, by_value: Tensor, rate: float) -> None:
+        """Move the masters, given the gradient by the weight (out, in)."""
+        leaves = {name: master.value().requires_grad_() for name, master in self.masters.items()}
+        with torch.enable_grad():
+            found = torch.autograd.grad(with_fields(self.weight, leaves).dequantize(), list(leaves.values()), by_value)
+        for master, gradient in zip(self.masters.values(), found, strict=True):
+            master.step(gradient, rate)
+
+
+def grid(
+    block: Block,
+    weights: Mapping[str, CompressedWeight],
+    *,
+    epochs: int = 4,
+    batches: int = 1,
+    rate: float = 1e-2,
+    norms: bool = True,
+    biases: bool = True,
+) -> Tuned:
+    """Train the scales and offsets of the weights of a block, and its norms and biases; codes stay."""
+    moving = {site: tuned for site, weight in weights.items() if (tuned := Weight(weight)).masters}
+    fixed = {site: weight.dequantize() for site, weight in weights.items() if site not in moving}
+    vectors = {
+        name: Master(value, value.square().mean().sqrt().clamp_min(_LEAST).expand_as(value))
+        for name, value in block.others().items()
+        if value.ndim == 1 and (biases if name.endswith("bias") else norms)
+    }
+
+    def now() -> tuple[dict[str, CompressedWeight], dict[str, Tensor], float]:
+        kept = {site: tuned.stored() for site, tuned in moving.items()}
+        others = {name: block.stored(name, master.value()) for name, master in vectors.items()}
+        return kept, others, loss(block, fixed | {site: weight.dequantize() for site, weight in kept.items()}, others)
+
+    notes: dict[str, Any] = {"fixed": sorted(fixed)} if fixed else {}
+    if not (moving or vectors) or not block.everyones:
+        return Tuned(notes=notes)
+    best = now()
+    notes |= {"loss_before": best[2], "loss": best[2], "best_epoch": 0}
+    source, per_epoch = drawn(block, batches), -(-block.everyones // batches)
+    for step in range(epochs * per_epoch):
+        others = {name: master.value() for name, master in vectors.items()}
+        values = {site: tuned.values() for site, tuned in moving.items()}
+        _, by_weight, by_other = gradients(block, next(source), fixed | values, others)
+        left = rate * (1 - step / (epochs * per_epoch))
+        for site, tuned in moving.items():
+            tuned.step(by_weight[site], left)
+        for name, master in vectors.items():
+            master.step(by_other[name], left)
+        epoch, rest = divmod(step + 1, per_epoch)
+        if rest == 0 and (found := now())[2] < best[2]:
+            best = found
+            notes |= {"loss": best[2], "best_epoch": epoch}
+        block.say((step + 1) / (epochs * per_epoch))
+    return Tuned(best[0], best[1], notes) if notes["best_epoch"] else Tuned(notes=notes)
+
+
+class GridTuning(Method):
+    """Options of the training of scales, offsets and norms."""
+
+    scope: ClassVar[Literal["site", "block"]] = "block"
+    compares: ClassVar[bool] = True
+
+    epochs: Annotated[int, Field(ge=1, le=1000, description="rounds over the calibration, per block")] = 4
+    batches: Annotated[int, Field(ge=1, description="calibration batches (of batch_tokens tokens) that a step looks at")] = 1
+    rate: Annotated[float, Field(gt=0, le=1, description="first step of Adam, relative to each scale")] = 1e-2
+    norms: Annotated[bool, Field(description="train the block's norms too")] = True
+    biases: Annotated[bool, Field(description="train the block's biases too")] = True
+
+    def __call__(self, block: Block, weights: Mapping[str, CompressedWeight]) -> Tuned:
+        """Train what is not a code of the weights of a block."""
+        return grid(block, weights, **self.model_dump())
+
+
+METHOD = GridTuning

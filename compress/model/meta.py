@@ -1,0 +1,80 @@
+"""A model of transformers with its parameters on the meta device and its buffers real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from compress.errors import CheckpointError
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand)
+_LARGE = 1 << 20  # elements; a parameter above this is never allocated, not even for a moment
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Send large allocations to meta: they are parameters that would be moved there anyway."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES:
+            size = args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args
+            if all(isinstance(n, int) for n in size) and torch.Size(size).numel() > _LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Within this block, modules get parameters on meta and buffers that are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    try:
+        with _LargeOnMeta():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build_model(config: dict[str, Any], folder: str, dtype: torch.dtype) -> nn.Module:
+    """Return the causal language model of a config with parameters on meta, computing in `dtype`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(loaded, "quantization_config"):
+            del loaded.quantization_config
+        for key in ("attention_bias", "mlp_bias"):  # which a run may turn on, see `compress.biases`
+            if config.get(key):
+                setattr(loaded, key, True)
+        with parameters_on_meta():
+            model: nn.Module = AutoModelForCausalLM.from_config(loaded, dtype=dtype)
+    except Exception as error:  # a config of someone else's goes through code of someone else's: anything may come of it
+        kind, why = config.get("model_type"), " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: transformers cannot build model_type {kind!r} ({why}); check config.json") from error
+    _keep_float32(model, dtype)
+    return model.eval()
+
+
+def _keep_float32(model: Any, dtype: torch.dtype) -> None:
+    """Give what a model class wants in float32 (a router's correction bias) that dtype, as from_pretrained does."""
+    wanted = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        wanted |= set(model._keep_in_fp32_modules or ())
+    for path, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and wanted & {*path.split("."), name}:
+                    tensors[name] = (
+                        nn.Parameter(tensor.float(), requires_grad=False) if tensors is module._parameters else tensor.float()
+                    )

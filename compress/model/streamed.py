@@ -1,0 +1,326 @@
+"""A model without weights, filled one block at a time.
+
+Parameters are on the meta device and buffers are real: with everything on meta, buffers that are not stored in checkpoints
+(rotary frequencies, Gemma's embedding scale) would come back as garbage without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.architecture.config import tied
+from compress.architecture.family import Site
+from compress.architecture.inventory import Claims
+from compress.architecture.names import matches, parameter_name
+from compress.checkpoint.source import Source
+from compress.errors import CheckpointError
+from compress.model import layer_sizes as uneven
+from compress.model.expert_loop import ExpertLoop
+from compress.model.meta import build_model
+from compress.system import memory
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside the hidden states: masks, positions
+
+
+class _Linear(nn.Linear):
+    """An expert's matrix on meta, without the initialisation of nn.Linear."""
+
+    def __init__(self, columns: int, rows: int, dtype: torch.dtype) -> None:
+        super().__init__(columns, rows, bias=False, device="meta", dtype=dtype)
+
+
+class Skeleton:
+    """The model of a source, with one block filled at a time."""
+
+    def __init__(self, source: Source, claims: Claims, dtype: torch.dtype, device: torch.device) -> None:
+        self.source, self.claims, self.family = source, claims, claims.family
+        self.dtype, self.device = dtype, device
+        self.model: Any = build_model(source.config, str(source.folder), dtype)
+        uneven.resize(self.model, uneven.sizes_of(source.config), lambda name: parameter_name(self.family, name))
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
+        path = parameter_name(self.family, f"{self.family.blocks}.0").removesuffix(".0")
+        self.path = path
+        self.blocks: Any = self.model.get_submodule(path)
+        self.sites: dict[int | None, list[Site]] = {}
+        for site in claims.sites:
+            self.sites.setdefault(site.block, []).append(site)
+        self._split_experts()
+        self._copied: dict[str, list[str]] = {}
+        for name in claims.copied:
+            if matches(name, self.family.aside):
+                continue
+            block, _, rest = name.removeprefix(self.family.blocks + ".").partition(".")
+            inside = name.startswith(self.family.blocks + ".") and block.isdigit()
+            self._copied.setdefault(block if inside else "", []).append(rest if inside else name)
+        self._calls: dict[int, list[Call]] = {}  # by batch size, one per block
+
+    def _split_experts(self) -> None:
+        layout = self.family.experts
+        if layout is None:
+            return
+
+        def make(expert: int, name: str, columns: int, rows: int) -> nn.Module:
+            return _Linear(columns, rows, self.dtype)
+
+        for number, block in enumerate(self.blocks):
+            if any(site.expert is not None for site in self.sites[number]):
+                block.set_submodule(layout.module, ExpertLoop(block.get_submodule(layout.module), layout, make))
+
+    def linear(self, site: Site) -> nn.Module:
+        """The module whose weight a site is."""
+        if site.block is None:
+            module: nn.Module = self.model.get_submodule(parameter_name(self.family, site.name))
+            return module
+        inner: nn.Module = self.blocks[site.block].get_submodule(self._within(site))
+        return inner
+
+    def expert_loops(self, number: int) -> list[nn.Module]:
+        """The modules of a block that send tokens to experts."""
+        return [module for module in self.blocks[number].modules() if isinstance(module, ExpertLoop)]
+
+    def _within(self, site: Site) -> str:
+        """Path of a site's module within its block."""
+        rest = site.name.removeprefix(f"{self.family.blocks}.{site.block}.")
+        layout = self.family.experts
+        if site.expert is not None and layout is not None:
+            return layout.module + rest.removeprefix(layout.disk)
+        return rest
+
+    def weight(self, site: Site) -> Tensor:
+        """Read a site's weight (out, in) from the source, in its own dtype."""
+        tensor = self.source.tensor(site.tensor, site.slice)
+        return tensor.T.contiguous() if site.transposed else tensor
+
+    def put(self, site: Site, weight: Tensor) -> None:
+        """Give a site's module a weight (out, in), cast to the dtype that the model computes in."""
+        module: Any = self.linear(site)
+        weight = weight.to(self.device, self.dtype)
+        if type(module).__name__ == "Conv1D":  # GPT-2's linear, which holds (in, out)
+            weight = weight.T.contiguous()
+        if tuple(module.weight.shape) != tuple(weight.shape):
+            raise CheckpointError(
+                f"{site.name}: shape {list(weight.shape)} on disk; expected {list(module.weight.shape)} by config.json"
+            )
+        module.weight = nn.Parameter(weight, requires_grad=False)
+
+    def load(self, number: int, decoded: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """Fill block `number` and return it: sites from `decoded` (by site name) where it has them, all else from the source.
+
+        Raises CheckpointError when a parameter is left without a value or a tensor has no parameter.
+        """
+        block: nn.Module = self.blocks[number]
+        for site in self.sites[number]:
+            self.put(site, decoded[site.name] if decoded is not None and site.name in decoded else self.weight(site))
+        base = f"{self.family.blocks}.{number}."
+        for rest in self._copied.get(str(number), []):
+            self._assign(block, self._inside(number, base + rest), base + rest)
+        self._complete(block, base)
+        return block
+
+    def _assign(self, module: nn.Module, inside: str, name: str) -> None:
+        """Give the parameter or buffer `inside` of a module the tensor `name` of the source."""
+        path, _, leaf = inside.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+        except AttributeError:
+            owner = nn.Module()
+        value = self.source.tensor(name)
+        known = {**owner._parameters, **owner._buffers}.get(leaf)
+        if known is None or tuple(known.shape) != tuple(value.shape):
+            expected = "no such parameter" if known is None else f"shape {list(known.shape)}"
+            raise CheckpointError(
+                f"{self.source.folder}: {name} has shape {list(value.shape)}, but the model expects {expected}; check config.json"
+            )
+        value = value.to(self.device, known.dtype if known.is_floating_point() else value.dtype)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value
+        else:
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def _complete(self, module: nn.Module, base: str) -> None:
+        empty = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+        if empty:
+            raise CheckpointError(
+                f"{self.source.folder}: nothing fills {base}{empty[0]} ({len(empty)} in all); the checkpoint is incomplete"
+            )
+
+    def release(self, number: int) -> None:
+        """Let the weights of a block go."""
+        _to_meta(self.blocks[number])
+        memory.give_back()
+
+    @contextmanager
+    def outer(self) -> Iterator[None]:
+        """Within this block of code, embeddings, the last norm and the head are filled."""
+        known = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
+        for name in self._copied.get("", []):
+            module = parameter_name(self.family, name)
+            if module in known:  # prediction heads that go along have no module
+                self._assign(self.model, module, name)
+        for site in self.sites.get(None, []):
+            self.put(site, self.weight(site))
+        self._tie()
+        try:
+            yield
+        finally:
+            for module_name, module in self.model.named_modules():
+                if module is not self.model and not module_name.startswith(self.path):
+                    _to_meta(module, recurse=False)
+
+    def _tie(self) -> None:
+        head, table = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is not None and head.weight.is_meta and tied(self.source, self.family):
+            head.weight = table.weight
+
+    @contextmanager
+    def _bypassed(self, first: Callable[[Tensor], Tensor], calls: list[Call]) -> Iterator[None]:
+        """Let every block return its input and record what it is called with; the first one returns what `first` says."""
+
+        passed: list[Tensor] = []
+
+        def forward(number: int) -> Callable[..., Tensor]:
+            def bypass(hidden: Tensor, *args: Any, **given: Any) -> Tensor:
+                if number > 0 and hidden is not passed[-1]:
+                    raise CheckpointError(
+                        f"{self.path}.{number}: does not take what the block before gives; this architecture cannot be streamed"
+                    )
+                calls.append((args, given))
+                passed.append(first(hidden) if number == 0 else hidden)
+                return passed[-1]
+
+            return bypass
+
+        for number, block in enumerate(self.blocks):
+            block.forward = forward(number)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (samples, length) -> input of the first block (samples, length, width); needs `outer`."""
+        kept: list[Tensor] = []
+
+        def first(hidden: Tensor) -> Tensor:
+            kept.append(hidden)
+            return hidden
+
+        calls: list[Call] = []
+        with torch.no_grad(), self._bypassed(first, calls):
+            self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
+        self._calls[ids.shape[0]] = calls
+        return kept[0]
+
+    def forward(self, number: int, hidden: Tensor) -> Tensor:
+        """Run a filled block on hidden states (samples, length, width); a batch of this size must have been embedded before."""
+        with torch.no_grad():
+            args, kwargs = self._calls[hidden.shape[0]][number]
+            output: Tensor | tuple[Tensor, ...] = self.blocks[number](hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def differentiable(self, number: int, hidden: Tensor, weights: Mapping[Site, Tensor], others: Mapping[str, Tensor]) -> Tensor:
+        """Run a filled block with some weights (out, in) and other tensors (by disk name) replaced; gradients pass through."""
+        given: dict[str, Tensor] = {}
+        for site, weight in weights.items():
+            turned = type(self.linear(site)).__name__ == "Conv1D"
+            given[f"{self._within(site)}.weight"] = (weight.T if turned else weight).to(self.dtype)
+        for name, value in others.items():
+            inside = self._inside(number, name)
+            given[inside] = value.to(self.blocks[number].get_parameter(inside).dtype)
+        args, kwargs = self._calls[hidden.shape[0]][number]
+        output: Tensor | tuple[Tensor, ...] = torch.func.functional_call(
+            self.blocks[number], given, (hidden, *args), dict(kwargs)
+        )
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Within this block of code all blocks are filled, and embeddings, the last norm and the head."""
+        with self.outer():
+            for number in range(len(self.blocks)):
+                self.load(number)
+            try:
+                yield
+            finally:
+                for number in range(len(self.blocks)):
+                    self.release(number)
+
+    def parameter_names(self) -> dict[str, str]:
+        """The copied tensors that are parameters of the model: disk name -> name of the parameter."""
+        known = {name for name, _ in self.model.named_parameters()}
+        names = {name: parameter_name(self.family, name) for name in self.claims.copied}
+        return {name: inside for name, inside in names.items() if inside in known and not matches(name, self.family.aside)}
+
+    def whole(
+        self, ids: Tensor, weights: Mapping[Site, Tensor] | None = None, others: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Token ids (samples, length) -> logits (samples, length, vocabulary), with some weights (out, in) and other tensors (by
+        disk name) replaced; gradients pass through. Needs `whole_model`.
+        """
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        given: dict[str, Tensor] = {}
+        for site, weight in (weights or {}).items():
+            module: Any = self.linear(site)
+            turned = weight.T if type(module).__name__ == "Conv1D" else weight
+            given[f"{paths[id(module)]}.weight"] = turned.to(module.weight)
+        names = self.parameter_names()
+        for name, value in (others or {}).items():
+            if name in names:
+                given[names[name]] = value.to(self.model.get_parameter(names[name]))
+        call = {"input_ids": ids.to(self.device), "use_cache": False}
+        result: Tensor = torch.func.functional_call(self.model, given, (), call).logits
+        return result
+
+    def _inside(self, number: int, name: str) -> str:
+        """Disk name of a tensor of a block -> path of the parameter within the block."""
+        return parameter_name(self.family, name).removeprefix(f"{self.path}.{number}.")
+
+    def others(self, number: int) -> dict[str, Tensor]:
+        """The copied floating-point parameters of a filled block by disk name, in float32."""
+        base, parameters = f"{self.family.blocks}.{number}.", dict(self.blocks[number].named_parameters())
+        names = [base + rest for rest in self._copied.get(str(number), [])]
+        found = {name: parameters.get(self._inside(number, name)) for name in names}
+        return {name: value.detach().float() for name, value in found.items() if value is not None and value.is_floating_point()}
+
+    def holds(self, number: int, name: str) -> bool:
+        """Whether a block has a parameter for a tensor of this disk name."""
+        return name.startswith(f"{self.family.blocks}.{number}.") and not matches(name, self.family.aside)
+
+    def put_others(self, number: int, others: Mapping[str, Tensor]) -> None:
+        """Give parameters of a filled block the values of tensors by disk name, instead of the source's."""
+        for name, value in others.items():
+            path, _, leaf = self._inside(number, name).rpartition(".")
+            owner = self.blocks[number].get_submodule(path)
+            known = owner._parameters[leaf]
+            owner._parameters[leaf] = nn.Parameter(value.to(self.device, known.dtype), requires_grad=False)
+
+    def rows_to_head(self, ids: Tensor, hidden: Tensor) -> None:
+        """Send the output of the last block to the head, for the hooks on it, without computing logits; needs `outer`."""
+        head = self.model.get_output_embeddings()
+        head.forward = lambda rows: rows[..., :1]
+        try:
+            self.logits(ids, hidden)
+        finally:
+            del head.forward
+
+    def logits(self, ids: Tensor, hidden: Tensor, gradients: bool = False) -> Tensor:
+        """Output of the last block (samples, length, width) -> logits (samples, length, vocabulary); needs `outer`."""
+        with torch.set_grad_enabled(gradients), self._bypassed(lambda _: hidden, []):
+            result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        return result
+
+
+def _to_meta(module: nn.Module, recurse: bool = True) -> None:
+    for part in module.modules() if recurse else (module,):
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                part._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -1,0 +1,1 @@
+"""The job folder and the way from parts to a published checkpoint."""

@@ -1,0 +1,1 @@
+"""From a budget to a recipe: candidates, sensitivity, planners, feasibility, sweeps."""

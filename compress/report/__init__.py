@@ -1,0 +1,1 @@
+"""Rows, summary, card, HTML page, comparison, and what may be said of this machine."""

@@ -1,0 +1,58 @@
+"""Templates, with every text that they print escaped: names of sites, recipes and models come from files that anybody may have
+written.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from compress.system.files import duration, human_bytes
+
+
+class _Markdown(str):
+    """Text that is Markdown already and needs no escape."""
+
+
+def _fenced(text: str, language: str = "") -> _Markdown:
+    """A code block whose fence is longer than any run of backticks inside."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return _Markdown(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
+def _escaped(value: Any) -> str:
+    """Any text as Markdown that shows it, on one line."""
+    if isinstance(value, _Markdown):
+        return value
+    text = re.sub(r"\s+", " ", str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "&#96;")
+    return re.sub(r"([\\*_{}\[\]|~$])", r"\\\1", text)
+
+
+def plain(text: str) -> str:
+    """Text of ours that is Markdown as it is."""
+    return _Markdown(text)
+
+
+def _code(value: Any) -> _Markdown:
+    """Any text as code within a line, in a table or not."""
+    text = re.sub(r"\s+", " ", str(value)).replace("`", "'").replace("|", "¦")
+    return _Markdown(f"`{text}`")
+
+
+def environment(markdown: bool) -> Environment:
+    """Where templates are found, and how what they print is escaped: as Markdown or as HTML."""
+    # Markdown has no escaping of its own in Jinja: `finalize` sees every value that a template prints.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=not markdown,
+        finalize=_escaped if markdown else None,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"bytes": human_bytes, "duration": duration, "code": _code, "fenced": _fenced}
+    return environment

@@ -1,0 +1,199 @@
+"""What a run will take and give, known before a weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from compress.architecture.config import settings, vocabulary
+from compress.blockwise.units import Unit, units
+from compress.calibration.statistics import Hessian
+from compress.errors import OutputError
+from compress.model.meta import build_model
+from compress.recipe.assignment import Assignment
+from compress.recipe.schema import parse_size
+from compress.run import timing
+from compress.run.prepare import Plan
+from compress.run.sizes import sizes
+from compress.system import memory
+from compress.system.files import human_bytes
+
+_BASE = 500 << 20  # bytes that Python, torch and transformers occupy, where nobody has looked
+# What is loaded on the way, and holes: without it runs of `bench/predict.py`, and of experts, took 26 to 140 MB more than said.
+_LATER = 64 << 20
+# Copies in float32 that a method holds at its peak, measured on quant/rtn and quant/gptq: of the weight of a call, of the
+# Hessian while it is factored, and of the Hessian beside the weight.
+_WEIGHTS, _FACTORED, _BESIDE = 4.5, 5.0, 3.0
+_CHECKED = 128  # tokens of the batch that the end of a run repeats
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes in bytes; `bytes_after` is exact for methods that know their size beforehand."""
+
+    bytes_before: int
+    bytes_after: int
+    exact: bool
+    block: int  # the largest block, in the dtype that the calibration computes in
+    statistics: int  # of the largest block, all at once
+    passes_memory: int  # of one pass
+    hidden: int  # the calibration's hidden states
+    disk: int  # parts, hidden states and the result, while both are there
+    files_after: int = 0  # the weight files with their headers, and the index
+    passes: int = 1  # of the calibration over the largest block
+    outer: int = 0  # embeddings and head
+    work: int = 0  # of the method at the largest weight
+    activations: int = 0  # of one batch within a block
+    base: int = _BASE
+    on_host: bool = True  # whether blocks are computed in the host's memory
+    seconds: float | None = None
+    range_after: tuple[int, int] = (0, 0)  # what `bytes_after` may come to: the same twice where it is exact
+    # The whole model where it is retrained: as it computes, and its weights before and as they move in float32.
+    whole: int = 0
+
+    @property
+    def computing(self) -> int:
+        """Peak bytes of what is computed, on whatever device."""
+        during = self.block + max(self.passes_memory + self.activations, self.passes_memory + self.work)
+        return max(during, self.outer, self.whole)
+
+    @property
+    def memory(self) -> int:
+        """Peak resident bytes of the run's process."""
+        return self.base + self.hidden + (self.computing if self.on_host else max(self.work // 4, self.outer))
+
+    @property
+    def device_memory(self) -> int | None:
+        """Peak bytes on the GPU, None where there is none."""
+        return None if self.on_host else self.computing
+
+    @property
+    def reload_memory(self) -> int:
+        """Bytes of the process that loads the result in the end."""
+        return _BASE + int(1.2 * self.files_after)
+
+
+def estimate(plan: Plan, samples: int, length: int, room: int, offload: bool) -> Estimate:
+    """Add up what a run over `samples` windows of `length` tokens takes, with `room` bytes for statistics."""
+    source, item = plan.source, plan.dtype.itemsize
+    added = {a.site.name: 0 for a in plan.assignments}
+    for stage in plan.tuning:
+        for a in stage.members:
+            added[a.site.name] += stage.method.added_bits(a.site.shape)
+    changed = {a.site.name for stage in plan.transforms for a in stage.members}
+    after = sizes(source, plan.claims, plan.assignments, parse_size(plan.recipe.max_shard_size), added, changed)
+    blocks: dict[int, int] = {}
+    for site in plan.claims.sites:
+        number = -1 if site.block is None else site.block
+        blocks[number] = blocks.get(number, 0) + site.numel * item
+    outer = blocks.pop(-1, 0) + sum(
+        e.numel * item for e in map(source.entries.get, plan.claims.copied) if e and e.numel > 1 << 20
+    )
+    by_block: dict[int, list[Assignment]] = {}
+    for a in plan.assignments:
+        by_block.setdefault(-1 if a.site.block is None else a.site.block, []).append(a)
+    statistics = {n: sum(sum(kind.nbytes(u.columns) for kind in u.kinds) for u in units(m)) for n, m in by_block.items()}
+    for stage in plan.transforms:  # they look before the methods do
+        for number in {a.site.block for a in stage.members}:
+            seen = units([a for a in stage.members if a.site.block == number])
+            mine = sum(kind.nbytes(u.columns) for u in seen for kind in stage.method.needs)
+            statistics[number] = max(statistics[number], mine)
+    width = settings(source).get("hidden_size", settings(source).get("n_embd", 0))
+    width = width if isinstance(width, int) else 0  # what cannot be right, transformers will say
+    if not plan.calibrated:
+        samples, length = 1, 32
+    # The original's hidden states run along where a method compares: before and after a block.
+    hidden = samples * length * width * item * (3 if plan.compares else 1)
+    most = max(statistics.values(), default=0)
+    kept = hidden * (2 if offload else 1)
+    tokens = min(samples * length, max(plan.recipe.batch_tokens, length))
+    wide = max((a.site.shape[0] for a in plan.assignments if a.site.block is not None), default=width)
+    columns = max((a.site.shape[1] for a in plan.assignments if a.site.block is not None), default=width)
+    logits = min(_CHECKED, length) * vocabulary(source) * 4 * 3
+    return Estimate(
+        source.stored_nbytes,
+        after.tensors,
+        after.exact,
+        max(blocks.values(), default=0),
+        most,
+        min(most, room) * 2 // 3,  # Hessians are summed with a product of a few columns at a time
+        0 if offload else hidden,
+        2 * after.tensors + kept,
+        after.total,
+        max(1, -(-most // room)),
+        outer + logits,
+        max((_work(unit) for members in by_block.values() for unit in units(members)), default=0),
+        tokens * (item * (4 * width + 3 * wide) + (4 * columns if most else 0)),
+        on_host=plan.device.type == "cpu",
+        range_after=(after.least, after.most),
+        whole=source.numel * (item + 8) if plan.retraining else 0,
+    )
+
+
+def _work(unit: Unit) -> int:
+    """Bytes that the method holds while it is at the weights of a tap."""
+    columns = unit.columns
+    rows: dict[int, int] = {}
+    for position, a in enumerate(unit.assignments):
+        key = a.step if a.method.rows_independent else -1 - position
+        rows[key] = rows.get(key, 0) + a.site.shape[0]
+    weight = 4 * columns * max(rows.values())
+    square = 4 * columns**2 if Hessian in unit.kinds else 0
+    return int(max(_FACTORED * square + weight, _BESIDE * square + _WEIGHTS * weight))
+
+
+def timed(expected: Estimate, plan: Plan, samples: int, length: int, reload: bool) -> Estimate:
+    """Add what this process occupies now, and how long the run will take on this machine; runs a short probe."""
+    build_model(plan.source.config, str(plan.source.folder), plan.dtype)  # loads the code of the model, as the run will
+    base = memory.current()
+    if not plan.calibrated:
+        samples, length = 1, 32
+    seconds = timing.predict(plan, samples, length, expected.passes, expected.files_after, reload)
+    return replace(expected, base=expected.base if base is None else base + _LATER, seconds=seconds)
+
+
+def check_disk(expected: Estimate, folder: Path) -> None:
+    """Raise OutputError when the disk under `folder` has less room than a run needs."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < expected.disk:
+        raise OutputError(
+            f"{existing}: {human_bytes(free)} free; a run needs about {human_bytes(expected.disk)} there for parts and "
+            "result. Free some space or choose another place"
+        )
+
+
+def predictions(expected: Estimate) -> dict[str, float | int | list[int] | None]:
+    """What was said before a run, for its summary."""
+    return {
+        "memory": expected.memory,
+        "device_memory": expected.device_memory,
+        "seconds": expected.seconds,
+        "bytes_after": expected.bytes_after,
+        "files_after": expected.files_after,
+        "exact": expected.exact,
+        "range_after": list(expected.range_after),
+        "disk": expected.disk,
+    }
+
+
+def shortfall(expected: Estimate, devices: Sequence[int]) -> list[str]:
+    """Say what will not fit: host memory, and the GPU's (`devices`: bytes that are free there)."""
+    said = []
+    room = memory.available()
+    if room is not None and expected.memory - expected.base > room:
+        need, have = human_bytes(expected.memory), human_bytes(room + expected.base)
+        said.append(f"memory: about {need} needed and {have} there; use --offload, a smaller --memory, or fewer samples")
+    if expected.device_memory is not None and devices and expected.device_memory > min(devices):
+        need, have = human_bytes(expected.device_memory), human_bytes(min(devices))
+        said.append(f"GPU memory: about {need} needed and {have} free; use a smaller --memory or batch_tokens, or --device cpu")
+    return said
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that are free on a GPU."""
+    return int(torch.cuda.mem_get_info(device)[0])

@@ -1,0 +1,1 @@
+"""`compress cut`: heads, channels, experts, blocks; a plain checkpoint comes out."""

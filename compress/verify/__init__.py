@@ -1,0 +1,1 @@
+"""Whether a checkpoint is what was written: a second reader, checksums, a fresh process."""

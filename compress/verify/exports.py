@@ -1,0 +1,75 @@
+"""Whether an export or a converted checkpoint is what was written: checksums, and every weight decoded once more.
+
+Ours is decoded by the second reader, GGUF by the package of llama.cpp, the others by the reader of their layout; plain
+numbers are what they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint import packing
+from compress.checkpoint.packed_source import PackedSource
+from compress.checkpoint.source import Source
+from compress.checkpoint.tensor_file import read_tensor
+from compress.errors import CheckpointError
+from compress.interop import gguf_file
+from compress.interop.foreign import open_any
+from compress.verify import second_reader as independent
+from compress.verify.checksums import EXPORTED, Listen, changed, refuse
+from compress.verify.raw_files import open_stored
+from compress.weights.dense import Dense
+from compress.weights.weight import CompressedWeight
+
+
+def _recorded(folder: Path) -> tuple[str, dict[str, str], dict[str, str]]:
+    """Return the layout, SHA-256 by file, and the digest of every weight's values."""
+    if not (folder / EXPORTED).is_file():
+        raise CheckpointError(
+            f"{folder}: has neither summary.json nor {EXPORTED}, so there is nothing to compare it with; expected a checkpoint "
+            "that compress wrote. `compress doctor` examines those of any tool"
+        )
+    try:
+        record = json.loads((folder / EXPORTED).read_text(encoding="utf-8"))
+        layout, files, values = record["format"], record["files"], record["values"]
+        if not isinstance(files, dict) or not isinstance(values, dict) or not values:
+            raise ValueError("files or values are not as compress writes them")
+    except KeyError as error:
+        raise CheckpointError(f"{folder}/{EXPORTED}: has no {error}; written by an older version, export it again") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}/{EXPORTED}: cannot be read ({error}); fetch it again") from error
+    return layout, files, values
+
+
+def _decoded(folder: Path, layout: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and digest of every compressed weight; `names` are those of plain ones. Raises CheckpointError."""
+    if layout == "gguf":
+        yield from gguf_file.digests(folder / gguf_file.FILE)
+    elif layout == "native":
+        stored = open_stored(folder)
+        yield from ((site, independent.digest(stored, site)) for site in stored.sites)
+    elif layout == "dense":
+        entries = Source.open(folder).entries
+        for site in names:
+            if (entry := entries.get(f"{site}.weight")) is not None:
+                yield site, packing.digest(CompressedWeight(Dense(read_tensor(entry))))
+    else:
+        source = open_any(folder)
+        assert isinstance(source, PackedSource)
+        yield from ((site, packing.digest(source.compressed(site))) for site in source.table)
+
+
+def verify(folder: Path, listen: Listen) -> dict[str, Any]:
+    """Check an export, without its source, and return what was compared. Raises CheckpointError, VerificationError."""
+    layout, files, values = _recorded(folder)
+    refuse(folder, changed(folder, files, listen))
+    found: dict[str, str] = {}
+    for name, digest in _decoded(folder, layout, values):
+        listen(1, 1, "decoding", len(found) / len(values))
+        found[name] = digest
+    wrong = [f"{name} decodes to other values than were written" for name in values if found.get(name) != values[name]]
+    refuse(folder, wrong)
+    return {"folder": str(folder), "format": layout, "files": len(files), "sites": len(values), "decoded": len(found)}

@@ -1,0 +1,269 @@
+"""Every family: streamed equals whole, every tensor has one disposition, compressed and reloaded equals streamed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs import compress as run
+from runs import steps
+from safetensors.torch import load_file, save_file
+from tiny import TINY, VOCABULARY, tiny_checkpoint
+from transformers import AutoModelForCausalLM
+
+import compress  # noqa: F401  (registers the format with transformers)
+from compress.architecture.families.llama import FAMILIES
+from compress.architecture.inventory import claim
+from compress.blockwise.forward import last_hidden, open_skeleton
+from compress.checkpoint.packed_source import PackedSource
+from compress.checkpoint.source import Source
+from compress.errors import CheckpointError
+from compress.model.detect import find
+from compress.model.streamed import Skeleton
+
+Tiny = Callable[..., Path]
+CPU = torch.device("cpu")
+# Experts add up their tokens' outputs in another order than the fused module; everything else is the same arithmetic.
+TOLERANCE = 1e-5
+
+
+def token_ids(samples: int = 3, length: int = 24) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def whole(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True, use_cache=False)
+    return output.logits, list(output.hidden_states)
+
+
+def streamed(source: Source, ids: torch.Tensor) -> torch.Tensor:
+    skeleton, hidden = last_hidden(source, ids, torch.float32, CPU)
+    with skeleton.outer():
+        return skeleton.logits(ids, hidden)
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert set(TINY) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_streamed_hidden_states_equal_the_whole_models(family: str, tiny: Tiny) -> None:
+    folder, ids = tiny(family), token_ids()
+    logits, expected = whole(folder, ids)
+    skeleton = open_skeleton(Source.open(folder), torch.float32, CPU)
+    with skeleton.outer():
+        hidden = skeleton.embed(ids)
+    for block in range(len(skeleton.blocks)):
+        torch.testing.assert_close(hidden, expected[block], rtol=TOLERANCE, atol=TOLERANCE)
+        skeleton.load(block)
+        hidden = skeleton.forward(block, hidden)
+        skeleton.release(block)
+    with skeleton.outer():
+        torch.testing.assert_close(skeleton.logits(ids, hidden), logits, rtol=TOLERANCE, atol=TOLERANCE)
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_tensor_is_claimed_exactly_once(family: str, tiny: Tiny) -> None:
+    source = Source.open(tiny(family))
+    claims = claim(source, find(source))
+    claimed = [*{site.tensor for site in claims.sites}, *claims.copied, *claims.dropped]
+    assert sorted(claimed) == sorted(source.entries)
+    assert len({site.name for site in claims.sites}) == len(claims.sites)
+    matrices = {site.tensor for site in claims.sites}
+    # What is left dense is named here: a linear that a family forgot would show up.
+    dense = (
+        "embed",
+        "norm",
+        "bias",
+        "router",
+        "mlp.gate.",
+        "moe.gate.",
+        "shared_expert_gate",
+        "wte",
+        "wpe",
+        "ln_",
+        "sinks",
+        "vision_tower",
+        "multi_modal",
+    )
+    assert all(any(word in name for word in dense) for name in set(source.entries) - matrices)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_compressed_and_reloaded_gives_the_streamed_logits(family: str, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(tiny(family), out, ids, steps(bits=3, group_size=16))
+    probe = token_ids()
+    expected = streamed(PackedSource.open_packed(out), probe)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(probe, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    original, _ = whole(tiny(family), probe)
+    assert 0 < (logits - original).norm() / original.norm() < 1, "compression must change something, and not everything"
+    left = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+    assert all("gate" in name or "vision_tower" in name for name in left)
+
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    before, after = Source.open(out), Source.open(tmp_path / "again")
+    assert set(before.entries) == set(after.entries)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(probe, use_cache=False).logits, logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gpt_oss"])
+def test_sharded_checkpoints_read_the_same(family: str, tiny: Tiny) -> None:
+    one, many = Source.open(tiny(family)), Source.open(tiny(family, max_shard_size="20KB"))
+    assert len({entry.file for entry in many.entries.values()}) > 1
+    assert set(one.entries) == set(many.entries)
+    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in one.entries)
+
+
+def changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def without(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[name]
+
+    return change
+
+
+def test_a_tensor_that_no_rule_claims_is_an_error_until_the_recipe_names_it(tiny: Tiny, tmp_path: Path) -> None:
+    folder = changed(tiny("llama"), tmp_path / "odd", lambda t: t.update({"model.layers.1.extra.weight": torch.ones(3)}))
+    source = Source.open(folder)
+    with pytest.raises(CheckpointError, match=r"no rule claims 1 tensors, such as 'model.layers.1.extra.weight'.*copy"):
+        claim(source, find(source))
+    assert "model.layers.1.extra.weight" in claim(source, find(source), copy=("*.extra.*",)).copied
+    assert "model.layers.1.extra.weight" in claim(source, find(source), drop=("*.extra.*",)).dropped
+
+
+def test_tensors_outside_the_blocks_go_along_whatever_they_are(tiny: Tiny, tmp_path: Path) -> None:
+    """Towers and heads that the model class does not know; a rule of the recipe or the family still wins."""
+    extra = {
+        "audio_tower.conv.weight": torch.ones(2, 3, 4),
+        "rotary_emb.steps": torch.ones(2),
+        "x.rotary_emb.inv_freq": torch.ones(2),
+    }
+    source = Source.open(changed(tiny("llama"), tmp_path / "tower", lambda t: t.update(extra)))
+    claims = claim(source, find(source))
+    assert {"audio_tower.conv.weight", "rotary_emb.steps"} <= set(claims.copied)
+    assert claims.dropped == ["x.rotary_emb.inv_freq"]
+    assert "audio_tower.conv.weight" in claim(source, find(source), drop=("audio_tower.*",)).dropped
+    every = {site.tensor for site in claims.sites} | set(claims.copied) | set(claims.dropped)
+    assert every == set(source.entries)
+
+
+def test_prediction_heads_beyond_the_last_block_go_along_byte_for_byte(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    extra = {"model.layers.3.eh_proj.weight": torch.randn(4, 4), "mtp.head.weight": torch.randn(2, 2)}
+    folder = changed(tiny("deepseek_v3"), tmp_path / "mtp", lambda t: t.update(extra))
+    run(folder, tmp_path / "out", ids, steps("quant/rtn", bits=4, group_size=16))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in extra.items())
+
+
+def test_a_missing_linear_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
+    folder = changed(tiny("llama"), tmp_path / "gap", without("model.layers.1.self_attn.k_proj.weight"))
+    source = Source.open(folder)
+    with pytest.raises(CheckpointError, match=r"layers.1 has .*q_proj.* but not self_attn.k_proj"):
+        claim(source, find(source))
+
+
+def test_a_missing_norm_is_an_error_and_not_garbage(tiny: Tiny, tmp_path: Path) -> None:
+    folder = changed(tiny("llama"), tmp_path / "gap", without("model.layers.2.input_layernorm.weight"))
+    source = Source.open(folder)
+    skeleton = Skeleton(source, claim(source, find(source)), torch.float32, CPU)
+    with pytest.raises(CheckpointError, match=r"nothing fills model.layers.2.input_layernorm.weight"):
+        skeleton.load(2)
+
+
+def test_experts_out_of_order_are_an_error(tiny: Tiny, tmp_path: Path) -> None:
+    folder = changed(tiny("mixtral"), tmp_path / "gap", without("model.layers.1.block_sparse_moe.experts.2.w1.weight"))
+    source = Source.open(folder)
+    with pytest.raises(CheckpointError, match=r"experts"):
+        claim(source, find(source))
+
+
+def test_checkpoints_without_the_models_prefix(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    """GPT-2's first checkpoints say `h.0...` and hold causal masks that no current model reads."""
+
+    def bare(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+
+    folder, probe = changed(tiny("gpt2"), tmp_path / "bare", bare), token_ids()
+    torch.testing.assert_close(
+        streamed(Source.open(folder), probe), whole(tiny("gpt2"), probe)[0], rtol=TOLERANCE, atol=TOLERANCE
+    )
+    run(folder, tmp_path / "out", ids, steps(bits=4, group_size=16))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(probe, use_cache=False).logits
+    torch.testing.assert_close(
+        logits, streamed(PackedSource.open_packed(tmp_path / "out"), probe), rtol=TOLERANCE, atol=TOLERANCE
+    )
+    assert "h.0.attn.bias" not in Source.open(tmp_path / "out").entries
+
+
+def test_an_unknown_family_names_the_known_ones(tiny: Tiny, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("llama"), tmp_path / "unknown")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama_of_tomorrow"}))
+    expected = (
+        r"'llama_of_tomorrow' is not a known family \(known are .*llama.*\), and cannot be inferred, because transformers cannot"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        find(Source.open(folder))
+
+
+MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
+UNWRITTEN = {
+    "olmo2": {},
+    "starcoder2": {},
+    "phi": {},
+    "glm4_moe": {**MOE, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("family", UNWRITTEN)
+def test_a_family_that_is_not_written_is_inferred(
+    family: str, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TINY, family, UNWRITTEN[family])
+    folder, probe = tiny_checkpoint(tmp_path / "model", family), token_ids()
+    torch.testing.assert_close(streamed(Source.open(folder), probe), whole(folder, probe)[0], rtol=TOLERANCE, atol=TOLERANCE)
+    run(folder, tmp_path / "out", ids, steps(bits=4, group_size=16))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(probe, use_cache=False).logits
+    torch.testing.assert_close(
+        logits, streamed(PackedSource.open_packed(tmp_path / "out"), probe), rtol=TOLERANCE, atol=TOLERANCE
+    )
+
+
+def test_what_cannot_be_inferred_says_which_field_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TINY, "granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2})
+    with pytest.raises(
+        CheckpointError, match=r"granitemoe.*experts in block_sparse_moe.experts\. Write a family, with `experts`"
+    ):
+        find(Source.open(tiny_checkpoint(tmp_path / "model", "granitemoe")))
+
+
+def test_an_already_compressed_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny("llama"), tmp_path / "out", None, steps("quant/rtn", bits=4, group_size=16))
+    with pytest.raises(CheckpointError, match="already compressed"):
+        find(Source.open(tmp_path / "out"))
