@@ -6,23 +6,27 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from compress.errors import RecipeError
 
-PACKAGES = {"formats": "formats", "plan": "planning.planners", "export": "interop.layouts"} | {
-    kind: f"methods.{kind}" for kind in ("quant", "prune", "transform", "tune", "retrain")
+_METHODS = ("quant", "prune", "transform", "tune", "retrain")
+PACKAGES = {
+    **{kind: f"methods.{kind}" for kind in _METHODS},
+    "formats": "formats",
+    "plan": "planning.planners",
+    "export": "interop.layouts",
+    "families": "architecture.families",
 }
-KINDS = ("quant", "prune", "transform", "tune", "retrain", "formats", "plan", "export")
-_EXPORTS = {"formats": "FORMAT", "plan": "PLANNER", "export": "EXPORT"}  # kinds that are no methods
-_WORDS = {"formats": "format", "plan": "planner", "export": "export"}
+KINDS = tuple(PACKAGES)
+_EXPORTS = {"formats": "FORMAT", "plan": "PLANNER", "export": "EXPORT", "families": "FAMILIES"}  # kinds that are no methods
+_WORDS = {"formats": "format", "plan": "planner", "export": "export", "families": "maker of models"}
 
 
 def names(kind: str) -> list[str]:
-    """List what one kind offers, without importing it; files that start with an underscore are private."""
-    folder = Path(__file__).parent.joinpath(*PACKAGES[kind].split("."))
-    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_"))
+    """List what one kind offers, without loading it; files that start with an underscore are private."""
+    package = importlib.import_module(f"compress.{PACKAGES[kind]}")  # a docstring and nothing else
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 
 
 def methods(kinds: Sequence[str] = KINDS) -> list[str]:
@@ -31,7 +35,7 @@ def methods(kinds: Sequence[str] = KINDS) -> list[str]:
 
 
 def lookup(kind: str, name: str) -> Any:
-    """Import `compress.<kind>.<name>` and return its METHOD, FORMAT, PLANNER or EXPORT. Raises RecipeError with known names."""
+    """Import a file of a kind and return its METHOD, FORMAT, PLANNER, EXPORT or FAMILIES. Raises RecipeError with known names."""
     if kind not in KINDS or name not in names(kind):
         known = names(kind) if kind in KINDS else []
         close = difflib.get_close_matches(name, known, n=1)

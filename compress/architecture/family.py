@@ -1,19 +1,20 @@
-"""Model families as data: where blocks, linears and experts are, which linears read the same tensor, and what else a block holds.
+"""What is known of a model family: where blocks, linears and experts are, which linears read the same tensor, what else is there.
 
-Names are those on disk. Adding a family is one `Family(...)` below and one tiny config in tests/tiny.py.
+Names are those on disk. The families themselves are in `families/`, one file per maker.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Taps = tuple[tuple[str, ...], ...]
 Rows = Literal["one", "halves", "pairs"]
 
-_ATTENTION: Taps = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
-_MLP: Taps = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+# What most decoders have, and the defaults of a family.
+ATTENTION: Taps = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
+MLP: Taps = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class Family:
     """One architecture. `taps` groups the linears of a block that read one tensor; a block that has none of a group skips it."""
 
     model_type: str
-    taps: Taps = _ATTENTION + _MLP
-    keep: tuple[str, ...] = _NORMS  # globs of block tensors that are copied byte for byte
+    taps: Taps = ATTENTION + MLP
+    alternatives: Taps = ()  # linears of one tap of which a block has one
+    keep: tuple[str, ...] = NORMS  # globs of block tensors that are copied byte for byte
     experts: Experts | None = None
     scalings: tuple[Scaling, ...] = ()  # where scales can move from one tensor to others; none are known if it is empty
     heads: Heads | None = None  # what `compress cut` may cut; None: not at all
@@ -102,6 +104,22 @@ class Family:
     transposed: bool = False  # weights are stored (in, out)
     renames: tuple[tuple[str, str], ...] = ()  # text of a disk name -> text of the module's parameter name
     prefix: str = "model."  # what old checkpoints leave out in front of every name but the head's
+
+    def nested(self, model_type: str, within: str, aside: tuple[str, ...]) -> Family:
+        """Return the family of a model that also sees or hears and has this one as its text part; `aside` are globs of the rest.
+
+        On disk `within` precedes every name of the text part; in the model it follows the prefix, and the head stands alone.
+        """
+        return replace(
+            self,
+            model_type=model_type,
+            blocks=within + self.blocks,
+            outer=tuple(within + name for name in self.outer),
+            head=within + self.head,
+            aside=aside,
+            renames=((within + self.prefix, self.prefix + within), (within + self.head, self.head), *self.renames),
+            prefix="",
+        )
 
 
 @dataclass(frozen=True)

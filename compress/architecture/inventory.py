@@ -75,12 +75,12 @@ def _expert_sites(source: Source, family: Family, block: int, names: set[str]) -
 
 
 def _missing(source: Source, family: Family, block: int, sites: list[Site]) -> None:
-    """A block has all linears of a group or none, apart from alternatives such as q_proj or q_a_proj."""
+    """A block has all linears of a group or none, and one of those that are alternatives."""
     kinds = {site.kind for site in sites}
     for group in family.taps:
         had = [name for name in group if name in kinds]
-        alternatives = {"self_attn.q_proj", "self_attn.q_a_proj"}
-        lacking = [name for name in group if name not in kinds and not (name in alternatives and alternatives & kinds)]
+        replaced = {name for names in family.alternatives if kinds.intersection(names) for name in names}
+        lacking = [name for name in group if name not in kinds | replaced]
         if had and lacking:
             place = f"{source.folder}: {family.blocks}.{block}"
             raise CheckpointError(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from compress import registry
 from compress._version import __version__
-from compress.architecture.families.llama import FAMILIES, INFERRED
 from compress.architecture.family import Family
+from compress.architecture.known import family_of
 from compress.architecture.names import parameter_name
 from compress.checkpoint import packing, site_table
 from compress.checkpoint.packed_source import PackedSource
@@ -83,11 +83,6 @@ def open_packed(model: str) -> PackedSource:
     return source
 
 
-def family_of(source: Source) -> Family:
-    """The family of a checkpoint, if it is written down; what holds for all others if not."""
-    return FAMILIES.get(source.model_type, INFERRED)
-
-
 def refusals(source: PackedSource, form: Any, scale: str | None) -> dict[str, str]:
     """Return why a layout cannot hold sites of a checkpoint, by site, as far as their descriptions tell."""
     found, reasons = {}, {}
@@ -116,7 +111,7 @@ def prepare(model: str | PackedSource, name: str) -> Exporting:
         instead = f"export to {' or '.join(others or ['dense'])}, or compress with options that fit"
         more = f" ({len(refused)} of {len(source.table)} sites do not fit)" if len(refused) > 1 else ""
         raise FormatError(f"{site}: {reason}; {form.name} holds {form.holds}{more}. What to do: {instead}")
-    family = family_of(source)
+    family = family_of(source.model_type)
     if form.name != "native":
         _names_fit(source, family, form)
     schemes = {site: form.scheme(spec, scale) for site, spec in source.table.items()}

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from compress.architecture.config import number_of_blocks
-from compress.architecture.families.llama import FAMILIES
 from compress.architecture.family import Experts, Family
+from compress.architecture.known import INFERRED, family_of, model_types
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import CheckpointError
@@ -106,9 +106,9 @@ def _has(
 
 def find(source: Source) -> Family:
     """Return the family of a checkpoint, with the names that it has on disk. Raises CheckpointError."""
-    family = FAMILIES.get(source.model_type)
-    if family is None:
-        family = infer(source, number_of_blocks(source), f"known are {', '.join(sorted(FAMILIES))}")
+    family = family_of(source.model_type)
+    if family is INFERRED:
+        family = infer(source, number_of_blocks(source), f"known are {', '.join(model_types())}")
     if not isinstance(source, PackedSource) and "quantization_config" in source.config:
         method = source.config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(f"{source.folder}: already compressed (quant_method {method!r}); give the original checkpoint")

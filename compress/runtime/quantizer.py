@@ -16,8 +16,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.architecture.families.llama import FAMILIES, INFERRED
 from compress.architecture.family import Family
+from compress.architecture.known import family_of
 from compress.architecture.names import parameter_name
 from compress.checkpoint import packing, site_table
 from compress.checkpoint.tensor_file import read_header
@@ -63,7 +63,7 @@ def _in_this(model: nn.Module, path: str) -> str:
 
 def without_absent_head(model: nn.Module, table: Mapping[str, packing.Spec]) -> dict[str, packing.Spec]:
     """Return a table without the head's entry where a model has none, as those of `AutoModel` and of classifiers."""
-    head = FAMILIES.get(getattr(model.config, "model_type", ""), INFERRED).head
+    head = family_of(getattr(model.config, "model_type", "")).head
     return {site: spec for site, spec in table.items() if site != head or hasattr(model, head)}
 
 
@@ -101,7 +101,7 @@ def replace_modules(model: Any, table: Mapping[str, packing.Spec], guard: str | 
 
     Raises FormatError for a site that the model does not have.
     """
-    family = FAMILIES.get(model.config.model_type, INFERRED)
+    family = family_of(model.config.model_type)
     experts: dict[str, dict[tuple[int, str], packing.Spec]] = {}
     for site, spec in table.items():
         path, expert = _within(family, site)
@@ -176,7 +176,7 @@ class CompressQuantizer(HfQuantizer):
         guard = config.get("guard")
         if guard is not None and not without_absent_head(model, {guard.removesuffix(".weight"): {}}):
             guard = None
-        family = FAMILIES.get(model.config.model_type, INFERRED)
+        family = family_of(model.config.model_type)
         uneven.resize(model, uneven.sizes_of(model.config.to_dict()), lambda name: _within(family, name)[0])
         self._single_experts = replace_modules(model, table, guard)
         check_files(family, table, kwargs.get("checkpoint_files") or ())

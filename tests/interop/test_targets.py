@@ -12,8 +12,8 @@ from runs import compress as run
 
 from compress import registry
 from compress.architecture.config import settings
-from compress.architecture.families.llama import FAMILIES
 from compress.architecture.family import Site
+from compress.architecture.known import family_of
 from compress.checkpoint import packed_source
 from compress.errors import RecipeError
 from compress.interop import exporter as exporting
@@ -47,12 +47,12 @@ def dense_model(**changes: Any) -> Stored:
             sites.append(site)
             if changes.get(kind.split(".")[1], {}) is not None:
                 specs[site.name] = grid_described(shape, **options)
-    return Stored(FAMILIES["llama"], LLAMA, sites, specs)
+    return Stored(family_of("llama"), LLAMA, sites, specs)
 
 
 def expert_model(family: str = "mixtral", **changes: Any) -> Stored:
     """Two blocks of four experts; `changes` are options by block and expert, as b0e1, None for dense."""
-    layout = FAMILIES[family].experts
+    layout = family_of(family).experts
     assert layout is not None
     sites, specs = [], {}
     for block in range(2):
@@ -64,7 +64,7 @@ def expert_model(family: str = "mixtral", **changes: Any) -> Stored:
                 if changes.get(key, {}) is not None:
                     options = {"bits": 4, "group_size": 128, **changes.get("every", {}), **changes.get(key, {})}
                     specs[full] = grid_described((256, 256), **options)
-    return Stored(FAMILIES[family], {**LLAMA, "model_type": family}, sites, specs)
+    return Stored(family_of(family), {**LLAMA, "model_type": family}, sites, specs)
 
 
 def said(found: list[targets.Finding], severity: str = "refuse") -> str:
@@ -185,7 +185,7 @@ def test_llama_cpp() -> None:
 def test_families_of_other_names() -> None:
     assert "experts are one tensor in the original" in said(lint("vllm", expert_model("gpt_oss")))
     stored = dense_model()
-    assert "(in, out)" in said(lint("vllm", Stored(FAMILIES["gpt2"], {"model_type": "gpt2"}, stored.sites, stored.specs)))
+    assert "(in, out)" in said(lint("vllm", Stored(family_of("gpt2"), {"model_type": "gpt2"}, stored.sites, stored.specs)))
 
 
 def test_an_unknown_runtime() -> None:

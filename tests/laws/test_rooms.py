@@ -35,7 +35,7 @@ ROOMS: dict[str, Room] = {
     "formats": Room("weights errors", "torch"),
     "checkpoint": Room("weights registry system errors", "torch", "huggingface_hub"),
     "recipe": Room("registry errors", "pydantic yaml"),
-    "architecture": Room("checkpoint errors", "torch"),
+    "architecture": Room("checkpoint registry errors", "torch"),
     "calibration": Room("recipe checkpoint system errors", "torch numpy", "datasets huggingface_hub pyarrow transformers jinja2"),
     "report": Room("recipe weights system _version errors", "yaml jinja2", "matplotlib"),
     "model": Room("architecture checkpoint system errors", "torch", "transformers"),
@@ -110,6 +110,7 @@ WITHIN: dict[str, tuple[str, ...]] = {
         "methods.pruning methods.retrain._options methods.transform._scaling",
         "methods.quant.* methods.prune.* methods.transform.* methods.tune.* methods.retrain.*",
     ),
+    "architecture": ("architecture.family", "architecture.families.*"),
     "interop": ("interop.affine_grid interop.llama_cpp interop.config_patterns", "interop.layouts.*"),
     "planning": ("planning.problem", "planning.planners.*"),
 }
@@ -319,6 +320,7 @@ def test_private_files_are_imported_from_their_own_folder_alone() -> None:
         ("verify.second_reader", "from compress.checkpoint import packing", "may not import compress.checkpoint.packing"),
         ("planning.planners.milp", "from compress.planning import budget", "may not import compress.planning.budget"),
         ("interop.layouts.awq", "from compress.interop.layouts import gptq", "may not import compress.interop.layouts.gptq"),
+        ("architecture.families.qwen", "from compress.architecture.families import llama", "architecture.families.llama"),
         ("unheard_of", "", "its room is not in"),
     ],
 )

@@ -16,8 +16,8 @@ from tiny import TINY, VOCABULARY, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 import compress  # noqa: F401  (registers the format with transformers)
-from compress.architecture.families.llama import FAMILIES
 from compress.architecture.inventory import claim
+from compress.architecture.known import model_types
 from compress.blockwise.forward import last_hidden, open_skeleton
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
@@ -49,7 +49,7 @@ def streamed(source: Source, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert set(TINY) == set(FAMILIES)
+    assert sorted(TINY) == model_types()
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -180,6 +180,17 @@ def test_a_missing_linear_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
     source = Source.open(folder)
     with pytest.raises(CheckpointError, match=r"layers.1 has .*q_proj.* but not self_attn.k_proj"):
         claim(source, find(source))
+
+
+def test_of_alternatives_a_block_has_one(tiny: Tiny, tmp_path: Path) -> None:
+    """Smaller models of DeepSeek have q_proj where larger ones have q_a_proj."""
+    name = "model.layers.1.self_attn.{}.weight"
+    queries, other = name.format("q_a_proj"), name.format("q_proj")
+    none = Source.open(changed(tiny("deepseek_v3"), tmp_path / "none", without(queries)))
+    with pytest.raises(CheckpointError, match=r"layers.1 has .*kv_a_proj_with_mqa but not self_attn.q_proj, self_attn.q_a_proj"):
+        claim(none, find(none))
+    one = Source.open(changed(tiny("deepseek_v3"), tmp_path / "one", lambda t: t.update({other: t.pop(queries)})))
+    assert other in {site.tensor for site in claim(one, find(one)).sites}
 
 
 def test_a_missing_norm_is_an_error_and_not_garbage(tiny: Tiny, tmp_path: Path) -> None:

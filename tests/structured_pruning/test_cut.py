@@ -13,8 +13,8 @@ from cuts import made, quiet
 from torch import Tensor
 from typer.testing import CliRunner
 
-from compress.architecture.families.llama import FAMILIES
 from compress.architecture.inventory import claim
+from compress.architecture.known import family_of
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
 from compress.evaluate.quality import evaluate
@@ -191,7 +191,7 @@ def test_configs_of_what_is_left() -> None:
         "first_k_dense_replace": 1,
         "_name_or_path": "somewhere",
     }
-    found = smaller_config(config, FAMILIES["llama"], before, left, [1, 3])
+    found = smaller_config(config, family_of("llama"), before, left, [1, 3])
     assert found == {
         "num_hidden_layers": 2,
         "layer_types": ["b", "d"],
@@ -204,7 +204,7 @@ def test_configs_of_what_is_left() -> None:
         "head_dim": 8,
         "intermediate_size": 48,
     }
-    inner = smaller_config({"text_config": config, "x": 1}, FAMILIES["llama"], before, left, [1, 3])
+    inner = smaller_config({"text_config": config, "x": 1}, family_of("llama"), before, left, [1, 3])
     assert inner == {"text_config": found, "x": 1}
 
 
