@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import command
 from places import ROOT
 from runs import compress as run
 from runs import digests, killed_at, steps
 from written import OFFLINE, no_network
 
-from compress import cli, registry
+from compress import registry
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.tensor_file import read_header
 
@@ -186,18 +187,6 @@ def test_a_fresh_interpreter_gives_the_logits_of_the_decoded_weights(tiny: Tiny,
     assert np.array_equal(found["compressed-tensors"], found["decoded"])
 
 
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-    capsys.readouterr()
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out + err
-
-
 def test_without_the_package_it_fails_and_doctor_says_why(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,16 +195,18 @@ def test_without_the_package_it_fails_and_doctor_says_why(
     run(tiny("llama", num_hidden_layers=1), out, None, steps("quant/rtn", bits=4, group_size=16))
     done = python(LOGITS, out, tmp_path / "x.npy", "plain", path=tmp_path)
     assert done.returncode != 0 and "import-compress-first" in done.stderr
-    assert command(monkeypatch, capsys, "doctor", out, "-q")[0] == 0
-    code, said = command(monkeypatch, capsys, "doctor", out, "-q", "--without-import")
+    assert command(monkeypatch, capsys, "doctor", out, "-q").code == 0
+    done = command(monkeypatch, capsys, "doctor", out, "-q", "--without-import")
+    code, said = done.code, done.text
     assert code == 9 and "put that line before from_pretrained" in said
     config = json.loads((out / "config.json").read_text())
     del config["transformers_weights"]
     (out / "config.json").write_text(json.dumps(config))
-    assert "only an empty tensor stops programs" in command(monkeypatch, capsys, "doctor", out, "-q")[1]
+    assert "only an empty tensor stops programs" in command(monkeypatch, capsys, "doctor", out, "-q").text
     del config["quantization_config"]["guard"]
     (out / "config.json").write_text(json.dumps(config))
-    code, said = command(monkeypatch, capsys, "doctor", out, "-q")
+    done = command(monkeypatch, capsys, "doctor", out, "-q")
+    code, said = done.code, done.text
     assert code == 9 and "nothing stops programs" in said
 
 
@@ -234,9 +225,10 @@ def test_mixed_siblings_are_refused_for_vllm_and_pass_for_ours(
     recipe.write_text(json.dumps({"steps": made}))
     model = tiny("llama", num_hidden_layers=1)
     arguments = ("run", recipe, model, "-o", tmp_path / "out", "--device", "cpu", "-q", "--no-reload")
-    code, said = command(monkeypatch, capsys, *arguments, "--target", "vllm")
+    done = command(monkeypatch, capsys, *arguments, "--target", "vllm")
+    code, said = done.code, done.text
     assert code == 2 and "q_proj" in said and not (tmp_path / "out").exists()
-    assert command(monkeypatch, capsys, *arguments)[0] == 0
+    assert command(monkeypatch, capsys, *arguments).code == 0
 
 
 # --- 10: offline

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import Run
 from runs import compress as run
 from safetensors.torch import load_file, save_file
 
-from compress import cli
 from compress.inspection.diff import Difference, difference, grouped
 from compress.interop import exporter as exporting
 
@@ -138,27 +138,18 @@ def test_the_table_adds_blocks_up(dense: Path, four: Path) -> None:
     assert rows["model.norm.weight"]["verdict"] == "same"
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["compress", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def test_exit_codes(
-    dense: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(monkeypatch, "diff", four, four, "-q") == 0
-    assert "the checkpoints are the same" in capsys.readouterr().out
-    assert command(monkeypatch, "diff", dense, four, "--json") == 9
-    found = json.loads(capsys.readouterr().out)
+def test_exit_codes(dense: Path, four: Path, tmp_path: Path, run: Run) -> None:
+    done = run("diff", four, four, "-q")
+    assert done.code == 0
+    assert "the checkpoints are the same" in done.out
+    done = run("diff", dense, four, "--json")
+    assert done.code == 9
+    found = done.json
     assert found["same"] is False
     assert len(found["rows"]) == 30
-    assert command(monkeypatch, "diff", dense, four) == 9
-    captured = capsys.readouterr()
-    assert "model.layers.*.mlp.up_proj.weight" in captured.out
-    assert "9 of 30 tensors have the same values" in captured.out
-    assert "comparing" in captured.err
-    assert command(monkeypatch, "diff", dense, tmp_path / "nothing") == 3
+    done = run("diff", dense, four)
+    assert done.code == 9
+    assert "model.layers.*.mlp.up_proj.weight" in done.out
+    assert "9 of 30 tensors have the same values" in done.out
+    assert "comparing" in done.err
+    assert run("diff", dense, tmp_path / "nothing").code == 3

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import Run
 from places import ROOT
 from runs import compress as run
 from safetensors.torch import load_file, save_file
 
-from compress import cli
 from compress.checkpoint.source import INDEX
 from compress.inspection.doctor import Diagnosis, diagnose
 from compress.interop import exporter as exporting
@@ -294,25 +294,17 @@ def test_a_method_that_is_not_read(kinds: dict[str, Path], tmp_path: Path) -> No
     assert "whose tensors compress does not read" in "".join(p.message for p in found.problems)
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["compress", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def test_exit_codes(
-    kinds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(monkeypatch, "doctor", kinds["native"], "-q") == 0
-    assert "nothing is wrong" in capsys.readouterr().out
+def test_exit_codes(kinds: dict[str, Path], tmp_path: Path, run: Run) -> None:
+    done = run("doctor", kinds["native"], "-q")
+    assert done.code == 0
+    assert "nothing is wrong" in done.out
     shutil.copytree(kinds["dense"], tmp_path / "copy")
     truncated(tmp_path / "copy")
-    assert command(monkeypatch, "doctor", tmp_path / "copy", "--json") == 9
-    found = json.loads(capsys.readouterr().out)
+    done = run("doctor", tmp_path / "copy", "--json")
+    assert done.code == 9
+    found = done.json
     assert (found["healthy"], found["problems"][0]["stage"]) == (False, "files")
-    assert command(monkeypatch, "doctor", kinds["awq"], "--target", "llama.cpp") == 9
-    assert "1 error" in capsys.readouterr().out
-    assert command(monkeypatch, "doctor", kinds["awq"], "--target", "ollama") == 2
+    done = run("doctor", kinds["awq"], "--target", "llama.cpp")
+    assert done.code == 9
+    assert "1 error" in done.out
+    assert run("doctor", kinds["awq"], "--target", "ollama").code == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import Run
 from runs import ids_file
 
-from compress import cli
 from compress.errors import RecipeError
 from compress.planning import budget as plan_budget
 from compress.planning import choices as plan_choices
@@ -32,31 +31,10 @@ from compress.run import prepare as run_prepare
 Tiny = Callable[..., Path]
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments), "--device", "cpu"])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Done(code, out, err)
-
-    return call
+def run(run: Run) -> Run:
+    """Commands that take a device run on the CPU."""
+    return lambda *arguments: run(*arguments, "--device", "cpu")
 
 
 _SMALL = ("gptq:bits=2,group_size=16", "gptq:bits=3,group_size=16", "rtn:bits=5,group_size=-1")
@@ -370,28 +348,17 @@ def test_quantize_with_a_budget_keeps_its_plan(tiny: Tiny, run: Run, tmp_path: P
     assert np.load(ids).shape == (12, 16)
 
 
-def test_a_dry_run_says_which_budgets_are_possible(
-    tiny: Tiny, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_says_which_budgets_are_possible(tiny: Tiny, ids: Path, tmp_path: Path, run: Run) -> None:
     """Nothing is written; sizes are those of checkpoints with that candidate for all weights."""
-    import sys
-
     from runs import compress, steps
 
-    from compress import cli
-
-    def run(*arguments: object) -> str:
-        common = ["compress", "plan", str(tiny("llama")), "-o", str(tmp_path / "r.yaml"), "--data", str(ids), "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [*common, "--dry-run", *map(str, arguments)])
-        cli.main()
-        return capsys.readouterr().out
-
+    common = ("plan", tiny("llama"), "-o", tmp_path / "r.yaml", "--data", ids, "--dry-run")
     wanted = ("--candidates", "rtn:bits=3,group_size=16", "--candidates", "rtn:bits=5,group_size=32")
-    found = json.loads(run("--bpw", 4, *wanted, "--json"))
+    found = run(*common, "--bpw", 4, *wanted, "--json").json
     assert [row["bits_per_weight"] for row in found["candidates"]] == [4.0, 5.5]
     assert found["possible"] is True
     compress(tiny("llama"), tmp_path / "out", None, steps("quant/rtn", bits=3, group_size=16))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert found["candidates"][0]["bytes"] == summary["bytes_after"] == found["smallest"]
-    assert "below what any candidate takes" in run("--bpw", 3.5, *wanted)
+    assert "below what any candidate takes" in run(*common, "--bpw", 3.5, *wanted).out
     assert not (tmp_path / "r.yaml").exists()

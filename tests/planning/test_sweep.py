@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import Run
 from runs import compress, ids_file, steps
 
-from compress import cli
 from compress.errors import RecipeError
 from compress.evaluate.quality import compare, open_any
 from compress.planning import planner
@@ -114,33 +113,18 @@ def test_ranges() -> None:
         settings("2:4:0.5", whole=True)
 
 
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["compress", "sweep", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, *capsys.readouterr()
-
-
-def test_the_command(
-    tiny: Any, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command(tiny: Any, ids: Path, tmp_path: Path, run: Run) -> None:
     common = (tiny("llama"), "--data", ids, "--device", "cpu", "--dtype", "float32")
-    code, out, err = command(
-        capsys, monkeypatch, *common, "--method", "wanda", "--sparsity", "0:0.6:0.3", "-o", tmp_path / "c.json"
-    )
-    assert code == 0, err
-    assert re.search(r"\n 0\.3 +(28|29|3[01])\.\d\d% ", out), out
-    assert "block 9/9" in err
+    done = run("sweep", *common, "--method", "wanda", "--sparsity", "0:0.6:0.3", "-o", tmp_path / "c.json")
+    assert done.code == 0, done.err
+    assert re.search(r"\n 0\.3 +(28|29|3[01])\.\d\d% ", done.out), done.out
+    assert "block 9/9" in done.err
     kept = json.loads((tmp_path / "c.json").read_text())
     assert [p["setting"] for p in kept["points"]] == [0.0, 0.3, 0.6]
     assert "<svg" in (tmp_path / "c.svg").read_text()
     held_out = ids_file(tmp_path / "other.npy", samples=5, seed=3)
     arguments = (*common, "--method", "gptq", "--bits", "3,4", "--set", "group_size=16", "--evaluate", held_out, "--json")
-    code, out, _ = command(capsys, monkeypatch, *arguments, "--plot", tmp_path / "c.png", "--quiet")
-    found = json.loads(out)
+    found = run("sweep", *arguments, "--plot", tmp_path / "c.png", "--quiet").json
     assert (found["method"], found["option"], found["windows"], found["plot"]) == (
         "quant/gptq",
         "bits",
@@ -164,13 +148,6 @@ def test_the_command(
         (("--method", "gtpq", "--bits", "2:4:1"), "did you mean quant/gptq?"),
     ],
 )
-def test_wrong_commands(
-    arguments: tuple[str, ...],
-    message: str,
-    tiny: Any,
-    ids: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    code, _, err = command(capsys, monkeypatch, tiny("llama"), "--data", ids, "--device", "cpu", *arguments)
-    assert (code, message in err) == (2, True), err
+def test_wrong_commands(arguments: tuple[str, ...], message: str, tiny: Any, ids: Path, run: Run) -> None:
+    done = run("sweep", tiny("llama"), "--data", ids, "--device", "cpu", *arguments)
+    assert (done.code, message in done.err) == (2, True), done.err

@@ -1,16 +1,14 @@
-"""Recipes: what is shipped works, what is wrong is named, and nothing else comes out than a recipe or a RecipeError."""
+"""Recipes: what is shipped works, and what is wrong is named."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from named_sites import SITES, Named
 
 import compress
 from compress.architecture.inventory import claim
@@ -23,26 +21,15 @@ from compress.recipe import schema as recipe_schema
 from compress.recipe.schema import Recipe
 
 Tiny = Callable[..., Path]
+
+
 RTN: dict[str, Any] = {"match": "*", "method": "quant/rtn"}
+
+
 FOLDER = Path(compress.__file__).parent / "methods"
+
+
 METHODS = ", ".join(f"{kind}/{p.stem}" for kind in ("quant", "prune") for p in sorted((FOLDER / kind).glob("[!_]*.py")))
-
-
-@dataclass(frozen=True)
-class Named:
-    """What `resolve` wants to know of a site."""
-
-    name: str
-    shape: tuple[int, int] = (64, 128)
-    expert: int | None = None
-    tensor: str = ""
-
-
-SITES = [
-    Named(f"model.layers.{block}.{kind}", tensor=f"{block}.{kind}")
-    for block in range(2)
-    for kind in ("self_attn.q_proj", "mlp.down_proj")
-]
 
 
 def one(**values: Any) -> dict[str, Any]:
@@ -61,9 +48,6 @@ def written(folder: Path, text: str) -> str:
     path = folder / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     return str(path)
-
-
-# --- what is shipped
 
 
 def test_shipped_recipes_are_there() -> None:
@@ -97,9 +81,6 @@ def test_a_dump_spells_out_every_default() -> None:
 def test_an_unknown_name_suggests_a_shipped_one() -> None:
     with pytest.raises(RecipeError, match=r"gptq-4bits: neither a file nor a shipped recipe; .*did you mean gptq-4bit\?"):
         recipe_reading.read("gptq-4bits")
-
-
-# --- what is wrong is named, with the place
 
 
 @pytest.mark.parametrize(
@@ -161,9 +142,6 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert all(place in message for place in ("steps.0.optoins:", "dtype:", "dat:"))
 
 
-# --- files
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -209,9 +187,6 @@ def test_aliases_that_unfold_to_much_are_refused_quickly(tmp_path: Path) -> None
     lines = ["x0: &x0 [a, a, a, a, a, a, a, a, a]"] + [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 30)]
     with pytest.raises(RecipeError, match="unknown key"):
         recipe_reading.load(written(tmp_path, "\n".join([*lines, "steps: *x29"])), ["batch_tokens=1"])
-
-
-# --- --set
 
 
 def changed(values: dict[str, Any], *changes: str) -> dict[str, Any]:
@@ -263,9 +238,6 @@ def test_settings_that_fit_nowhere(setting: str, message: str) -> None:
 def test_a_setting_with_a_misspelt_path_is_an_unknown_key() -> None:
     with pytest.raises(RecipeError, match=r"stpes: unknown key; did you mean steps\?"):
         recipe_reading.parse(changed(one(), "stpes.0.options.bits=3"))
-
-
-# --- steps and sites
 
 
 def resolved(*steps: dict[str, Any], sites: list[Named] | None = None) -> dict[str, recipe_assignment.Assignment]:
@@ -347,9 +319,6 @@ def test_shapes_that_a_method_cannot_take_are_counted() -> None:
         resolved(RTN | {"options": {"group_size": 100}})
 
 
-# --- sizes
-
-
 @pytest.mark.parametrize(
     ("text", "size"),
     [
@@ -372,72 +341,3 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="size"):
         recipe_schema.parse_size(text)
-
-
-# --- anything at all
-
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=4)
-ANYTHING = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
-)
-METHODS = st.sampled_from(["quant/gptq", "quant/rtn", "quant/none", "quant", ""]) | ANYTHING
-OPTIONS = (
-    st.fixed_dictionaries({}, optional={"bits": st.integers(1, 8) | ANYTHING, "group_size": ANYTHING, "damp": ANYTHING})
-    | ANYTHING
-)
-STEP = (
-    st.fixed_dictionaries(
-        {"match": st.sampled_from(["*", "*.mlp.*", "[", "nothing"]) | ANYTHING, "method": METHODS},
-        optional={"options": OPTIONS, "min_tokens": ANYTHING, "fallback": METHODS, "more": ANYTHING},
-    )
-    | ANYTHING
-)
-DATA = st.fixed_dictionaries({"name": ANYTHING}, optional={"samples": ANYTHING, "length": ANYTHING, "split": ANYTHING}) | ANYTHING
-RECIPES = (
-    st.fixed_dictionaries(
-        {"steps": st.lists(STEP, max_size=3) | ANYTHING},
-        optional={"data": DATA, "copy": ANYTHING, "max_shard_size": ANYTHING, "dtype": ANYTHING, "batch_tokens": ANYTHING},
-    )
-    | ANYTHING
-)
-
-
-@given(RECIPES)
-@settings(max_examples=300, deadline=None)
-def test_anything_gives_a_recipe_or_a_recipe_error(values: Any) -> None:
-    try:
-        recipe = recipe_reading.parse(values)
-        recipe_assignment.resolve(recipe, SITES)
-    except RecipeError:
-        return
-    assert isinstance(recipe, Recipe)
-    assert recipe_reading.parse(yaml.safe_load(recipe_reading.dump(recipe))) == recipe
-
-
-@given(st.text(max_size=60) | RECIPES.map(lambda values: yaml.safe_dump(values, allow_unicode=True)))
-@settings(max_examples=150, deadline=None)
-def test_any_text_gives_a_recipe_or_a_recipe_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    path = tmp_path_factory.getbasetemp() / "any.yaml"
-    path.write_text(text, encoding="utf-8")
-    try:
-        assert isinstance(recipe_reading.load(str(path)), Recipe)
-    except RecipeError as error:
-        assert str(error)
-
-
-PIECES = st.sampled_from(["steps", "0", "1", "-1", "options", "bits", "data", "name", "x"])
-SETTINGS = (
-    st.lists(PIECES, min_size=1, max_size=5)
-    .map(".".join)
-    .flatmap(lambda path: st.text(alphabet="abc:[]{}!&*- 123", max_size=8).map(lambda value: f"{path}={value}"))
-)
-
-
-@given(RECIPES, st.lists(SETTINGS | st.text(max_size=10), max_size=3))
-@settings(max_examples=200, deadline=None)
-def test_any_setting_gives_values_or_a_recipe_error(values: Any, changes: list[str]) -> None:
-    try:
-        result = recipe_reading.change(values if isinstance(values, dict) else {}, changes)
-    except RecipeError:
-        return
-    assert isinstance(result, dict)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from command_line import Run
 
-from compress import cli
 from compress.errors import CheckpointError
 from compress.report import card, treemap
 from compress.report import comparison as front
@@ -88,17 +87,15 @@ def test_the_page_is_well_formed_and_fetches_nothing(tmp_path: Path) -> None:
     assert "<svg" not in (tmp_path / "one.html").read_text()
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(tmp_path: Path, run: Run) -> None:
     folders = [checkpoint(tmp_path, "large", 900, 0.001), checkpoint(tmp_path, "small", 100, 0.5)]
     page = tmp_path / "page.html"
-    monkeypatch.setattr(sys, "argv", ["compress", "compare", *map(str, folders), "-o", str(page)])
-    cli.main()
-    text = capsys.readouterr().out
+    done = run("compare", *folders, "-o", page)
+    text = done.out
+    assert done.code == 0
     assert "small *" in text and "0.00100 [0.00090, 0.00110]" in text
     assert page.exists()
-    monkeypatch.setattr(sys, "argv", ["compress", "compare", *map(str, folders), "--json"])
-    cli.main()
-    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)["checkpoints"]] == ["small", "large"]
+    assert [entry["name"] for entry in run("compare", *folders, "--json").json["checkpoints"]] == ["small", "large"]
 
 
 # --- the treemap

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Run
 from places import ROOT
 from runs import steps
 from tiny import TINY
@@ -90,26 +90,13 @@ def test_methods_that_see_blocks(method: str, tiny: Tiny, tmp_path: Path) -> Non
     assert rehearse(tiny("llama"), tmp_path, wanted, **more).problem is None
 
 
-def test_the_command(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    from compress import cli
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["compress", "rehearse", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, capsys.readouterr().out
-
+def test_the_command(tiny: Tiny, run: Run) -> None:
     small = ("--set", "steps.0.options.group_size=16", "--device", "cpu", "--quiet")
-    code, text = run(tiny("llama"), "gptq-3bit", *small)
-    assert (code, "loads the result" in text) == (0, True)
-    code, text = run(tiny("llama"), "gptq-3bit", "--set", "steps.0.options.group_size=24", "--json", "--device", "cpu")
-    assert code == 2
-    assert json.loads(text)["ok"] is False
+    done = run("rehearse", tiny("llama"), "gptq-3bit", *small)
+    assert (done.code, "loads the result" in done.out) == (0, True)
+    done = run("rehearse", tiny("llama"), "gptq-3bit", "--set", "steps.0.options.group_size=24", "--json", "--device", "cpu")
+    assert done.code == 2
+    assert done.json["ok"] is False
 
 
 def test_exports_are_rehearsed_too(tmp_path: Path) -> None:

@@ -195,15 +195,3 @@ def quantize(
                     others[column] = 0
                     assign(column, float(weight[r, column]) + float(others @ full[:, column]) / float(full[column, column]))
     return made
-
-
-def problem(rows: int = 4, columns: int = 32, tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight and the second moment of correlated inputs whose channels differ in size, both float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    mixed = normal(tokens, columns) @ (torch.eye(columns, dtype=torch.float64) + 0.4 * normal(columns, columns))
-    inputs = mixed * normal(columns).exp()
-    return normal(rows, columns) * 0.05, inputs.T @ inputs / tokens

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import damped, loss, problem
 from pydantic import ValidationError
 from roundtrip import assert_round_trip
 from runs import steps
@@ -27,34 +28,13 @@ law = settings(max_examples=40, deadline=None, derandomize=True)
 BITS = range(1, 9)
 
 
-def problem(rows: int = 6, columns: int = 32, tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight and the second moment of correlated inputs whose channels differ in size, both float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    mix = torch.eye(columns, dtype=torch.float64) + 0.4 * normal(columns, columns)
-    inputs = normal(tokens, columns) @ mix * normal(columns).exp()
-    return normal(rows, columns) * 0.05, inputs.T @ inputs / tokens
-
-
 def part(weight: Tensor, hessian: Tensor, **options: Any) -> Uniform:
     base = bipolar(weight, hessian, **options).weight.base
     assert isinstance(base, Uniform)
     return base
 
 
-def loss(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
-    delta = weight - decoded.to(weight.dtype)
-    return float(((delta @ hessian) * delta).sum())
-
-
 # ---------------------------------------------------------------------------------------------------- the slow reference
-
-
-def damped(hessian: Tensor) -> Tensor:
-    return hessian / hessian.diagonal().mean() + 0.01 * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
 def code_of(value: float, scale: float, bits: int) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import tables
 import torch
+from problems import loss
 from pydantic import ValidationError
 from runs import compress as run
 from runs import steps
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compress.calibration.statistics import Hessian
@@ -126,11 +126,6 @@ def test_a_row_of_one_large_group_keeps_its_small_ones() -> None:
     small = (decoded - weight)[:, 16:].square().sum() / weight[:, 16:].square().sum()
     assert float(small) < 0.03
     assert int(bitmod(weight, group_size=16).weight.base.scale.min()) >= 1
-
-
-def loss(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
-    delta = (weight - decoded).double()
-    return float(((delta @ hessian.double()) * delta).sum())
 
 
 @pytest.mark.parametrize("datatype", TYPES)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from problems import problem
 from torch import Tensor
 
 from compress.methods.quant.decoupleq import METHOD, Kept, decoded, decoupleq, descended, floats, normal, plane
@@ -19,20 +20,9 @@ from compress.weights.uniform import Uniform, middle
 BITS, GROUP = 2, 8
 
 
-def problem(rows: int = 5, columns: int = 24, tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight and the second moment of correlated inputs whose channels differ in size, both float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    inputs = random(tokens, columns) @ (torch.eye(columns).double() + 0.4 * random(columns, columns)) * random(columns).exp()
-    return random(rows, columns) * 0.05, inputs.T @ inputs / tokens
-
-
 def start(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Weight, Hessian, codes, scales and offsets somewhere on the way, in float64."""
-    weight, hessian = problem(seed=seed)
+    weight, hessian = problem(5, 24, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     scale = stored(0.02 + 0.04 * torch.rand(5, 3, generator=generator).double())
     offset = (0.02 * torch.randn(5, 3, generator=generator)).bfloat16().double()
@@ -120,7 +110,7 @@ def test_rounding_makes_up_for_what_was_rounded_before() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_result_is_that_of_the_rule_written_out(symmetric: bool) -> None:
     """Codes and floats equal those of the alternation spelt out row by row, without polish; and more rounds never cost."""
-    weight, hessian = problem()
+    weight, hessian = problem(5, 24)
     found = decoupleq(weight, hessian, bits=BITS, group_size=GROUP, symmetric=symmetric, rounds=3, refinements=0).weight.base
     factor = factorise(hessian, 0.01, descending=True)
     begin = decoupleq(weight, hessian, bits=BITS, group_size=GROUP, symmetric=symmetric, rounds=0, refinements=0).weight.base
@@ -210,7 +200,7 @@ def test_groups_whose_codes_are_alike_leave_a_direction_free_and_stay_finite() -
 
 
 def test_without_tokens_the_hessian_is_the_identity() -> None:
-    weight, hessian = problem()
+    weight, hessian = problem(5, 24)
     result = decoupleq(weight, torch.zeros_like(hessian), bits=BITS, group_size=GROUP)
     assert result.notes["fallback"] == "rtn: no token was seen"
     plain = decoupleq(weight, torch.eye(24).double(), bits=BITS, group_size=GROUP, damp=0.0, refinements=0)
@@ -219,7 +209,7 @@ def test_without_tokens_the_hessian_is_the_identity() -> None:
 
 @pytest.mark.parametrize(("symmetric", "bits"), list(itertools.product([True, False], [1, 2, 4, 8])))
 def test_stored_as_announced(symmetric: bool, bits: int) -> None:
-    weight, hessian = problem()
+    weight, hessian = problem(5, 24)
     made = METHOD(bits=bits, group_size=GROUP, symmetric=symmetric)
     result = decoupleq(weight, hessian, **made.model_dump())
     assert isinstance(result.weight.base, Uniform)
@@ -229,7 +219,7 @@ def test_stored_as_announced(symmetric: bool, bits: int) -> None:
 
 def test_start_is_gptqs_solution() -> None:
     """On symmetric grids, without rounds, the codes are GPTQ's before its refinements, and `compensated` is GPTQ."""
-    weight, hessian = problem()
+    weight, hessian = problem(5, 24)
     theirs = gptq(weight, hessian, bits=BITS, group_size=GROUP, refinements=0).weight.base
     mine = decoupleq(weight, hessian, bits=BITS, group_size=GROUP, symmetric=True, rounds=0, refinements=0).weight.base
     assert torch.equal(mine.codes, theirs.codes)

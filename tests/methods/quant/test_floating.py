@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tables
 import torch
+from problems import problem
 from pydantic import ValidationError
 from runs import compress as run
 from runs import steps
@@ -58,7 +59,7 @@ def test_nf4_is_made_of_quantiles() -> None:
 def test_equals_the_reference_code_for_code(datatype: Datatype) -> None:
     table, own, scale_type, _ = KINDS[datatype]
     size = own if own < 64 else 16
-    weight, hessian = tables.problem(rows=3, columns=2 * size, seed=size)
+    weight, hessian = problem(rows=3, columns=2 * size, seed=size)
     for range_, moment, refinements in (("minmax", None, 0), ("mse", None, 0), ("mse", hessian, 0), ("mse", hessian, 2)):
         expected = tables.quantize(
             weight,
@@ -134,7 +135,7 @@ def test_nvfp4_rows_come_to_one_scale_by_exponents() -> None:
 
 @every_kind
 def test_rows_are_independent(datatype: Datatype) -> None:
-    weight, hessian = tables.problem(rows=6, columns=128)
+    weight, hessian = problem(rows=6, columns=128)
     weight *= torch.logspace(-3, 3, 6).unsqueeze(1)
     both = floating(weight, hessian, datatype=datatype).weight
     for row in range(6):
@@ -146,7 +147,7 @@ def test_rows_are_independent(datatype: Datatype) -> None:
 def test_compensation_pays(datatype: Datatype) -> None:
     logs = []
     for seed in range(6):
-        weight, hessian = tables.problem(rows=16, columns=128, seed=seed)
+        weight, hessian = problem(rows=16, columns=128, seed=seed)
         losses = []
         for moment in (None, hessian):
             delta = weight - floating(weight, moment, datatype=datatype).weight.dequantize().double()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import damped, loss, problem
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -30,33 +31,7 @@ ORDERS: tuple[Order, ...] = ("static", "none", "desc_act")
 law = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-def problem(rows: int = 6, columns: int = 32, tokens: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight and the second moment of correlated inputs whose channels differ in size, both float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    inputs = (
-        normal(tokens, columns)
-        @ (torch.eye(columns, dtype=torch.float64) + 0.4 * normal(columns, columns))
-        * normal(columns).exp()
-    )
-    return normal(rows, columns) * 0.05, inputs.T @ inputs / tokens
-
-
-def loss(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
-    delta = weight - decoded.to(weight.dtype)
-    return float(((delta @ hessian.to(weight.dtype)) * delta).sum())
-
-
 # ---------------------------------------------------------------------------------------------------- the slow reference
-
-
-def damped(hessian: Tensor, damp: float) -> Tensor:
-    """H over its mean diagonal, plus damping; columns without input get 1 (tested with every column seen)."""
-    hessian = hessian / hessian.diagonal().mean()
-    return hessian + damp * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
 def nearest(value: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

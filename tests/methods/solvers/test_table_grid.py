@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tables
 import torch
+from problems import problem
 from torch import Tensor
 
 from compress.errors import FormatError
@@ -233,7 +234,7 @@ def test_huge_and_tiny_weights(kind: ScaleType, size: float) -> None:
 
 @every_datatype
 def test_the_sweep_rounds_and_encodes_by_the_table_of_each_row(datatype: str) -> None:
-    weight, hessian = tables.problem(rows=5, columns=24)
+    weight, hessian = problem(rows=5, columns=24)
     book, factor = Codebook(datatype, weight), factorise(hessian, 0.01, descending=True)
     grid = fit(weight, book, "bfloat16", 8, True, None)
     levels = TableLevels.of(grid, book)
@@ -254,7 +255,7 @@ def test_the_sweep_rounds_and_encodes_by_the_table_of_each_row(datatype: str) ->
 @pytest.mark.parametrize("kind", SCALE_TYPES)
 @pytest.mark.parametrize("datatype", ["nf4", "bitmod-fp3"])
 def test_block_does_not_change_the_codes(datatype: str, kind: ScaleType) -> None:
-    weight, hessian = tables.problem(rows=16, columns=144)
+    weight, hessian = problem(rows=16, columns=144)
     made = [
         quantize(
             weight,
@@ -278,7 +279,7 @@ def test_block_does_not_change_the_codes(datatype: str, kind: ScaleType) -> None
 @pytest.mark.parametrize("datatype", ["fp4", "bitmod-fp4"])
 def test_refinement_lowers_the_damped_loss(datatype: str, kind: ScaleType) -> None:
     for seed in range(8):
-        weight, hessian = tables.problem(rows=12, columns=64, seed=seed)
+        weight, hessian = problem(rows=12, columns=64, seed=seed)
         full = hessian / hessian.diagonal().mean() + 0.01 * torch.eye(64, dtype=torch.float64)
         losses = []
         for refinements in range(4):
@@ -301,7 +302,7 @@ def test_refinement_lowers_the_damped_loss(datatype: str, kind: ScaleType) -> No
 @pytest.mark.parametrize("kind", SCALE_TYPES)
 @every_datatype
 def test_identity_hessian_is_rounding_to_nearest(datatype: str, kind: ScaleType) -> None:
-    weight, _ = tables.problem(rows=8, columns=64)
+    weight, _ = problem(rows=8, columns=64)
     options: dict[str, Any] = {"datatype": datatype, "scale_type": kind, "group_size": 16, "range": "mse", "damp": 0.0}
     plain = quantize(weight, None, refinements=0, **options).weight.base
     for hessian in (torch.eye(64, dtype=torch.float64) * 3, torch.zeros(64, 64, dtype=torch.float64)):

@@ -1,0 +1,81 @@
+"""Every option of `quantize`, `run` and `prune` does something."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import Done, Run
+from option_checks import ALIASES, CHECKS, DELIVERY, ONLY_PRUNE, ONLY_QUANTIZE
+
+from compress import cli
+
+COMMANDS = {
+    command.name or command.callback.__name__: command.callback for command in cli.app.registered_commands if command.callback
+}
+
+
+PRUNE_ALIASES = {"method": "prune_method", "bits": "prune_bits", "group_size": "prune_bits", "symmetric": "prune_bits"}
+
+
+def checks_of(command: str) -> list[str]:
+    """The checks of a command: what all share, and its own."""
+    own = {"quantize": ONLY_QUANTIZE, "prune": ONLY_PRUNE, "run": ()}[command]
+    other = {*ONLY_QUANTIZE, *ONLY_PRUNE} | (set(DELIVERY) if command == "prune" else set())
+    return [name for name in CHECKS if name in own or name not in other]
+
+
+def options_of(command: str) -> set[str]:
+    names = set(COMMANDS[command].__annotations__) - {"model", "return"}
+    found = {ALIASES.get(name, name) for name in names} - ({"recipe"} if command == "run" else set())
+    return {PRUNE_ALIASES.get(name, name) for name in found} if command == "prune" else found
+
+
+@pytest.mark.parametrize("command", ["quantize", "run", "prune"])
+def test_every_option_has_a_check(command: str) -> None:
+    assert options_of(command) == set(checks_of(command))
+
+
+@pytest.fixture(scope="module")
+def speaking(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with a tokenizer of 90 words and a chat template."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("speaking") / "model")
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, **{f"word{n}": n + 1 for n in range(90)}}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.chat_template = "{% for m in messages %}word7 {{ m.content }} word8 {% endfor %}"
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, option) for command in ("quantize", "run", "prune") for option in checks_of(command)],
+)
+def test_every_option_does_something(command: str, option: str, run: Run, speaking: Path, ids: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps: [{match: '*.*', method: quant/gptq, options: {group_size: 16}}]\n")
+    count = 0
+
+    def start(*arguments: object) -> tuple[Done, Path]:
+        nonlocal count
+        count += 1
+        out = tmp_path / f"out{count}"
+        flags = [] if "--device" in arguments else ["--device", "cpu"]
+        flags += [] if "--data" in arguments else ["--data", str(ids)]
+        if command == "run":
+            return run("run", recipe, speaking, "-o", out, *flags, *arguments), out
+        if command == "prune":
+            flags += ["--set", "steps.0.options.group_size=16"] if "--set" in arguments else []
+            flags += [] if "--method" in arguments else ["--method", "sparsegpt"]  # the default takes longer
+            return run("prune", speaking, "-o", out, *flags, *arguments), out
+        if not {"--recipe", "--group-size", "--bpw", "--size", "--max-kl"} & set(arguments):
+            flags += ["--group-size", "16"]
+        return run("quantize", speaking, "-o", out, *flags, *arguments), out
+
+    CHECKS[option](start, tmp_path)
