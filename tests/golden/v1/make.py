@@ -1,7 +1,7 @@
 """How this checkpoint was made, once, with format version 1: `PYTHONPATH=tests/support python tests/golden/v1/make.py`.
 
 A tiny Mixtral with every width from 1 to 8 bits, symmetric and asymmetric grids, and columns in groups that are not neighbours.
-It is never made again: tests/checkpoint/test_packed_source.py reads it, and so must every later version. A new format version gets
+It is never made again: tests/checkpoint/test_packed_source.py reads it, and so must every later version. A new version gets
 its own folder.
 """
 
