@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from compress.architecture.family import Site
-from compress.blockwise.units import Cache, Unit, choose, observed
+from compress.blockwise.units import Unit, choose, observed
+from compress.calibration.cache import BlockCache
 from compress.calibration.statistics import Hessian, Stats
 from compress.errors import CalibrationError
 from compress.methods.method import Result
@@ -30,7 +31,7 @@ def compress_block(
     budget: int,
     listen: Callable[[str, float], None],
     read: Callable[[Site], Tensor] | None = None,
-    cache: Cache | None = None,
+    cache: BlockCache | None = None,
 ) -> Iterator[tuple[str, Done]]:
     """Compress the sites of one filled block that are this rank's, and yield each with its report row; see `observed`.
 

@@ -25,7 +25,7 @@ class States(Protocol):
         """Return one batch (samples, length, width) on the CPU."""
 
 
-class Hidden:
+class HiddenStates:
     """Batches of hidden states (samples, length, width) in `dtype`, one after the other in memory or in one file.
 
     On disk (`folder`) the output of a block is written beside its input and takes its place when it is whole.
@@ -77,11 +77,26 @@ class Hidden:
                 stream.write(bytes_of(output.to("cpu", self.dtype)))
         self._file = path
 
-    def after(self, outputs: Iterator[Tensor], name: str) -> Hidden:
+    def after(self, outputs: Iterator[Tensor], name: str) -> HiddenStates:
         """Return what comes after these states, and keep them; on disk in a file of its own."""
-        result = Hidden([count for count, _, _ in self.shapes], *self._inner, self.dtype, self.folder)
+        result = HiddenStates([count for count, _, _ in self.shapes], *self._inner, self.dtype, self.folder)
         result.update(outputs, name)
         return result
+
+    def copy(self) -> HiddenStates:
+        """Return the same states in memory; what becomes of either leaves the other alone."""
+        result = HiddenStates([count for count, _, _ in self.shapes], *self._inner, self.dtype, None)
+        result.put(self.batches())
+        return result
+
+    def batches(self) -> list[Tensor]:
+        """Return all batches on the CPU."""
+        return [self.read(batch) for batch in range(len(self.shapes))]
+
+    def put(self, batches: Sequence[Tensor]) -> None:
+        """Take these batches in memory, in place of all that was there."""
+        self.shapes = [(batch.shape[0], batch.shape[1], batch.shape[2]) for batch in batches]
+        self._memory, self._file = list(batches), None
 
     def save(self, path: Path) -> None:
         """Write all batches into a file that `restore` reads; on disk they are there already."""
@@ -91,12 +106,13 @@ class Hidden:
             for batch in range(len(self.shapes)):
                 stream.write(bytes_of(self.read(batch)))
 
-    def restore(self, path: Path) -> bool:
-        """Take all batches from a file; False when it is not there or has another size."""
-        if not path.is_file() or path.stat().st_size != self.nbytes:
-            return False
+    def fits(self, path: Path) -> bool:
+        """Whether there is a file of this size."""
+        return path.is_file() and path.stat().st_size == self.nbytes
+
+    def restore(self, path: Path) -> None:
+        """Take all batches from a file that fits."""
         if self.folder is not None:
             self._file = path
         else:
             self._memory = [self._read_file(path, batch) for batch in range(len(self.shapes))]
-        return True

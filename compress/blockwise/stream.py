@@ -1,50 +1,120 @@
-"""Hidden states of some windows on their way through the blocks of a model."""
+"""Windows on their way through the blocks of a model, and which weights they go through."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
+from compress.blockwise.hidden_states import HiddenStates
 from compress.calibration.observe import batches
 from compress.model.streamed import Skeleton
+from compress.system import distributed
+
+ORIGINAL, COMPRESSED = "original", "compressed"
 
 
+def slices(ids: Tensor, tokens: int) -> list[slice]:
+    """Cut windows (samples, length) into batches of at most `tokens` tokens."""
+    return [slice(cut.start, cut.stop) for cut in batches(ids.shape[0], ids.shape[1], tokens)]
+
+
+@dataclass
 class Stream:
-    """Hidden states of some windows on the way through the blocks."""
+    """Windows of token ids (samples, length), as hidden states before the block at `position`."""
 
-    def __init__(self, skeleton: Skeleton, ids: Tensor, tokens: int) -> None:
-        self.skeleton, self.ids = skeleton, ids
-        self.cuts = [slice(c.start, c.stop) for c in batches(ids.shape[0], ids.shape[1], tokens)]
-        self.hidden = [skeleton.embed(ids[cut]).cpu() for cut in self.cuts]
+    name: str  # of its files in a job: calibration, original, held-out, check
+    follows: str  # "original", or the name of the weights that a visitor of `walk` puts in the original's place
+    ids: Tensor
+    cuts: Sequence[slice]  # this process's batches
+    states: HiddenStates
+    position: int = 0
+    outputs: HiddenStates | None = None  # of that block, while what enters it is still needed
+    lazy: bool = False  # passes a block after the visitor has seen it, not before; for originals that are looked at on the way
+    stop: int | None = None  # the block that it does not go through, because nothing after it needs the states
 
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the batches (samples, length, width)."""
-        return [tuple(batch.shape) for batch in self.hidden]
+    @classmethod
+    def begin(
+        cls,
+        model: Skeleton,
+        ids: Tensor,
+        cuts: Sequence[slice],
+        name: str,
+        follows: str = ORIGINAL,
+        folder: Path | None = None,
+        lazy: bool = False,
+    ) -> Stream:
+        """Run the embeddings, which `outer` has filled; in memory, or in a file in `folder`.
 
-    def read(self, batch: int) -> Tensor:
-        """Return one batch (samples, length, width) on the CPU."""
-        return self.hidden[batch]
+        Every batch size is seen, so that blocks know their masks and positions.
+        """
+        if not cuts:  # more ranks than batches
+            return cls(name, follows, ids, cuts, HiddenStates([], ids.shape[1], 0, model.dtype, None), lazy=lazy)
+        first = model.embed(ids[cuts[0]])
+        states = HiddenStates([len(ids[cut]) for cut in cuts], first.shape[1], first.shape[2], first.dtype, folder)
+        stream = cls(name, follows, ids, cuts, states, lazy=lazy)
+        rest = (model.embed(ids[cut]) if number else first for number, cut in enumerate(cuts))
+        states.update(rest, stream._file("embedded"))
+        return stream
 
-    def outputs(self, block: int) -> Iterator[Tensor]:
-        """What a filled block makes of them."""
-        for batch in self.hidden:
-            yield self.skeleton.forward(block, batch.to(self.skeleton.device))
+    def _file(self, where: str) -> str:
+        return f"{where}.{self.name}.{distributed.rank()}of{distributed.world()}.bin"
 
-    def advance(self, block: int) -> None:
-        """Replace them by the block's outputs."""
-        self.hidden = [output.cpu() for output in self.outputs(block)]
+    def _after(self, block: int) -> str:
+        return self._file(f"after-{block:05d}")
 
-    def branch(self) -> Stream:
-        """The same states, to go another way."""
-        other = object.__new__(Stream)
-        other.__dict__.update(self.__dict__, hidden=list(self.hidden))
-        return other
+    def forward(self, model: Skeleton, block: int, progress: Callable[[float], None] | None = None) -> Iterator[Tensor]:
+        """Yield the outputs (samples, length, width) of a filled block, batch by batch, on the model's device."""
+        for batch in range(len(self.cuts)):
+            if progress is not None and len(self.cuts) > 1:
+                progress(batch / len(self.cuts))
+            yield model.forward(block, self.states.read(batch).to(model.device))
 
-    def logs(self) -> Iterator[Tensor]:
-        """Log probabilities (length - 1, vocabulary) of each window; needs `outer`."""
-        for cut, batch in zip(self.cuts, self.hidden, strict=True):
-            for ids, hidden in zip(self.ids[cut], batch, strict=True):
-                logits = self.skeleton.logits(ids[None], hidden[None].to(self.skeleton.device))
+    def send(self, model: Skeleton, block: int, progress: Callable[[float], None] | None = None) -> None:
+        """Run a filled block for the hooks on its modules alone."""
+        for _ in self.forward(model, block, progress):
+            pass
+
+    def peek(self, model: Skeleton, block: int, progress: Callable[[float], None] | None = None) -> None:
+        """Run a filled block and keep both its inputs and its outputs, until `advance`."""
+        if not self._stops(block):
+            self.outputs = self.states.after(self.forward(model, block, progress), self._after(block))
+
+    def advance(self, model: Skeleton, block: int, progress: Callable[[float], None] | None = None) -> None:
+        """Let the outputs of a filled block take the place of its inputs."""
+        if self._stops(block):
+            return
+        if self.outputs is not None:
+            self.states, self.outputs = self.outputs, None
+        else:
+            self.states.update(self.forward(model, block, progress), self._after(block))
+        self.position = block + 1
+
+    def _stops(self, block: int) -> bool:
+        return self.stop is not None and block >= self.stop
+
+    def branch(self, follows: str) -> Stream:
+        """Return the same states, in memory, to go through other weights."""
+        return Stream(follows, follows, self.ids, self.cuts, self.states.copy(), self.position)
+
+    def save(self, folder: Path, block: int) -> None:
+        """Write the states after a block into a file that `restore` reads; on disk they are there already."""
+        self.states.save(folder / self._after(block))
+
+    def saved(self, folder: Path, block: int) -> bool:
+        """Whether `restore` will find the states after a block."""
+        return self.states.fits(folder / self._after(block))
+
+    def restore(self, folder: Path, block: int) -> None:
+        """Take the states after a block from the file that `save` wrote."""
+        self.states.restore(folder / self._after(block))
+        self.position = block + 1
+
+    def logs(self, model: Skeleton) -> Iterator[Tensor]:
+        """Yield the log probabilities (length - 1, vocabulary) of each window's next tokens; needs `outer`."""
+        for number, cut in enumerate(self.cuts):
+            for ids, hidden in zip(self.ids[cut], self.states.read(number), strict=True):
+                logits = model.logits(ids[None], hidden[None].to(model.device))
                 yield logits[0, :-1].float().log_softmax(-1)

@@ -6,20 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compress.calibration.cache import BlockCache
 from compress.calibration.observe import Tap, observe, passes
 from compress.calibration.statistics import Hessian, Statistics, Stats
 from compress.model.streamed import Skeleton
 from compress.recipe.assignment import Assignment
 from compress.system import distributed
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Where the statistics of some taps of a block are read from (None: they are not there) and kept."""
-
-    holds: Callable[[list[Tap]], bool]
-    read: Callable[[list[Tap]], dict[str, Stats] | None]
-    write: Callable[[list[Tap], dict[str, Stats]], None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ def observed(
     run: Callable[[], None],
     budget: int,
     listen: Callable[[str, float], None],
-    cache: Cache | None = None,
+    cache: BlockCache | None = None,
 ) -> Iterator[tuple[Unit, Stats, Stats]]:
     """Yield the units of one filled block that are this rank's, each with its statistics and those pooled over experts.
 

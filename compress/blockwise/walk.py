@@ -1,79 +1,65 @@
-"""Hidden states on the way through the blocks of a model, beside others that go through compressed ones."""
+"""The one walk over the blocks of a model, one loaded at a time: whatever sends windows through blocks is a visitor of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from compress.blockwise import stages as block_stages
-from compress.blockwise.compress import compress_block
-from compress.blockwise.stream import Stream
-from compress.blockwise.view import Surroundings
-from compress.model.streamed import Skeleton
-from compress.recipe.assignment import Assignment, StageAssignment, within
-from compress.report.rows import SiteRow
-from compress.system import memory
-from compress.system.progress import Listen
+from compress.blockwise.stream import ORIGINAL, Stream
+from compress.model.streamed import Skeleton, Weights
+
+# Sees a filled block and yields weights for it, each with the name of the streams that go through them.
+Visit = Callable[[int], Iterable[tuple[str, Weights]]]
+Tell = Callable[[int, str, float], None]  # block, what is done, share of it
 
 
-@dataclass
-class Before:
-    """What is done to every block before it is calibrated, and the calibration on its way through the original's blocks."""
+def nothing(block: int) -> Iterator[tuple[str, Weights]]:
+    """A visitor that leaves every block as it is."""
+    return iter(())
 
-    stages: Sequence[StageAssignment]
-    untouched: Stream
-    seed: int
+
+def quiet(block: int, step: str, share: float) -> None:
+    """Tell nobody."""
 
 
 def walk(
-    skeleton: Skeleton,
-    assignments: Sequence[Assignment],
-    fit: Stream | None,
-    compressed: Stream,
-    original: Stream | None,
-    room: int,
-    listen: Listen,
-    before: Before | None = None,
-) -> list[SiteRow]:
-    """Send streams through all blocks: one through compressed weights, one, if there is one, through the original's.
+    model: Skeleton,
+    streams: Sequence[Stream],
+    blocks: Iterable[int],
+    visit: Visit = nothing,
+    tell: Tell = quiet,
+    step: str = "running",
+) -> None:
+    """Send streams through blocks, each filled from the source, shown to a visitor, and released.
 
-    As a run does it, the calibration `fit` goes on through the compressed weights; None for methods that need none, unless
-    there is something to do `before`. Nothing is written. Return the report rows.
+    Streams that follow the original have run through the block before the visitor sees it: `states` are its inputs, `outputs`
+    what it gives. Lazy ones run before its weights are replaced for the first time. Each time the visitor yields weights, the
+    block is given them, and the streams that follow them advance; then the visitor goes on.
     """
-    blocks = len(skeleton.blocks)
-    rows = []
-    for block in range(blocks):
-        mine = [a for a in assignments if a.site.block == block]
-        listen(block, blocks, "loading", 0.0)
-        skeleton.load(block)
-        if original is not None:
-            original.advance(block)
+    for block in blocks:
 
-        def observe(block: int = block) -> None:
-            for _ in fit.outputs(block) if fit is not None else ():
-                pass
+        def progress(share: float, block: int = block) -> None:
+            tell(block, step, share)
 
-        def say(step: str, share: float, block: int = block) -> None:
-            listen(block, blocks, step, share)
+        tell(block, "loading", 0.0)
+        model.load(block)
+        originals = [stream for stream in streams if stream.follows == ORIGINAL]
+        for stream in originals:
+            if not stream.lazy:
+                stream.peek(model, block, progress)
+        for follows, weights in visit(block):
+            _advance(originals, model, block, progress)
+            originals = []
+            model.replace(block, weights)
+            _advance([stream for stream in streams if stream.follows == follows], model, block, progress)
+        _advance(originals, model, block, progress)
+        model.release(block)
 
-        read = None
-        if before is not None:
-            assert fit is not None
-            entering = before.untouched.branch()
-            before.untouched.advance(block)
-            around = Surroundings(skeleton, block, fit, entering, None, observe, room, before.seed, say)
-            block_stages.transform(around, within(before.stages, block))
-            read = around.weight
-        decoded = {}
-        for name, (weight, row) in compress_block(skeleton, mine, observe, room, say, read):
-            decoded[name] = weight.dequantize()
-            rows.append(row)
-        for a in mine:
-            skeleton.put(a.site, decoded[a.site.name])
-        listen(block, blocks, "running", 0.0)
-        if fit is not None:
-            fit.advance(block)
-        compressed.advance(block)
-        skeleton.release(block)
-        memory.give_back()
-    return rows
+
+def _advance(streams: Iterable[Stream], model: Skeleton, block: int, progress: Callable[[float], None]) -> None:
+    for stream in streams:
+        stream.advance(model, block, progress)
+
+
+def catch_up(model: Skeleton, stream: Stream, block: int, tell: Tell = quiet) -> None:
+    """Send a stream that follows the original through the blocks that it was left behind at, up to this one."""
+    walk(model, [stream], range(stream.position, block), tell=tell)

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from compress.checkpoint.packing import Spec, layout, unpack
-from compress.checkpoint.tensor_file import Entry, read_header, read_tensor, save
+from compress.checkpoint.packing import Spec, layout, pack, unpack
+from compress.checkpoint.tensor_file import read_header, read_tensor, save
 from compress.errors import FormatError
 from compress.weights.weight import CompressedWeight
+
+
+@dataclass(frozen=True)
+class PartWriter:
+    """The packed sites of a block on their way into one file."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    specs: dict[str, Spec] = field(default_factory=dict)
+
+    def add(self, site: str, weight: CompressedWeight) -> None:
+        """Pack a weight."""
+        tensors, self.specs[site] = pack(weight)
+        self.tensors.update({f"{site}.{leaf}": tensor for leaf, tensor in tensors.items()})
+
+    def write(self, path: Path, others: Mapping[str, Tensor] | None = None) -> None:
+        """Write all sites that were added, and tensors that replace the source's."""
+        write_part(path, self.tensors, self.specs, others)
 
 
 def write_part(
@@ -23,10 +41,10 @@ def write_part(
     save(path, tensors | others, {"sites": json.dumps(specs, separators=(",", ":")), "others": names})
 
 
-def part_others(path: Path) -> dict[str, Entry]:
+def part_others(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a part that replace those of the source, by disk name."""
     entries, metadata = read_header(path)
-    return {name: entries[name] for name in json.loads(metadata.get("others", "[]"))}
+    return {name: read_tensor(entries[name]) for name in json.loads(metadata.get("others", "[]"))}
 
 
 def part_specs(metadata: Mapping[str, str]) -> dict[str, Spec]:

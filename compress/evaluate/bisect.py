@@ -17,11 +17,12 @@ from torch import Tensor
 from compress.architecture.config import context_length, vocabulary
 from compress.architecture.family import Site
 from compress.architecture.inventory import claim
+from compress.blockwise.forward import open_skeleton, through_all_blocks
 from compress.calibration.data import load_ids
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import CheckpointError
-from compress.evaluate.quality import Stream
+from compress.evaluate.quality import TOKENS
 from compress.interop.foreign import open_any
 from compress.model.detect import find
 from compress.recipe.data import Data
@@ -74,10 +75,10 @@ class Found:
 
 def _logs(source: Source, ids: Tensor, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Log probabilities (length - 1, vocabulary) of each window, on the CPU."""
-    stream = Stream(source, ids, dtype, device)
-    stream.run(lambda _: None)
-    with stream.skeleton.outer():
-        return [stream.window(index).cpu() for index in range(ids.shape[0])]
+    model = open_skeleton(source, dtype, device)
+    stream = through_all_blocks(model, ids, TOKENS)
+    with model.outer():
+        return [logs.cpu() for logs in stream.logs(model)]
 
 
 def divergence(original: Sequence[Tensor], model: Sequence[Tensor]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,15 @@ import torch
 from torch import Tensor
 
 from compress.architecture.config import context_length, vocabulary
-from compress.blockwise.forward import open_skeleton
-from compress.blockwise.hidden_states import Hidden
+from compress.blockwise.forward import open_skeleton, through_all_blocks
+from compress.blockwise.stream import Stream
 from compress.calibration.data import fingerprint, load_ids
-from compress.calibration.observe import batches
 from compress.checkpoint.source import Source
 from compress.errors import CheckpointError, OutputError
 from compress.evaluate import tasks
 from compress.evaluate.intervals import Interval, interval, resampled_means
 from compress.evaluate.speed import tokens_per_second
 from compress.interop.foreign import open_any
-from compress.model.streamed import Skeleton
 from compress.recipe.data import Data
 from compress.report.redaction import LOCAL, cleaned, data_name
 from compress.system.device import DTYPES, pick_device
@@ -34,7 +33,7 @@ from compress.system.files import write_json
 
 FILE = "evaluation.json"
 Listen = Callable[[int, int, str, float], None]
-_TOKENS = 8192  # that pass through a block at a time
+TOKENS = 8192  # that pass through a block at a time
 
 
 @dataclass(frozen=True)
@@ -81,61 +80,35 @@ def base_of(model: str) -> str | None:
     return base if isinstance(base, str) and Path(base).is_dir() else None
 
 
-class Stream:
-    """The hidden states of one model on the way through its blocks."""
-
-    def __init__(self, source: Source, ids: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        self.skeleton: Skeleton = open_skeleton(source, dtype, device)
-        self.ids = ids
-        self.cuts = list(batches(ids.shape[0], ids.shape[1], _TOKENS))
-        with self.skeleton.outer():
-            first = self.skeleton.embed(self._ids(0))
-            self.hidden = Hidden([len(c) for c in self.cuts], ids.shape[1], first.shape[2], first.dtype, None)
-            self.hidden.update((self.skeleton.embed(self._ids(b)) if b else first for b in range(len(self.cuts))), "")
-
-    def _ids(self, batch: int) -> Tensor:
-        return self.ids[self.cuts[batch].start : self.cuts[batch].stop]
-
-    def run(self, listen: Callable[[int], None]) -> None:
-        """Run all blocks."""
-        for block in range(len(self.skeleton.blocks)):
-            listen(block)
-            self.skeleton.load(block)
-            device = self.skeleton.device
-            self.hidden.update((self.skeleton.forward(block, self.hidden.read(b).to(device)) for b in range(len(self.cuts))), "")
-            self.skeleton.release(block)
-
-    def window(self, index: int) -> Tensor:
-        """Log probabilities (length - 1, vocabulary) of the tokens after the first of one window; needs `outer`."""
-        size = len(self.cuts[0])
-        hidden = self.hidden.read(index // size)[index % size].unsqueeze(0).to(self.skeleton.device)
-        return self.skeleton.logits(self.ids[index : index + 1], hidden)[0, :-1].float().log_softmax(-1)
-
-
 def compare(
     source: Source, original: Source | None, ids: Tensor, dtype: torch.dtype, device: torch.device, listen: Listen
 ) -> dict[str, Any]:
     """Measure a model over windows of ids (windows, length), position by position, against the original if there is one."""
-    streams = [Stream(s, ids, dtype, device) for s in (source, original) if s is not None]
-    total = sum(len(s.skeleton.blocks) for s in streams)
-    for number, stream in enumerate(streams):
-        before = sum(len(s.skeleton.blocks) for s in streams[:number])
-        stream.run(lambda block, start=before: listen(start + block, total, "evaluating", 0.0))  # type: ignore[misc]
-    losses: list[list[float]] = [[] for _ in streams]
+    models = [open_skeleton(one, dtype, device) for one in (source, original) if one is not None]
+    total = sum(len(model.blocks) for model in models)
+    streams: list[Stream] = []
+    for model in models:
+        before = sum(len(done.blocks) for done in models[: len(streams)])
+
+        def tell(block: int, step: str, share: float, before: int = before) -> None:
+            listen(before + block, total, "evaluating", 0.0)
+
+        streams.append(through_all_blocks(model, ids, TOKENS, tell))
+    losses: list[list[float]] = [[] for _ in models]
     divergences, agreements = [], []
-    mine, other = streams[0], streams[1] if original is not None else None
-    with mine.skeleton.outer(), (other or mine).skeleton.outer():
-        for index in range(ids.shape[0]):
+    with ExitStack() as filled:
+        for model in models:
+            filled.enter_context(model.outer())
+        for index, logs in enumerate(zip(*(s.logs(m) for s, m in zip(streams, models, strict=True)), strict=True)):
             listen(total, total, "comparing", index / ids.shape[0])
             target = ids[index, 1:].to(device)
-            logs = [stream.window(index) for stream in streams]
             for number, log in enumerate(logs):
                 losses[number].append(float(-log.gather(1, target.unsqueeze(1)).double().mean()))
-            if other is not None:
+            if original is not None:
                 q, p = logs
                 divergences.append(float((p.exp() * (p - q)).sum(-1).double().mean()))
                 agreements.append(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
-    return _summed_up(torch.tensor([*losses, divergences, agreements] if other is not None else losses, dtype=torch.float64).T)
+    return _summed_up(torch.tensor([*losses, divergences, agreements] if original is not None else losses, dtype=torch.float64).T)
 
 
 def _summed_up(windows: Tensor) -> dict[str, Any]:

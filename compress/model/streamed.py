@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +33,14 @@ class _Linear(nn.Linear):
 
     def __init__(self, columns: int, rows: int, dtype: torch.dtype) -> None:
         super().__init__(columns, rows, bias=False, device="meta", dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What takes the place of a block's own tensors: weights (out, in) by site, other tensors by disk name."""
+
+    sites: Mapping[str, Tensor]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Skeleton:
@@ -59,7 +68,7 @@ class Skeleton:
             block, _, rest = name.removeprefix(self.family.blocks + ".").partition(".")
             inside = name.startswith(self.family.blocks + ".") and block.isdigit()
             self._copied.setdefault(block if inside else "", []).append(rest if inside else name)
-        self._calls: dict[int, list[Call]] = {}  # by batch size, one per block
+        self._calls: dict[tuple[int, ...], list[Call]] = {}  # by samples and length, one per block
 
     def _split_experts(self) -> None:
         layout = self.family.experts
@@ -123,6 +132,13 @@ class Skeleton:
             self._assign(block, self._inside(number, base + rest), base + rest)
         self._complete(block, base)
         return block
+
+    def replace(self, number: int, weights: Weights) -> None:
+        """Give a filled block other weights and tensors than the source's."""
+        by_name = {site.name: site for site in self.sites[number]}
+        for name, weight in weights.sites.items():
+            self.put(by_name[name], weight)
+        self.put_others(number, weights.others)
 
     def _assign(self, module: nn.Module, inside: str, name: str) -> None:
         """Give the parameter or buffer `inside` of a module the tensor `name` of the source."""
@@ -216,13 +232,13 @@ class Skeleton:
         calls: list[Call] = []
         with torch.no_grad(), self._bypassed(first, calls):
             self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
-        self._calls[ids.shape[0]] = calls
+        self._calls[tuple(ids.shape)] = calls
         return kept[0]
 
     def forward(self, number: int, hidden: Tensor) -> Tensor:
-        """Run a filled block on hidden states (samples, length, width); a batch of this size must have been embedded before."""
+        """Run a filled block on hidden states (samples, length, width); a batch of this shape must have been embedded before."""
         with torch.no_grad():
-            args, kwargs = self._calls[hidden.shape[0]][number]
+            args, kwargs = self._calls[tuple(hidden.shape[:2])][number]
             output: Tensor | tuple[Tensor, ...] = self.blocks[number](hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -235,7 +251,7 @@ class Skeleton:
         for name, value in others.items():
             inside = self._inside(number, name)
             given[inside] = value.to(self.blocks[number].get_parameter(inside).dtype)
-        args, kwargs = self._calls[hidden.shape[0]][number]
+        args, kwargs = self._calls[tuple(hidden.shape[:2])][number]
         output: Tensor | tuple[Tensor, ...] = torch.func.functional_call(
             self.blocks[number], given, (hidden, *args), dict(kwargs)
         )

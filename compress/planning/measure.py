@@ -29,8 +29,9 @@ from __future__ import annotations
 import math
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,17 +39,17 @@ import torch
 from torch import Tensor
 
 from compress.architecture.family import Site
-from compress.blockwise.stream import Stream
+from compress.blockwise.stream import Stream, slices
 from compress.blockwise.units import choose, observed
+from compress.blockwise.walk import walk
 from compress.calibration.statistics import Hessian, Statistics
 from compress.errors import CalibrationError, CheckpointError
 from compress.model.divergence import divergence, mean
-from compress.model.streamed import Skeleton
+from compress.model.streamed import Skeleton, Weights
 from compress.planning.candidates import Candidate
 from compress.planning.sensitivity import Reference, Sensitivity, SiteCosts, references, sites_of, split
 from compress.recipe.assignment import Assignment
 from compress.run.prepare import Plan
-from compress.system import memory
 from compress.system.files import replacing, writing
 from compress.system.progress import Listen
 
@@ -104,30 +105,32 @@ class Measurement:
         fit, self.probe_ids = split(ids)
         self.gradient_ids = fit[: max(GRADIENT_TOKENS // ids.shape[1], 1)]
         with self.skeleton.outer():
-            self.fit = Stream(self.skeleton, fit, plan.recipe.batch_tokens)
-            self.gradient = Stream(self.skeleton, self.gradient_ids, BACKWARD_TOKENS)
-            self.probe = Stream(self.skeleton, self.probe_ids, plan.recipe.batch_tokens)
-            self.skeleton.embed(ids[:1])  # windows go to the head one by one
-        self.branches = {c: self.probe.branch() for c in self.references}
+            self.fit = self._stream(fit, plan.recipe.batch_tokens, "calibration", lazy=True)
+            self.gradient = self._stream(self.gradient_ids, BACKWARD_TOKENS, "gradients")
+            self.probe = self._stream(self.probe_ids, plan.recipe.batch_tokens, "probe")
+        self.branches = {c: self.probe.branch(f"candidate {c}") for c in self.references}
         self.kept: dict[int, list[Tensor]] = {}  # inputs of each block, for the way back, where there is no folder
         self.measured: dict[int, tuple[float, float | None]] = {}
         self.gradients: list[Tensor] = []
         self.before = 0.0  # seconds of earlier runs
+
+    def _stream(self, ids: Tensor, tokens: int, name: str, lazy: bool = False) -> Stream:
+        return Stream.begin(self.skeleton, ids, slices(ids, tokens), name, lazy=lazy)
 
     def run(self) -> Sensitivity:
         """Do both passes, one block after another."""
         start = time.perf_counter()
         for step in range(self._resume(), 2 * self.blocks):
             if step < self.blocks:
-                self._forward(step)
+                walk(self.skeleton, self._streams(), [step], self._forward, self._tell)
             else:
                 self.listen(step, 2 * self.blocks, "gradients", 0.0)
-                self._backward(2 * self.blocks - 1 - step)
+                walk(self.skeleton, [], [2 * self.blocks - 1 - step], self._backward)
             if step == self.blocks - 1:
                 self.measured = self._compare()
                 self.gradients = self._labels()
                 for stream in self._streams():
-                    stream.hidden = []
+                    stream.states.put([])
             self._save(step + 1, self.before + time.perf_counter() - start)
         costs = self._costs()
         found = []
@@ -153,7 +156,7 @@ class Measurement:
             for name in _FOUND:
                 setattr(self, name, values[name])
             for stream, hidden in zip(self._streams(), values["hidden"], strict=True):
-                stream.hidden = hidden
+                stream.states.put(hidden)
             self.gradients, self.before, done = values["gradients"], values["seconds"], int(values["done"])
         except (OSError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError) as error:
             raise CheckpointError(
@@ -166,17 +169,17 @@ class Measurement:
         if self.folder is None:
             return
         values = {name: getattr(self, name) for name in _FOUND}
-        values |= {"hidden": [stream.hidden for stream in self._streams()], "gradients": self.gradients}
+        values |= {"hidden": [stream.states.batches() for stream in self._streams()], "gradients": self.gradients}
         with replacing(self.folder / "state.pt") as path:
             torch.save(values | {"done": done, "seconds": seconds}, path)
 
     def _keep(self, block: int) -> None:
         """Put aside what enters a block, for the way back."""
         if self.folder is None:
-            self.kept[block] = self.gradient.hidden
+            self.kept[block] = self.gradient.states.batches()
             return
         with replacing(self.folder / f"inputs-{block}.pt") as path:
-            torch.save(self.gradient.hidden, path)
+            torch.save(self.gradient.states.batches(), path)
 
     def _entering(self, block: int) -> list[Tensor]:
         if self.folder is None:
@@ -184,36 +187,25 @@ class Measurement:
         entering: list[Tensor] = torch.load(self.folder / f"inputs-{block}.pt", map_location="cpu", weights_only=True)
         return entering
 
-    def _say(self, block: int) -> Callable[[str, float], None]:
-        return lambda step, share: self.listen(block, 2 * self.blocks, step, share)
+    def _tell(self, block: int, step: str, share: float) -> None:
+        self.listen(block, 2 * self.blocks, step, share)
 
-    def _forward(self, block: int) -> None:
-        self.listen(block, 2 * self.blocks, "loading", 0.0)
-        self.skeleton.load(block)
+    def _forward(self, block: int) -> Iterator[tuple[str, Weights]]:
         self._keep(block)
-        outputs: list[Tensor] = []
 
         def observe() -> None:
-            outputs.clear()
-            outputs.extend(output.cpu() for output in self.fit.outputs(block))
+            self.fit.peek(self.skeleton, block)
 
+        say = partial(self._tell, block)
         decoded: dict[int, dict[str, Tensor]] = {c: {} for c in self.references}
-        for unit, stats, pooled in observed(self.skeleton, self.work.get(block, []), observe, self.room, self._say(block)):
+        for unit, stats, pooled in observed(self.skeleton, self.work.get(block, []), observe, self.room, say):
             _, chosen, _ = choose(unit.assignments[0], stats, pooled)
             self._try([a.site for a in unit.assignments], chosen, decoded)
-        if not outputs:
+        if self.fit.outputs is None:
             observe()
-        self._scores(block, outputs)
-        self.fit.hidden = list(outputs)
-        self.listen(block, 2 * self.blocks, "running", 0.0)
-        self.gradient.advance(block)
-        self.probe.advance(block)
+        self._scores(block)
         for c, branch in self.branches.items():
-            for a in self.work.get(block, []):
-                self.skeleton.put(a.site, decoded[c][a.site.name])
-            branch.advance(block)
-        self.skeleton.release(block)
-        memory.give_back()
+            yield branch.follows, Weights(decoded[c])
 
     def _try(self, sites: list[Site], stats: dict[type[Statistics], Statistics], decoded: dict[int, dict[str, Tensor]]) -> None:
         """Compress the sites of one tap with every candidate, and note sizes and errors by output."""
@@ -245,11 +237,12 @@ class Measurement:
                     if c in decoded:
                         decoded[c][site.name] = values.to(self.skeleton.dtype)
 
-    def _scores(self, block: int, outputs: list[Tensor]) -> None:
+    def _scores(self, block: int) -> None:
         """LIM and ZD of a block."""
+        assert self.fit.outputs is not None
         similar = sum(
             float(torch.cosine_similarity(before.double(), after.double(), dim=-1).sum())
-            for before, after in zip(self.fit.hidden, outputs, strict=True)
+            for before, after in zip(self.fit.states.batches(), self.fit.outputs.batches(), strict=True)
         )
         self.lim.append(-similar / self.fit.ids.numel())
         weights = [self.skeleton.weight(a.site) for a in self.work.get(block, [])]
@@ -259,7 +252,7 @@ class Measurement:
         """KL of each reference, with its standard error over windows."""
         found: dict[int, list[float]] = {c: [] for c in self.references}
         with self.skeleton.outer():
-            for p, *others in zip(self.probe.logs(), *(self.branches[c].logs() for c in self.references), strict=True):
+            for p, *others in zip(*(s.logs(self.skeleton) for s in (self.probe, *self.branches.values())), strict=True):
                 for c, q in zip(self.references, others, strict=True):
                     found[c].append(divergence(p, q))
         return {c: mean(values) for c, values in found.items()}
@@ -269,7 +262,7 @@ class Measurement:
         generator = torch.Generator().manual_seed(0)
         gradients = []
         with self.skeleton.outer():
-            for cut, batch in zip(self.gradient.cuts, self.gradient.hidden, strict=True):
+            for cut, batch in zip(self.gradient.cuts, self.gradient.states.batches(), strict=True):
                 mine = []
                 for ids, hidden in zip(self.gradient.ids[cut], batch, strict=True):
                     at = hidden[None].to(self.skeleton.device).requires_grad_()
@@ -284,9 +277,8 @@ class Measurement:
                 gradients.append(torch.cat(mine))
         return gradients
 
-    def _backward(self, block: int) -> None:
+    def _backward(self, block: int) -> Iterator[tuple[str, Weights]]:
         """Send the gradients (samples, length, width) back through a block, adding up squares at the outputs of its sites."""
-        self.skeleton.load(block)
         handles = []
         for a in self.work.get(block, []):
             name = a.site.name
@@ -304,8 +296,7 @@ class Measurement:
             for handle in handles:
                 handle.remove()
         self.gradients = before
-        self.skeleton.release(block)
-        memory.give_back()
+        return iter(())
 
     def _square_adder(self, name: str) -> Callable[..., None]:
         def add(gradient: Tensor) -> None:

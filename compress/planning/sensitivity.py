@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from compress.architecture.family import Site
-from compress.blockwise.stream import Stream
-from compress.blockwise.walk import Before, walk
+from compress.blockwise.stream import COMPRESSED, ORIGINAL, Stream, slices
+from compress.blockwise.trial import Before, compress_in_memory
 from compress.model.divergence import divergence, mean
 from compress.model.streamed import Skeleton
 from compress.planning.candidates import Candidate
@@ -132,10 +132,9 @@ def check(plan: Plan, ids: Tensor, methods: Mapping[str, Candidate], room: int, 
     skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
     fit_ids, probe_ids = split(ids)
     with skeleton.outer():
-        fit = Stream(skeleton, fit_ids, plan.recipe.batch_tokens)
-        original = Stream(skeleton, probe_ids, plan.recipe.batch_tokens)
-        skeleton.embed(ids[:1])
-    planned = original.branch()
+        fit = Stream.begin(skeleton, fit_ids, slices(fit_ids, plan.recipe.batch_tokens), "calibration", COMPRESSED)
+        original = Stream.begin(skeleton, probe_ids, slices(probe_ids, plan.recipe.batch_tokens), "probe")
+    planned = original.branch(COMPRESSED)
     steps = {c.label: number for number, c in enumerate(methods.values())}
     work = []
     for a in plan.assignments:
@@ -146,7 +145,7 @@ def check(plan: Plan, ids: Tensor, methods: Mapping[str, Candidate], room: int, 
     if plan.transforms:
         planned_as = {a.site.name: a for a in work}
         stages = [StageAssignment(s.method, [planned_as[a.site.name] for a in s.members]) for s in plan.transforms]
-        before = Before(stages, fit.branch(), 0 if plan.recipe.data is None else plan.recipe.data.seed)
-    walk(skeleton, work, fit, planned, original, room, listen, before)
+        before = Before(stages, fit.branch(ORIGINAL), 0 if plan.recipe.data is None else plan.recipe.data.seed)
+    compress_in_memory(skeleton, work, fit, [original, planned], room, listen, before)
     with skeleton.outer():
-        return mean([divergence(p, q) for p, q in zip(original.logs(), planned.logs(), strict=True)])
+        return mean([divergence(p, q) for p, q in zip(original.logs(skeleton), planned.logs(skeleton), strict=True)])

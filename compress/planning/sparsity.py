@@ -13,27 +13,29 @@ What comes out is a sparsity per site, which a recipe holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from compress.architecture.family import Site
+from compress.blockwise.stream import Stream, slices
 from compress.blockwise.units import choose, observed
-from compress.calibration.observe import batches
+from compress.blockwise.walk import walk
 from compress.calibration.statistics import MeanSquare, Statistics
-from compress.model.streamed import Skeleton
+from compress.model.streamed import Skeleton, Weights
 from compress.planning.steps import fold
 from compress.recipe.assignment import Assignment
 from compress.run.prepare import Plan
+from compress.system.progress import Listen
 
 MOST = 0.95  # of a matrix, that is given up
 OUTLIERS = 5.0
 SPREAD = 0.08
 _DIGITS = 6  # of a sparsity by block
-Listen = Callable[[int, int, str, float], None]
 
 
 def by_magnitude(plan: Plan, sites: Sequence[Site], sparsity: float) -> dict[str, float]:
@@ -96,42 +98,36 @@ def by_outliers(
     """Return the sparsity of each site by the outliers of its block, and the share of outliers of every block."""
     skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
     with skeleton.outer():
-        cuts = list(batches(ids.shape[0], ids.shape[1], plan.recipe.batch_tokens))
-        hidden = [skeleton.embed(ids[cut.start : cut.stop]).cpu() for cut in cuts]
+        stream = Stream.begin(skeleton, ids, slices(ids, plan.recipe.batch_tokens), "calibration", lazy=True)
     shares: dict[int, float] = {}
-    for block in range(len(skeleton.blocks)):
+
+    def tell(block: int, step: str, share: float) -> None:
+        listen(block, len(skeleton.blocks), step, share)
+
+    def score(block: int) -> Iterator[tuple[str, Weights]]:
         mine = [site for site in sites if site.block == block]
-        listen(block, len(skeleton.blocks), "loading", 0.0)
-        skeleton.load(block)
-        hidden, scores = _scores(skeleton, block, mine, hidden, room, lambda *a, b=block: listen(b, len(skeleton.blocks), *a))
         if mine:
-            shares[block] = outlier_share(scores)
-        skeleton.release(block)
+            shares[block] = outlier_share(_scores(skeleton, block, mine, stream, room, partial(tell, block)))
+        return iter(())
+
+    walk(skeleton, [stream], range(len(skeleton.blocks)), score, tell)
     found = spread(shares, {b: sum(site.numel for site in sites if site.block == b) for b in shares}, sparsity)
     return {site.name: found[site.block] for site in sites if site.block is not None}, list(shares.values())
 
 
 def _scores(
-    skeleton: Skeleton, block: int, sites: Sequence[Site], hidden: list[Tensor], room: int, say: Callable[[str, float], None]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Run a block; return its outputs, and the scores of its weights."""
-    outputs: list[Tensor] = []
-
-    def run() -> None:
-        outputs.clear()
-        outputs.extend(skeleton.forward(block, batch.to(skeleton.device)).cpu() for batch in hidden)
-
+    skeleton: Skeleton, block: int, sites: Sequence[Site], stream: Stream, room: int, say: Callable[[str, float], None]
+) -> list[Tensor]:
+    """Run a filled block and return the scores of its weights; the stream keeps what comes out."""
     scores = []
     work = [Assignment(site, 0, _Observed(), None, 0) for site in sites]
-    for unit, stats, pooled in observed(skeleton, work, run, room, say):
+    for unit, stats, pooled in observed(skeleton, work, lambda: stream.peek(skeleton, block), room, say):
         _, chosen, _ = choose(unit.assignments[0], stats, pooled)
         statistic = chosen[MeanSquare]
         assert isinstance(statistic, MeanSquare)
         for a in unit.assignments:
             scores.append(skeleton.weight(a.site).float().abs() * statistic.mean().cpu().sqrt())
-    if not outputs:
-        run()
-    return outputs, scores
+    return scores
 
 
 def outlier_share(scores: Sequence[Tensor]) -> float:

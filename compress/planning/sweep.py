@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.blockwise.stream import Stream
-from compress.blockwise.walk import walk
+from compress.blockwise.stream import COMPRESSED, ORIGINAL, Stream, slices
+from compress.blockwise.trial import compress_in_memory
 from compress.errors import RecipeError
 from compress.model.divergence import divergence, mean
 from compress.model.streamed import Skeleton
@@ -143,9 +143,11 @@ def sweep(
     skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
     needy = any(one.build.needs for one in methods)
     with skeleton.outer():
-        fit = Stream(skeleton, fit_ids, plan.recipe.batch_tokens) if needy else None
-        start = Stream(skeleton, ids, plan.recipe.batch_tokens)
-    original = start.branch()
+        fit = None
+        if needy:
+            fit = Stream.begin(skeleton, fit_ids, slices(fit_ids, plan.recipe.batch_tokens), "calibration", COMPRESSED)
+        start = Stream.begin(skeleton, ids, slices(ids, plan.recipe.batch_tokens), "probe")
+    original = start.branch(ORIGINAL)
     points: list[Point] = []
     before = math.nan
     blocks = len(skeleton.blocks)
@@ -154,13 +156,14 @@ def sweep(
         listen(len(points) * blocks + block, len(methods) * blocks, step, share)
 
     for value, one in zip(values, methods, strict=True):
-        compressed = start.branch()
+        compressed = start.branch(COMPRESSED)
         work = [Assignment(a.site, 0, one.build, None, a.min_tokens) for a in plan.assignments if a.site.block is not None]
-        inputs = None if fit is None else fit.branch()
-        rows = walk(skeleton, work, inputs, compressed, None if points else original, room, say)
+        inputs = None if fit is None else fit.branch(COMPRESSED)
+        streams = [compressed] if points else [original, compressed]
+        rows = compress_in_memory(skeleton, work, inputs, streams, room, say)
         kl, losses, originals = [], [], []
         with skeleton.outer():
-            for window, p, q in zip(ids, original.logs(), compressed.logs(), strict=True):
+            for window, p, q in zip(ids, original.logs(skeleton), compressed.logs(skeleton), strict=True):
                 kl.append(divergence(p, q))
                 targets = window[1:, None].to(p.device)
                 originals.append(float(-p.gather(1, targets).double().mean()))

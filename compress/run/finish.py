@@ -32,7 +32,6 @@ from compress.verify import checksums as recorded
 from compress.verify import fresh_process as reload
 from compress.verify import verify
 
-CHECK_TOKENS = 128  # of the batch whose result is recorded
 Listen = Callable[[int, int, str, float], None]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from compress.blockwise.stream import COMPRESSED, Stream, slices
+from compress.blockwise.walk import walk
 from compress.checkpoint import packed_source
 from compress.errors import CalibrationError, CheckpointError, RecipeError
 from compress.model.streamed import Skeleton
@@ -20,8 +22,8 @@ from compress.report import rows as report
 from compress.run import retraining
 from compress.run import student as students
 from compress.run.estimate import Estimate, check_disk, predictions
-from compress.run.finish import CHECK_TOKENS, Listen, Summary, _shown, finish
-from compress.run.pipeline import Run, Settings, Work, rows_of
+from compress.run.finish import Listen, Summary, _shown, finish
+from compress.run.pipeline import CHECK_TOKENS, Run, Settings, Work, rows_of
 from compress.run.prepare import Plan, calibration, effective, identity
 from compress.run.student import Student
 from compress.system import distributed
@@ -72,10 +74,9 @@ def run(
         end = _retrained(skeleton, plan, calibrated, job, Student.of_parts(parts), rows_of(job), 0, listen)
     summary = None
     if leader:
-        assert end is not None, "rank 0 has the first batch"
         with reload.fresh_process() if settings.reload else reload.not_at_all() as ask:
-            batch, last = calibrated[:1, :CHECK_TOKENS], end[:1, :CHECK_TOKENS].cpu()
-            summary = finish(plan, job, mine, text, batch, last, out, started, listen, ask, predictions(expected), through.cached)
+            batch = calibrated[:1, :CHECK_TOKENS]
+            summary = finish(plan, job, mine, text, batch, end, out, started, listen, ask, predictions(expected), through.cached)
         if not keep_job:
             job.remove()
     distributed.barrier()
@@ -112,7 +113,7 @@ def retrain(
     rows = report.read_rows(start.folder / "report.jsonl")
     end = _retrained(skeleton, plan, ids, job, student, rows, len(plan.retraining) - 1, listen)
     with reload.fresh_process() if anew else reload.not_at_all() as ask:
-        summary = finish(plan, job, mine, text, ids[:1, :CHECK_TOKENS], end.cpu(), out, started, listen, ask)
+        summary = finish(plan, job, mine, text, ids[:1, :CHECK_TOKENS], end, out, started, listen, ask)
     if not keep_job:
         job.remove()
     return summary
@@ -147,15 +148,11 @@ def _retrained(
             student, notes = training.run(job.folder / f"retraining-{number}.pt", mine, say)
         job.records = students.records(student, rows, f"{settings.method} of the whole model", notes, job)
         rows = rows_of(job)
+    check = ids[:1, :CHECK_TOKENS]
     with skeleton.outer():
-        hidden = skeleton.embed(ids[:1, :CHECK_TOKENS])
-    for block in range(blocks):
-        sites = [site.name for site in skeleton.sites[block] if site.name in student.weights]
-        skeleton.load(block, {name: student.weights[name].dequantize() for name in sites})
-        skeleton.put_others(block, {n: v for n, v in student.others.items() if skeleton.holds(block, n)})
-        hidden = skeleton.forward(block, hidden)
-        skeleton.release(block)
-    return hidden
+        stream = Stream.begin(skeleton, check, slices(check, CHECK_TOKENS), "check", COMPRESSED)
+    walk(skeleton, [stream], range(blocks), lambda block: [(COMPRESSED, student.of_block(skeleton, block))])
+    return stream.states.read(0)
 
 
 def _held(plan: Plan, ids: Tensor) -> tuple[Tensor, Tensor | None, float]:

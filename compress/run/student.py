@@ -12,8 +12,9 @@ from torch import Tensor
 from compress.architecture.inventory import Claims
 from compress.checkpoint import packed_source, packing, part_file
 from compress.checkpoint.source import Source
-from compress.checkpoint.tensor_file import bytes_of, read_tensor
+from compress.checkpoint.tensor_file import bytes_of
 from compress.errors import CheckpointError
+from compress.model.streamed import Skeleton, Weights
 from compress.output.job import Job, Record
 from compress.report.rows import SiteRow
 from compress.system.files import sha256
@@ -34,8 +35,14 @@ class Student:
         others: dict[str, Tensor] = {}
         for path in parts:
             weights |= part_file.read_part(path)
-            others |= {name: read_tensor(entry) for name, entry in part_file.part_others(path).items()}
+            others |= part_file.part_others(path)
         return cls(weights, others)
+
+    def of_block(self, model: Skeleton, block: int) -> Weights:
+        """Return what stands for the tensors of one block."""
+        sites = [site.name for site in model.sites[block] if site.name in self.weights]
+        others = {name: value for name, value in self.others.items() if model.holds(block, name)}
+        return Weights({name: self.weights[name].dequantize() for name in sites}, others)
 
     @classmethod
     def of_checkpoint(cls, source: packed_source.PackedSource, original: Source, claims: Claims) -> Student:
@@ -68,20 +75,18 @@ def records(student: Student, rows: Iterable[SiteRow], path: str, notes: Mapping
     others = dict(student.others)
     last = max(number for number in by_block if number is not None) if set(by_block) != {None} else -1
     for block, members in by_block.items():
-        tensors: dict[str, Tensor] = {}
-        specs: dict[str, Any] = {}
+        part = part_file.PartWriter()
         now = []
         for row in members:
             weight = student.weights[row.site]
-            leaves, specs[row.site] = packing.pack(weight)
-            tensors |= {f"{row.site}.{leaf}": tensor for leaf, tensor in leaves.items()}
+            part.add(row.site, weight)
             sizes = replace(
                 row, bits_per_weight=weight.bits_per_weight, stored_bits=weight.stored_bits, sha256=packing.digest(weight)
             )
             now.append(replace(sizes, notes=row.notes | {path: dict(notes)}).plain())
         number = last + 1 if block is None else block
         name = f"retrained-{number:05d}.safetensors"
-        part_file.write_part(job.parts / name, tensors, specs, others)
+        part.write(job.parts / name, others)
         others = {}  # all of them lie in the first part
         found.append(Record(number, {name: sha256(job.parts / name)}, False, now))
     return found

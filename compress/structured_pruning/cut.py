@@ -31,11 +31,12 @@ from compress.output.job import Job, Record, differ, flatten, remove_leftover
 from compress.recipe.data import Data
 from compress.report import redaction as published
 from compress.structured_pruning.coupled import Cut
-from compress.structured_pruning.cutter import Cutter, Listen
+from compress.structured_pruning.cutter import Cutter
 from compress.structured_pruning.sizes import Wish, after, expert_sets, sizes_of, smaller_config
 from compress.system import memory
 from compress.system.device import pick_device
 from compress.system.files import sha256, write_json, write_text
+from compress.system.progress import Listen
 from compress.verify import checksums as recorded
 from compress.verify import fresh_process as reload
 from compress.verify import verify
@@ -171,9 +172,7 @@ def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: f
     found = Found(cutter, job)
     kept = found.kept
     done = _done(cutter, job)
-    for block, made in zip(kept, cutter.cut_blocks(kept, found.scores, found.experts, done), strict=True):
-        if block not in done:
-            _store(cutter, job, block, made)
+    cutter.cut_blocks(kept, found.scores, found.experts, done, lambda block, made: _store(cutter, job, block, made))
     entries = _entries(cutter, job, found)
     folder = job.checkpoint
     folder.mkdir()

@@ -18,21 +18,23 @@ from torch import Tensor
 from compress.architecture.config import settings
 from compress.architecture.inventory import Claims
 from compress.architecture.names import matches
-from compress.calibration.observe import Tap, batches, observe, passes
+from compress.blockwise.stream import COMPRESSED, ORIGINAL, Stream, slices
+from compress.blockwise.walk import Visit, walk
+from compress.calibration.observe import Tap, observe, passes
 from compress.calibration.statistics import Hessian
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
 from compress.model import layer_sizes as uneven
 from compress.model.expert_loop import ExpertLoop
-from compress.model.streamed import Skeleton
+from compress.model.streamed import Skeleton, Weights
 from compress.structured_pruning import importance
 from compress.structured_pruning.coupled import Cut, Groups, Reader, cut_of
 from compress.structured_pruning.sizes import CHANNELS, Wish, after, channel_step, expert_sets, sizes_of, smaller_config
+from compress.system.progress import Listen
 
 TOKENS = 8192  # that pass through a block at a time
 BUDGET = 4 * 10**9  # bytes of second moments at a time: those of many experts are not formed at once
 WEIGHT_BYTES = 32  # for a weight whose gradient is looked at: itself, gradient, two sums, and its value in float64
-Listen = Callable[[int, int, str, float], None]
 
 
 class Cutter:
@@ -46,11 +48,16 @@ class Cutter:
         self.sets = expert_sets(settings(source), self.left, self.before) if wish.experts else 1
         self.skeleton = Skeleton(source, claims, torch.float32, device)
         self.groups = Groups(self.family, self.skeleton.sites, self.before, self.left)
-        self.cuts = list(batches(ids.shape[0], ids.shape[1], TOKENS))
 
-    def _embedded(self) -> list[Tensor]:
+    def _stream(self, follows: str = ORIGINAL) -> Stream:
         with self.skeleton.outer():
-            return [self.skeleton.embed(self.ids[cut.start : cut.stop]) for cut in self.cuts]
+            return Stream.begin(self.skeleton, self.ids, slices(self.ids, TOKENS), "calibration", follows, lazy=True)
+
+    def _walk(self, stream: Stream, kept: list[int], visit: Visit, what: str) -> None:
+        def tell(block: int, step: str, share: float) -> None:
+            self.listen(kept.index(block), len(kept), what, 0.0)
+
+        walk(self.skeleton, [stream], kept, visit, tell)
 
     def kept_blocks(self) -> tuple[list[int], list[float]]:
         """Return the blocks that stay and the influence of each block of the original; the least goes, one after the other."""
@@ -64,15 +71,16 @@ class Cutter:
         return kept, first
 
     def _influences(self, kept: list[int]) -> list[float]:
-        hidden, found = self._embedded(), []
-        for number, block in enumerate(kept):
-            self.listen(number, len(kept), "influence of blocks", 0.0)
-            self.skeleton.load(block)
-            outputs = [self.skeleton.forward(block, batch) for batch in hidden]
-            total = sum(float(importance.influence(a, b)) for a, b in zip(hidden, outputs, strict=True))
-            found.append(total / self.ids.numel())
-            hidden = outputs
-            self.skeleton.release(block)
+        stream, found = self._stream(), []
+
+        def influence(block: int) -> Iterator[tuple[str, Weights]]:
+            stream.peek(self.skeleton, block)
+            assert stream.outputs is not None
+            both = zip(stream.states.batches(), stream.outputs.batches(), strict=True)
+            found.append(sum(float(importance.influence(a, b)) for a, b in both) / self.ids.numel())
+            return iter(())
+
+        self._walk(stream, kept, influence, "influence of blocks")
         return found
 
     def scores(self, kept: list[int], experts: Mapping[int, Tensor]) -> dict[importance.Names, Tensor]:
@@ -138,19 +146,20 @@ class Cutter:
         found: dict[int, Tensor] = {}
         if not self.wish.experts:
             return found
-        hidden = self._embedded()
-        for number, block in enumerate(kept):
-            self.listen(number, len(kept), "experts", 0.0)
-            self.skeleton.load(block)
+        stream = self._stream()
+
+        def score(block: int) -> Iterator[tuple[str, Weights]]:
             sums = importance.ExpertScore(self.before.experts)
             loops = [loop for loop in self.skeleton.expert_loops(block) if isinstance(loop, ExpertLoop)]
             for loop in loops:
                 loop.listener = sums.add
-            hidden = [self.skeleton.forward(block, batch) for batch in hidden]
+            stream.peek(self.skeleton, block)
             for loop in loops:
                 loop.listener = None
                 found[block] = importance.kept_of(sums.scores(), self.left.experts, self.sets)
-            self.skeleton.release(block)
+            return iter(())
+
+        self._walk(stream, kept, score, "experts")
         return found
 
     def counts(self, scores: Mapping[importance.Names, Tensor]) -> dict[importance.Names, int]:
@@ -187,24 +196,29 @@ class Cutter:
                 del module.forward
 
     def cut_blocks(
-        self, kept: list[int], scores: dict[importance.Names, Tensor], experts: dict[int, Tensor], done: Mapping[int, Cut]
-    ) -> Iterator[Cut]:
-        """Yield what stays of every kept block; the calibration runs on through what is left. `done` are those of an earlier run.
+        self,
+        kept: list[int],
+        scores: dict[importance.Names, Tensor],
+        experts: dict[int, Tensor],
+        done: Mapping[int, Cut],
+        store: Callable[[int, Cut], None],
+    ) -> None:
+        """Give `store` what stays of every kept block but those `done` by an earlier run; the calibration runs on through it.
 
         Experts stay in the calibration, also those that go: what is repaired in these models lies before them.
         """
-        hidden = self._embedded()
+        stream = self._stream(COMPRESSED)
         counts = self.counts(scores)
-        for number, block in enumerate(kept):
-            self.listen(number, len(kept), "cutting", 0.0)
-            self.skeleton.load(block)
-            cut = done.get(block) or self._cut(block, scores, counts, experts.get(block), hidden)
-            sites = {site.name: site for site in self.skeleton.sites[block]}
-            for name, weight in cut.weights.items():
-                self.skeleton.put(sites[name], weight)
-            hidden = [self.skeleton.forward(block, batch) for batch in hidden]
-            self.skeleton.release(block)
-            yield cut
+
+        def cut(block: int) -> Iterator[tuple[str, Weights]]:
+            made = done.get(block)
+            if made is None:
+                made = self._cut(block, scores, counts, experts.get(block), stream)
+            yield COMPRESSED, Weights(made.weights)
+            if block not in done:
+                store(block, made)
+
+        self._walk(stream, kept, cut, "cutting")
 
     def _cut(
         self,
@@ -212,14 +226,14 @@ class Cutter:
         scores: dict[importance.Names, Tensor],
         counts: dict[importance.Names, int],
         experts: Tensor | None,
-        hidden: list[Tensor],
+        stream: Stream,
     ) -> Cut:
         heads = groups = None
         channels: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
         plain: list[str] = []
         # Heads go first: what channels are repaired on is what comes out of the block without them.
-        for reader, matrix in self._with_hessians(block, self.groups.readers(block, experts), hidden):
+        for reader, matrix in self._with_hessians(block, self.groups.readers(block, experts), stream):
             site, name = reader.site, (block, reader.site.name)
             weight = self.skeleton.weight(site).to(self.skeleton.device).float()
             score = scores.get(name)
@@ -248,12 +262,11 @@ class Cutter:
             self.skeleton.put(site, weights[site.name])
         return Cut(heads, groups, experts, channels, weights, tuple(plain))
 
-    def _with_hessians(self, block: int, readers: list[Reader], hidden: list[Tensor]) -> Iterator[tuple[Reader, Tensor | None]]:
+    def _with_hessians(self, block: int, readers: list[Reader], stream: Stream) -> Iterator[tuple[Reader, Tensor | None]]:
         """Yield readers with the second moments (in, in) of their inputs where these are needed, in as few passes as can be."""
 
         def run() -> None:
-            for batch in hidden:
-                self.skeleton.forward(block, batch)
+            stream.send(self.skeleton, block)
 
         wanted = self.wish.repair or self.wish.score == "wanda"
         for heads in (True, False):

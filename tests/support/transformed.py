@@ -10,7 +10,7 @@ from tiny import VOCABULARY
 from torch import Tensor
 
 from compress.architecture.inventory import claim
-from compress.blockwise.hidden_states import Hidden
+from compress.blockwise.hidden_states import HiddenStates
 from compress.blockwise.stages import transform
 from compress.blockwise.view import Surroundings
 from compress.checkpoint.source import Source
@@ -34,7 +34,7 @@ def run(
     skeleton = Skeleton(source, claims, torch.float32, torch.device("cpu"))
     with skeleton.outer():
         hidden = skeleton.embed(IDS)
-    nothing = Hidden([], 0, 0, torch.float32, None)
+    nothing = HiddenStates([], 0, 0, torch.float32, None)
     notes: dict[str, dict[str, Any]] = {}
     for number in range(len(skeleton.blocks)):
         skeleton.load(number)

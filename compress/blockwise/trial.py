@@ -1,0 +1,69 @@
+"""A model compressed in memory, block by block, beside the original: what a plan or a sweep measures. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from compress.blockwise import stages as block_stages
+from compress.blockwise.compress import compress_block
+from compress.blockwise.stream import COMPRESSED, Stream
+from compress.blockwise.view import Surroundings
+from compress.blockwise.walk import walk
+from compress.model.streamed import Skeleton, Weights
+from compress.recipe.assignment import Assignment, StageAssignment, within
+from compress.report.rows import SiteRow
+from compress.system.progress import Listen
+
+
+@dataclass
+class Before:
+    """What is done to every block before it is calibrated, and the calibration on its way through the original's blocks."""
+
+    stages: Sequence[StageAssignment]
+    untouched: Stream
+    seed: int
+
+
+def compress_in_memory(
+    skeleton: Skeleton,
+    assignments: Sequence[Assignment],
+    fit: Stream | None,
+    others: Sequence[Stream],
+    memory_budget: int,
+    listen: Listen,
+    before: Before | None = None,
+) -> list[SiteRow]:
+    """Compress all blocks and send streams through them; return the report rows.
+
+    As a run does it, the calibration `fit` goes on through the compressed weights; None for methods that need none, unless
+    there is something to do `before`. `others` follow the original or the compressed weights, as they say.
+    """
+    blocks = len(skeleton.blocks)
+    rows = []
+
+    def visit(block: int) -> Iterator[tuple[str, Weights]]:
+        def observe() -> None:
+            if fit is not None:
+                fit.send(skeleton, block)
+
+        def say(step: str, share: float) -> None:
+            listen(block, blocks, step, share)
+
+        read = None
+        if before is not None:
+            assert fit is not None
+            entering = before.untouched.states
+            around = Surroundings(skeleton, block, fit.states, entering, None, observe, memory_budget, before.seed, say)
+            block_stages.transform(around, within(before.stages, block))
+            read = around.weight
+        mine = [a for a in assignments if a.site.block == block]
+        decoded = {}
+        for name, (weight, row) in compress_block(skeleton, mine, observe, memory_budget, say, read):
+            decoded[name] = weight.dequantize()
+            rows.append(row)
+        yield COMPRESSED, Weights(decoded)
+
+    streams = [*others, *([fit] if fit is not None else []), *([before.untouched] if before is not None else [])]
+    walk(skeleton, streams, range(blocks), visit, lambda block, step, share: listen(block, blocks, step, share))
+    return rows

@@ -1,0 +1,30 @@
+"""Where a run goes on: hidden states from the job folder, and the blocks since then run through again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from compress.blockwise.stream import COMPRESSED, Stream
+from compress.blockwise.walk import Tell, walk
+from compress.model.streamed import Skeleton, Weights
+from compress.output.job import Job
+from compress.run.block import stored_weights
+from compress.system import distributed
+
+
+def replay(model: Skeleton, streams: Sequence[Stream], job: Job, tell: Tell) -> int:
+    """Bring streams to where the journal ends, on all ranks alike; return the next block."""
+    start = 0
+    for record in reversed(job.records):
+        here = record.hidden and all(stream.saved(job.hidden, record.block) for stream in streams)
+        if all(distributed.gather(here)):
+            for stream in streams:
+                stream.restore(job.hidden, record.block)
+            start = record.block + 1
+            break
+
+    def stored(block: int) -> Iterator[tuple[str, Weights]]:
+        yield COMPRESSED, stored_weights(job.parts, job.records[block].parts, model.dtype)
+
+    walk(model, streams, range(start, min(len(job.records), len(model.blocks))), stored, tell, "replaying")
+    return len(job.records)
