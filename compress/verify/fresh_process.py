@@ -21,7 +21,7 @@ from typing import Any
 from compress.errors import VerificationError
 from compress.system import memory
 
-_START = "from compress.evaluate import reload; reload.serve()"
+_START = "from compress.verify import fresh_process; fresh_process.serve()"
 _ROOT = Path(__file__).parent.parent.parent
 _LIBRARIES = 1 << 30  # bytes that Python, torch and transformers take in a process of their own
 Ask = Callable[[dict[str, Any]], dict[str, Any]]

@@ -260,7 +260,7 @@ def test_offline_mode_is_named(plain: Path, monkeypatch: pytest.MonkeyPatch, lab
 
 def test_offline_switch_of_the_environment() -> None:
     code = (
-        "import torch; from compress.calibration.documents import rows; from compress.recipe_data import Data\n"
+        "import torch; from compress.calibration.documents import rows; from compress.recipe.data import Data\n"
         "try: next(rows(None, Data(name='c4'), torch.Generator()))\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

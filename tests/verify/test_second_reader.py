@@ -62,7 +62,7 @@ def test_it_imports_nothing_that_packs() -> None:
     own = {line for line in text.splitlines() if "compress" in line and "import" in line}
     assert own == {
         "from compress.errors import CheckpointError",
-        "from compress.evaluate.stored import SIZES, Bytes, Place, Stored, read_bytes",
+        "from compress.verify.raw_files import SIZES, Bytes, Place, Stored, read_bytes",
     }
 
 
