@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch import Tensor
 from compress import registry
 from compress.checkpoint.tensor_file import bytes_of
 from compress.errors import FormatError, RecipeError
-from compress.weights.weight import CompressedWeight
+from compress.weights.site_input import SiteInput
+from compress.weights.weight import ROLES, CompressedWeight
 
 METHOD = "compress"
 FORMAT_VERSION = 1
 Spec = dict[str, Any]
 _MAX_AXIS = 2**31 - 1
-_ROLES = ("base", "keep", "outliers", "low_rank")  # of the parts of a weight, in the order they are stored
 
 
 def _prefix(role: str) -> str:
@@ -50,6 +51,11 @@ def digest(weight: CompressedWeight) -> str:
     result = hashlib.sha256(bytes_of(weight.exact().cpu()))
     for factor in weight.low_rank.factors() if weight.low_rank is not None else ():
         result.update(bytes_of(factor.cpu().contiguous()))
+    if weight.input is not None:
+        described = _format_of(weight.input).describe(weight.input)
+        result.update(json.dumps(described, sort_keys=True, separators=(",", ":")).encode())
+        for values in weight.input.values():
+            result.update(bytes_of(values.cpu().contiguous()))
     return result.hexdigest()
 
 
@@ -65,11 +71,11 @@ def _shape(spec: Spec) -> tuple[int, int]:
 
 
 def _parts(spec: Spec) -> dict[str, Spec]:
-    parts = {role: spec[role] for role in _ROLES if role in spec}
-    if "base" not in parts or spec.keys() - {"shape", *_ROLES} or not all(isinstance(part, dict) for part in parts.values()):
+    parts = {role: spec[role] for role in ROLES if role in spec}
+    if "base" not in parts or spec.keys() - {"shape", *ROLES} or not all(isinstance(part, dict) for part in parts.values()):
         raise FormatError(
             f"quantization_config: a site has the parts {sorted(spec.keys() - {'shape'})!s:.80}; expected base, and of others "
-            f"only {', '.join(_ROLES[1:])}. Written by a newer compress?"
+            f"only {', '.join(ROLES[1:])}. Written by a newer compress?"
         )
     if "keep" in parts and not getattr(_format("base", parts["base"]), "masked", False):
         name = parts["base"].get("format")
@@ -116,6 +122,17 @@ def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedWeight:
     return CompressedWeight(**parts)
 
 
+def site_input(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SiteInput | None:
+    """Return what the input of a packed site goes through before the product, None where it is read as it comes."""
+    if "input" not in spec:
+        return None
+    described = dict(spec)
+    part: SiteInput = _format("input", described["input"]).unpack(
+        described["input"], _shape(described), _tensors_of("input", tensors)
+    )
+    return part
+
+
 def _in_turn(spec: Spec, parts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Spec, tuple[Tensor, ...]]]:
     """Yield role, format and description of each part, the mask first: the base is read with the one in `parts` by then."""
     described = _parts(spec)
@@ -126,7 +143,7 @@ def _in_turn(spec: Spec, parts: Mapping[str, Any]) -> Iterator[tuple[str, Any, S
 
 def _tensors_of(role: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one part, by the name they have within it."""
-    others = tuple(_prefix(other) for other in _ROLES if other not in ("base", role))
+    others = tuple(_prefix(other) for other in ROLES if other not in ("base", role))
     prefix = _prefix(role)
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix) and not n.startswith(others)}
 

@@ -59,6 +59,8 @@ class Reach:
 def reach(spec: Mapping[str, Any]) -> Reach:
     """Return what values a described site has. Raises FormatError with the reason where they are on no grid."""
     base = spec["base"]
+    if "input" in spec:
+        raise FormatError("has an input that is transformed or rounded before the product, which no other layout stores")
     if others := sorted(spec.keys() - {"shape", "base"}):
         raise FormatError(f"has {others[0]} beside the grid, which no other layout stores")
     group_size = base.get("group_size")

@@ -107,8 +107,11 @@ def prepare(model: str | PackedSource, name: str) -> Exporting:
     if refused := refusals(source, form, scale):
         site, reason = next(iter(refused.items()))
         others = [o for o in formats() if o not in (name, "native", "dense") and not refusals(source, lookup(o), None)]
-        # Plain numbers hold everything and are for whom nothing else will do.
-        instead = f"export to {' or '.join(others or ['dense'])}, or compress with options that fit"
+        if not others and not refusals(source, lookup("dense"), None):
+            others = ["dense"]  # plain numbers hold every weight, and are for whom nothing else will do
+        instead = (
+            f"{'export to ' + ' or '.join(others) if others else 'keep the native format'}, or compress with options that fit"
+        )
         more = f" ({len(refused)} of {len(source.table)} sites do not fit)" if len(refused) > 1 else ""
         raise FormatError(f"{site}: {reason}; {form.name} holds {form.holds}{more}. What to do: {instead}")
     family = family_of(source.model_type)

@@ -19,6 +19,7 @@ from compress.checkpoint.source import Source
 from compress.errors import FormatError, RecipeError
 from compress.interop import llama_cpp as _llama_cpp
 from compress.model.detect import find as find_family
+from compress.weights.weight import ROLES
 
 Spec = Mapping[str, Any]
 Severity = Literal["refuse", "warn"]
@@ -142,7 +143,7 @@ def _scheme(spec: Spec | None) -> str:
     zero = "asymmetric" if base.get("zero") else "symmetric"
     size = "row" if base.get("group_size") == spec["shape"][1] else base.get("group_size")
     name = base.get("datatype") or f"{base.get('bits', base['format'])} bits"
-    return f"{name}, group {size}, {zero}" + ("".join(f", {role}" for role in spec if role not in ("shape", "base")))
+    return f"{name}, group {size}, {zero}" + ("".join(f", {role}" for role in ROLES if role in spec and role != "base"))
 
 
 def _groups(stored: Stored, key: Callable[[Site], Any]) -> dict[Any, dict[str, str]]:

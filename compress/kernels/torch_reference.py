@@ -18,7 +18,12 @@ _ALIGN = 32  # rows of any width start on a word of the bit stream when their nu
 
 
 def matmul(x: Tensor, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
-    """x (..., in) times the decoded weight (out, in), transposed -> (..., out); the weight is decoded some rows at a time."""
+    """x (..., in) times the decoded weight (out, in), transposed -> (..., out); the weight is decoded some rows at a time.
+
+    Where the site has an `input`, x goes through it, and the weight is that of the transformed input.
+    """
+    if (part := packing.site_input(spec, tensors)) is not None:
+        x, spec = part.seen(x), {role: described for role, described in spec.items() if role != "input"}
     rows, columns = spec["shape"]
     chunk = _CHUNK if x.device.type == "cpu" else _CHUNK_GPU
     step = max(chunk // columns // _ALIGN, 1) * _ALIGN

@@ -53,7 +53,8 @@ class Training:
         seen = self._squares(members) if MeanSquare in method.statistics() else {}
         self.moving: dict[str, Moving] = {}
         for name, site in self.sites.items():  # in the model's order, as random numbers are drawn
-            if name in members and (weight := start.weights.get(name)) is not None:
+            weight = start.weights.get(name) if name in members else None
+            if weight is not None and not weight.transformed:
                 dense = skeleton.weight(site).to(skeleton.device).float()
                 if (mover := method.moving(weight, dense, seen.get(name), self.generator)) is not None:
                     self.moving[name] = mover

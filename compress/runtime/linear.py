@@ -66,9 +66,8 @@ class CompressedLinear(nn.Module):
 
     def obstacle(self, where: torch.device) -> str | None:
         """Say why no kernel for a GPU multiplies by this weight on a device, or None if one does."""
-        others = [role for role in self.spec if role not in ("shape", "base", "keep", "outliers", "low_rank")]
-        if others:
-            return f"a part {others[0]} has no kernel"
+        if "input" in self.spec:
+            return "what its input goes through has no kernel"
         kernel = int8 if self.activation_bits == 8 else masked if "keep" in self.spec else _weights
         return _cuda.obstacle(where) or kernel.reason(self.spec)
 
@@ -193,13 +192,14 @@ class CompressedLinear(nn.Module):
 def round_activations(model: nn.Module, bits: int) -> int:
     """Let the compressed linears of a model round their activations to 8 bits, per token; 16: as they come. Returns how many can.
 
-    Tables, two-level scales and groups that are no multiple of 32 columns keep 16 bits. Raises KernelError for other widths.
+    Tables, two-level scales and groups that are no multiple of 32 columns keep 16 bits, and sites that say themselves what their
+    input goes through. Raises KernelError for other widths.
     """
     if bits not in (8, 16):
         raise KernelError(f"activations of {bits} bits; expected 8 or 16")
     count = 0
     for module in model.modules():
-        if isinstance(module, CompressedLinear) and int8.reason(module.spec) is None:
+        if isinstance(module, CompressedLinear) and "input" not in module.spec and int8.reason(module.spec) is None:
             module.restore()
             module.activation_bits = bits
             count += 1

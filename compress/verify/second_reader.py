@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -289,6 +290,44 @@ def _factors(site: _Site) -> tuple[Floats, Floats]:
     return left.reshape(site.rows, rank), right.reshape(rank, site.columns)
 
 
+def _input_values(site: _Site) -> dict[str, Floats]:
+    """The numbers that an `input` is made of, by the name of their tensor, in the order of a digest."""
+    found: dict[str, Floats] = {}
+    transform, activation = site.described.get("transform"), site.described.get("activation")
+    if transform is not None and transform["kind"] == "hadamard":
+        bits = fields(read_bytes(site.place("signs")), 1, site.columns)
+        found["signs"] = np.where(bits == 1, -1, 1).astype(np.float32)
+    elif transform is not None:
+        leaves = {"diagonal": ("factors",), "kronecker": ("left", "right")}[transform["kind"]]
+        found |= {leaf: floats(read_bytes(site.place(leaf)), transform["dtype"]) for leaf in leaves}
+    if activation is not None and activation["static"]:
+        found["scale"] = read_bytes(site.place("scale")).view("<f4")
+        if not activation["symmetric"]:
+            found["zero"] = read_bytes(site.place("zero")).astype(np.float32)
+    return found
+
+
+def _multiplied_out(site: _Site, values: Floats) -> Floats:
+    """The weight of the original input (rows, in), given that of the transformed one."""
+    transform = site.described.get("transform")
+    if transform is None:
+        return values
+    numbers = _input_values(site)
+    if transform["kind"] == "diagonal":
+        return values * numbers["factors"]
+    if transform["kind"] == "kronecker":
+        left, right = (numbers[leaf].reshape(transform[leaf], transform[leaf]) for leaf in ("left", "right"))
+        found: Floats = left @ (values.reshape(-1, len(left), len(right)) @ right.T)
+        return found.reshape(values.shape)
+    distance = 1
+    while distance < transform["block"]:
+        pairs = values.reshape(len(values), -1, 2, distance)
+        first, second = pairs[:, :, 0], pairs[:, :, 1]
+        values = np.stack((first + second, first - second), axis=2).reshape(len(values), site.columns)
+        distance *= 2
+    return values * np.float32(transform["block"] ** -0.5) * numbers["signs"]
+
+
 DECODERS: dict[str, Callable[..., Any]] = {
     "bitpack": _bitpack,
     "dense": _dense,
@@ -299,28 +338,29 @@ DECODERS: dict[str, Callable[..., Any]] = {
     "bitmask": _bitmask,
     "pattern": _pattern,
     "low_rank": _low_rank,
+    "input": _multiplied_out,
 }
-_ROLES = ("base", "keep", "outliers", "low_rank")
+ROLES = ("base", "keep", "outliers", "low_rank", "input")
 
 
 def _parts(stored: Stored, site: str) -> dict[str, _Site]:
     """The parts of a site by role."""
     spec = stored.sites[site]
     found = {}
-    for role in _ROLES:
+    for role in ROLES:
         if role not in spec:
             continue
         form = spec[role].get("format")
         if form not in DECODERS:
             raise UnknownFormatError(f"{site}: {role} has the format {form!r}; this reader knows {', '.join(DECODERS)}")
         found[role] = _Site(stored, site, "" if role == "base" else f"{role}_", spec[role], tuple(spec["shape"]))
-    if unknown := spec.keys() - {"shape", *_ROLES}:
-        raise UnknownFormatError(f"{site}: has the part {min(unknown)!r}; this reader knows {', '.join(_ROLES)}")
+    if unknown := spec.keys() - {"shape", *ROLES}:
+        raise UnknownFormatError(f"{site}: has the part {min(unknown)!r}; this reader knows {', '.join(ROLES)}")
     return found
 
 
 def _rows(parts: dict[str, _Site], start: int, stop: int, whole: bool) -> Floats:
-    """Rows start..stop of keep * base + outliers, and `whole`: + low_rank."""
+    """Rows start..stop of keep * base + outliers; `whole`: + low_rank, and of the original input."""
 
     def read(role: str, *more: Any) -> Any:
         return DECODERS[parts[role].described["format"]](parts[role], start, stop, *more)
@@ -333,6 +373,8 @@ def _rows(parts: dict[str, _Site], start: int, stop: int, whole: bool) -> Floats
     for role in ("outliers", "low_rank") if whole else ("outliers",):
         if role in parts:
             values = values + read(role)
+    if whole and "input" in parts:
+        values = DECODERS[parts["input"].described["format"]](parts["input"], values)
     return values
 
 
@@ -353,15 +395,20 @@ def decode(stored: Stored, site: str, whole: bool = True) -> Iterator[Floats]:
 def digest(stored: Stored, site: str) -> str:
     """Return the SHA-256 of a site's weight: its float32 values, little endian, row by row. Raises CheckpointError.
 
-    A product of factors depends on the order of its sums: it is left out, and the factors follow as they are.
+    A product of factors, or with a transform, depends on the order of its sums: it is left out, and the factors follow as they
+    are, then the description of the input as JSON and its numbers.
     """
     result = hashlib.sha256()
     for values in decode(stored, site, whole=False):
         result.update(np.ascontiguousarray(values, dtype="<f4").data)
-    if (factors := _parts(stored, site).get("low_rank")) is not None:
-        try:
-            for factor in _factors(factors):
-                result.update(np.ascontiguousarray(factor, dtype="<f4").data)
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{stored.folder}: {site} does not fit its description ({error}); fetch it again") from error
+    parts = _parts(stored, site)
+    try:
+        for factor in _factors(parts["low_rank"]) if "low_rank" in parts else ():
+            result.update(np.ascontiguousarray(factor, dtype="<f4").data)
+        if "input" in parts:
+            result.update(json.dumps(parts["input"].described, sort_keys=True, separators=(",", ":")).encode())
+            for values in _input_values(parts["input"]).values():
+                result.update(np.ascontiguousarray(values, dtype="<f4").data)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{stored.folder}: {site} does not fit its description ({error}); fetch it again") from error
     return result.hexdigest()

@@ -9,6 +9,12 @@ from typing import Any, Protocol, Self
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.weights.site_input import SiteInput
+
+# What a part of a weight can be, in the order they are stored: keep * base + outliers + low_rank is the weight of what `input`
+# makes of the site's input.
+ROLES = ("base", "keep", "outliers", "low_rank", "input")
+SUMMANDS = ("base", "outliers", "low_rank")
 
 
 class Part(Protocol):
@@ -63,12 +69,16 @@ class Product(Part, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class CompressedWeight:
-    """What replaces one weight: `keep * base + outliers + low_rank`, of which a base alone is the least."""
+    """What replaces one weight: `keep * base + outliers + low_rank`, of which a base alone is the least.
+
+    Where there is an `input`, that is the weight of the transformed input, and `dequantize` still that of the original one.
+    """
 
     base: Part
     outliers: Part | None = None  # what the base misses at a few places
     keep: Keep | None = None  # the base is 0 elsewhere, and not stored there; the base is then a Maskable
     low_rank: Product | None = None
+    input: SiteInput | None = None  # what the site's input goes through before the product
 
     @classmethod
     def pruned(cls, base: Maskable, keep: Keep) -> CompressedWeight:
@@ -78,8 +88,7 @@ class CompressedWeight:
     @property
     def parts(self) -> dict[str, Part]:
         """The parts by role, in the order they are stored."""
-        roles = {"base": self.base, "keep": self.keep, "outliers": self.outliers, "low_rank": self.low_rank}
-        return {role: part for role, part in roles.items() if part is not None}
+        return {role: part for role in ROLES if (part := getattr(self, role)) is not None}
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,6 +107,11 @@ class CompressedWeight:
         return bits + kept_bits(self.keep.mask())
 
     @property
+    def transformed(self) -> bool:
+        """Whether the parts are those of a transformed input: values to add to them are not values of the weight."""
+        return self.input is not None and self.input.transform is not None
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits over the number of weights."""
         rows, columns = self.shape
@@ -109,12 +123,14 @@ class CompressedWeight:
         return None if self.keep is None else 1 - float(self.keep.mask().double().mean())
 
     def dequantize(self) -> Tensor:
-        """Return the weight (out, in) in float32."""
+        """Return the weight (out, in) of the original input in float32."""
         values = self.exact()
-        return values if self.low_rank is None else values.add_(self.low_rank.dequantize())
+        if self.low_rank is not None:
+            values.add_(self.low_rank.dequantize())
+        return values if self.input is None else self.input.multiply_out(values)
 
     def exact(self) -> Tensor:
-        """Return the weight without its product, (out, in) float32: there is no sum in it whose order could change a bit."""
+        """Return keep * base + outliers (out, in) in float32: there is no sum in it whose order could change a bit."""
         values = self.base.dequantize()
         if self.keep is not None:
             values.masked_fill_(~self.keep.mask(), 0.0)

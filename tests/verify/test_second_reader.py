@@ -22,13 +22,15 @@ from compress import registry
 from compress.checkpoint import packing
 from compress.checkpoint.packing import digest as _digest
 from compress.checkpoint.tensor_file import save
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, FormatError
 from compress.verify import raw_files as stored_module
 from compress.verify import second_reader as independent
 from compress.verify.raw_files import Stored, header, open_stored
 from compress.weights.low_rank import LowRank
+from compress.weights.site_input import SiteInput
 from compress.weights.sparse import Sparse
-from compress.weights.weight import CompressedWeight
+from compress.weights.weight import ROLES, CompressedWeight
+from examples import input as inputs
 from examples import low_rank
 
 FORMATS = registry.names("formats")
@@ -54,6 +56,10 @@ def same(weight: CompressedWeight, values: np.ndarray[Any, Any]) -> bool:
 
 def test_it_knows_every_format() -> None:
     assert set(independent.DECODERS) == set(FORMATS)
+
+
+def test_it_knows_every_role() -> None:
+    assert independent.ROLES == ROLES
 
 
 def test_it_imports_nothing_that_packs() -> None:
@@ -110,6 +116,37 @@ def test_factors_are_multiplied_and_their_own_values_are_in_the_digest(tmp_path:
         assert _digest(other) != _digest(weight)
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_a_transform_of_the_input_is_multiplied_out(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit where the order of operations is fixed; sums of Kronecker products come in any."""
+    monkeypatch.setattr(independent, "_SLAB", 1)
+    parts = list(importlib.import_module(f"examples.{name}").fixed())
+    for number, part in enumerate(parts[:: max(1, len(parts) // 12)]):
+        columns = part.shape[1]
+        block = columns & -columns
+        where = torch.rand(part.shape, generator=torch.Generator().manual_seed(number)) < 0.1
+        outliers = Sparse.of(torch.randn(part.shape, generator=torch.Generator().manual_seed(number)), where)
+        for kind in inputs.KINDS:
+            dtype = inputs.DTYPES[number % 3]
+            weight = CompressedWeight(part, outliers, input=SiteInput(columns, inputs.transform(kind, columns, block, dtype)))
+            found = decoded(tmp_path, weight)
+            if kind == "kronecker":
+                np.testing.assert_allclose(found, weight.dequantize().numpy(), rtol=1e-4, atol=1e-4)
+            else:
+                assert same(weight, found), (kind, packing.pack(weight)[1])
+            assert independent.digest(stored(tmp_path, weight), "a.b") == _digest(weight)
+
+
+def test_all_that_is_done_to_an_input_is_in_the_digest(tmp_path: Path) -> None:
+    base, seen = random_weight(5, 96, 4, 32).base, set()
+    parts = [part for part in inputs.fixed() if part.columns == 96]
+    for part in parts:
+        weight = CompressedWeight(base, input=part)
+        assert independent.digest(stored(tmp_path, weight), "a.b") == _digest(weight)
+        seen.add(_digest(weight))
+    assert len(seen) == len(parts) > 40
+
+
 @pytest.mark.parametrize("bits", [1, 3, 5, 8])
 def test_slabs_of_rows_join(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(independent, "_SLAB", 1)
@@ -144,6 +181,17 @@ def test_an_unknown_format_is_told_apart(tmp_path: Path) -> None:
     files.sites["a.b"]["base"]["format"] = "from the future"
     with pytest.raises(independent.UnknownFormatError, match="from the future"):
         independent.digest(files, "a.b")
+
+
+def test_a_reader_of_before_refuses_inputs_by_the_name_of_their_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = SiteInput(8, inputs.transform("hadamard", 8, 8, torch.float32))
+    files = stored(tmp_path, CompressedWeight(random_weight(4, 8, 4, 8).base, input=part))
+    monkeypatch.setattr(independent, "ROLES", ROLES[:-1])
+    monkeypatch.setattr(packing, "ROLES", ROLES[:-1])
+    with pytest.raises(independent.UnknownFormatError, match="has the part 'input'"):
+        independent.digest(files, "a.b")
+    with pytest.raises(FormatError, match=r"has the parts \['base', 'input'\]; expected base.* Written by a newer compress"):
+        packing.layout(files.sites["a.b"])
 
 
 def test_what_is_cut_or_missing(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.errors import FormatError
 from compress.weights.dense import DENSE_DTYPES
 from compress.weights.dense import Dense as Values
 from compress.weights.weight import CompressedWeight
@@ -35,11 +36,13 @@ class Dense:
     """The layout of models that nobody has compressed."""
 
     name = "dense"
-    holds = "everything, as plain numbers"
+    holds = "every weight, as plain numbers"
     scales: tuple[str, ...] = ()
 
     def scheme(self, spec: Mapping[str, Any], scale: str | None) -> Plain:
-        """Return how a described site is stored."""
+        """Return how a described site is stored; a transform is multiplied out. Raises FormatError where inputs are rounded."""
+        if "activation" in spec.get("input", {}):
+            raise FormatError("has inputs that are rounded before the product, which plain numbers cannot say")
         rows, columns = spec["shape"]
         plain = spec["base"]["format"] == "dense" and set(spec) <= {"shape", "base", "keep"}
         return Plain((rows, columns), spec["base"].get("dtype", "F32") if plain else "F32")

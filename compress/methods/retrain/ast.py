@@ -128,7 +128,7 @@ class Adapting:
             part = self.weight.low_rank
             if self.factors:
                 part = LowRank(self._factor("left").bfloat16(), self._factor("right").bfloat16())
-        return replace(pruned, outliers=self.weight.outliers, low_rank=part)
+        return replace(pruned, outliers=self.weight.outliers, low_rank=part, input=self.weight.input)
 
     def state(self) -> dict[str, Tensor]:
         """Return the leaves, the mask and the number of steps."""

@@ -74,14 +74,14 @@ def vectors_of(others: Mapping[str, Tensor], norms: bool, biases: bool) -> dict[
 
 
 def reconstruct(block: Block, weights: Mapping[str, CompressedWeight], make: Make, settings: Settings) -> Tuned:
-    """Train a block's compressed weights, norms and biases."""
+    """Train a block's compressed weights, norms and biases; weights of transformed inputs stay, named in the notes as fixed."""
     seen = block.observe(settings.statistics) if settings.statistics else {}
     generator = block.generator()
     moving: dict[str, Moving] = {}
     for site, weight in weights.items():
         square = seen.get(site, {}).get(MeanSquare)
         mean = square.mean() if isinstance(square, MeanSquare) else None
-        if (mover := make(weight, block.weight(site), mean, generator)) is not None:
+        if not weight.transformed and (mover := make(weight, block.weight(site), mean, generator)) is not None:
             moving[site] = mover
     fixed = {site: weight.dequantize() for site, weight in weights.items() if site not in moving}
     vectors = vectors_of(block.others(), settings.norms, settings.biases)

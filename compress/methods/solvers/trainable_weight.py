@@ -30,7 +30,7 @@ from torch import Tensor
 from compress.methods.solvers.trainable_fields import trainable_fields, unit_of, with_fields
 from compress.weights.dense import Dense
 from compress.weights.low_rank import LowRank
-from compress.weights.weight import CompressedWeight
+from compress.weights.weight import SUMMANDS, CompressedWeight
 
 Variant = Literal["mask_lora", "scale_lora", "lora_prune", "full", "lora", "none"]
 HALVINGS = 20  # of what of a step is within a bound
@@ -108,7 +108,7 @@ class Vector(StateOfLeaves):
 
 def rest_of(weight: CompressedWeight) -> Tensor | None:
     """The sum of what is not the base (out, in)."""
-    others = [part.dequantize() for role, part in weight.parts.items() if role in ("outliers", "low_rank")]
+    others = [part.dequantize() for role, part in weight.parts.items() if role in SUMMANDS and role != "base"]
     return sum(others[1:], others[0]) if others else None
 
 

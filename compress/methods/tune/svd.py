@@ -10,7 +10,8 @@ Bits      16 r (out + in) / (out in) per weight on top, counted: this is for wha
           alone. `retrain/perp` with `weights: lora` trains the factors (PELA, arXiv 2310.10700, trains
           such factors on the features of the original).
 Defaults  rank 16, damping 1 % of the mean diagonal (ours; the published code damps only where the Cholesky factor fails).
-Failures  weights that have a low-rank part already are left alone, and named in the notes. Without any token nothing is added.
+Failures  weights that have a low-rank part already, or a transformed input, are left alone, and named in the notes. Without any
+          token nothing is added.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Svd(Method):
             matrix = hessian.matrix()
             for site in names:
                 weight = weights[site]
-                if weight.low_rank is not None or not bool(matrix.any()):
+                if weight.low_rank is not None or weight.transformed or not bool(matrix.any()):
                     notes.setdefault("unchanged", []).append(site)
                     continue
                 found[site] = replace(weight, low_rank=part(block.weight(site), weight.dequantize(), matrix, self.rank))
