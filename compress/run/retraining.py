@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from compress.architecture.family import Site
+from compress.calibration.observe import Tap, observe
 from compress.calibration.statistics import MeanSquare
 from compress.errors import CalibrationError
 from compress.methods.solvers.block_training import advance, optimizer, vectors_of
+from compress.methods.solvers.mask_scores import mean_square
 from compress.methods.solvers.trainable_weight import Moving, Vector
 from compress.model.streamed import Skeleton
 from compress.recipe.assignment import StageAssignment
@@ -81,20 +83,14 @@ class Training:
 
     def _squares(self, members: set[str]) -> dict[str, Tensor]:
         """Mean squares of the channels that the members read in the original model (in,)."""
-        found = {name: MeanSquare(self.sites[name].shape[1], self.skeleton.device) for name in members}
+        taps = [Tap(n, (self.skeleton.linear(self.sites[n]),), self.sites[n].shape[1], (MeanSquare,)) for n in sorted(members)]
 
-        def hook(name: str) -> Callable[..., None]:
-            return lambda _, rows: found[name].add(rows[0].reshape(-1, rows[0].shape[-1]))
-
-        handles = [self.skeleton.linear(self.sites[n]).register_forward_pre_hook(hook(n)) for n in sorted(members)]
-        try:
+        def run() -> None:
             with torch.no_grad():
                 for ids in self.train_ids.split(self.micro):
                     self.skeleton.whole(ids)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {name: statistic.mean() for name, statistic in found.items()}
+
+        return {name: mean_square(stats) for name, stats in observe(taps, run, self.skeleton.device).items()}
 
     def _loss(self, ids: Tensor, weights: Mapping[Site, Tensor], others: Mapping[str, Tensor], judged: bool = False) -> Tensor:
         """The sum over tokens of the loss of some windows."""
