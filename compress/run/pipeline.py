@@ -99,13 +99,13 @@ class Run:
                 ]
         self.streams = [stream for stream in (self.original, *self.watched, self.check, self.calibration) if stream is not None]
         self._saved = time.monotonic()
-        self._left_out = 0
+        self._start, self._calibrated = 0, set[int]()  # the first block of this process, and those that were run for statistics
 
     def all_blocks(self) -> Tensor:
         """Compress what is left; return the last block's output for the check's tokens (1, tokens, width)."""
         # The original's own inputs may not be needed again.
         brought = [s for s in self.streams if s is not self.calibration] if self.own_inputs else self.streams
-        start = replay(self.model, brought, self.job, self._tell)
+        self._start = start = replay(self.model, brought, self.job, self._tell)
         if self.own_inputs:
             self._go_as_far_as_needed(start)
         walk(self.model, self.streams, range(start, self.blocks), self._visit, self._tell)
@@ -121,8 +121,11 @@ class Run:
         """How many passes of the calibration over a block were found in the cache, and how many were made; None without one."""
         if self.cache is None:
             return None
-        left_out = {"blocks_left_out": self._left_out} if self.own_inputs else {}
-        return {"found": self.cache.found, "made": self.cache.kept} | left_out
+        found = {"found": self.cache.found, "made": self.cache.kept}
+        if self.own_inputs:
+            behind = range(max(self._start, self.calibration.position), self.blocks)
+            found["blocks_left_out"] = len(set(behind) - self._calibrated)
+        return found
 
     def _tell(self, block: int, step: str, share: float) -> None:
         self.progress(block, len(self.work), step, share)
@@ -152,6 +155,8 @@ class Run:
             self._tell(block, "calibrating", share)
 
         def send() -> None:
+            self._calibrated.add(block)
+            self._bring(block)
             if block < self.blocks:
                 calibration.send(self.model, block, progress)
             else:
@@ -190,10 +195,16 @@ class Run:
             return not wanted or (cache is not None and cache.holds(wanted))
 
         last = max((block for block in range(start, len(self.work)) if not kept(block)), default=-1)
-        self._left_out = len(range(max(start, last + 1), self.blocks))
         self.calibration.stop = max(last, 0)
         if start <= last:
-            catch_up(self.model, self.calibration, min(start, self.blocks), self._tell)
+            self._bring(start)
+
+    def _bring(self, block: int) -> None:
+        """Send the original's own hidden states to a block, or the head, where they were left behind because of the cache."""
+        behind = min(block, self.blocks)
+        if self.calibration.position < behind:
+            self.calibration.stop = max(behind, self.calibration.stop or 0)
+            catch_up(self.model, self.calibration, behind, self._tell)
 
     def _store(self, block: int) -> bool:
         """Put the hidden states on disk when they are not there and it is time; ranks agree on the time."""

@@ -70,7 +70,7 @@ def test_settings_that_would_be_ignored(name: str, field: str, value: object) ->
 
 def test_recipe_data_is_light() -> None:
     code = (
-        "import sys, compress.recipe_data; print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
+        "import sys, compress.recipe.data; print([m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
