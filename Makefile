@@ -1,6 +1,7 @@
 # make demo   compress the small model in examples/demo and show what it costs in quality
 # make test   lint, types and tests
-# Both first make a virtual environment in .venv with the versions of constraints.txt; they need Python 3.11 or 3.12 only.
+# make test-all   the same, with the tests that take minutes
+# All first make a virtual environment in .venv with the versions of constraints.txt; they need Python 3.11 or 3.12 only.
 
 # The first that starts and can make environments: a version manager may list a command that does not run.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
@@ -12,13 +13,16 @@ JOBS ?= 2
 PYTEST_ARGS ?= -q -n $(JOBS)
 INPUTS := pyproject.toml constraints.txt tools/install.py
 
-.PHONY: demo test lint types pytest format wheel clean
+.PHONY: demo test test-all lint types pytest format wheel clean
 
 demo: $(VENV)/.run
 	rm -rf .demo
 	$(RUN)/compress run demo examples/demo -o .demo/llama-4bit --evaluate examples/demo/evaluation.jsonl
 
 test: lint types pytest
+
+test-all: export COMPRESS_SLOW = 1
+test-all: test
 
 lint: $(VENV)/.dev
 	$(RUN)/ruff check .
