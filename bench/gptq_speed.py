@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.methods.quant.gptq import gptq
+from compress.methods.quant.gptq import GPTQ, gptq
 from compress.methods.solvers.uniform_grid import Grid, fit
 
 DAMP = 0.01
@@ -86,13 +86,14 @@ def lazy_block(weight: Tensor, hessian: Tensor, bits: int, group_size: int, bloc
 
 def ours(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
     """Return codes (out, in) of this project on the same grid."""
-    result = gptq(weight, hessian, bits=bits, group_size=group_size, range="minmax", damp=DAMP, refinements=0)
+    options = GPTQ(bits=bits, group_size=group_size, range="minmax", damp=DAMP, refinements=0)
+    result = gptq(weight, hessian, **options.model_dump())
     return result.weight.base.codes
 
 
 def full(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
     """Return codes (out, in) of this project with all its defaults."""
-    return gptq(weight, hessian, bits=bits, group_size=group_size).weight.base.codes
+    return gptq(weight, hessian, **GPTQ(bits=bits, group_size=group_size).model_dump()).weight.base.codes
 
 
 def timed(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from collections.abc import Mapping
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -187,3 +188,13 @@ class Drift:
 
 
 Stats = dict[type[Statistics], Statistics]
+Kind = TypeVar("Kind", bound=Statistics)
+
+
+def statistic(stats: Mapping[type[Statistics], Statistics], kind: type[Kind]) -> Kind:
+    """Return the statistic of a kind. Raises RuntimeError where it is not there: a method gets what it says in `needs`."""
+    found = stats.get(kind)
+    if not isinstance(found, kind):
+        there = ", ".join(other.__name__ for other in stats) or "none"
+        raise RuntimeError(f"{kind.__name__}: not among the statistics that were taken ({there}); name it in `needs`")
+    return found

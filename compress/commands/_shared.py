@@ -235,7 +235,7 @@ def check_plan(plan: Plan, delivery: Delivery, output: Path) -> dict[str, Any]:
         return {}
     specs = {}
     for a in plan.assignments:
-        spec, other = a.method.described(a.site.shape), a.fallback and a.fallback.described(a.site.shape)
+        spec, other = (made and made.describe(a.site.shape).spec for made in (a.method, a.fallback))
         specs[a.site.name] = None if other and other != spec else spec
     stored = targets.Stored(plan.claims.family, settings(plan.source), plan.claims.sites, specs)
     found = []

@@ -137,7 +137,7 @@ class Block(Protocol):
 
 
 @dataclass(frozen=True)
-class Changed:
+class TransformResult:
     """What a transform makes of a block: weights (out, in) in float32 by site, and other tensors by disk name."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -146,7 +146,7 @@ class Changed:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuningResult:
     """What tuning makes of the compressed weights of a block, and of its other tensors by disk name."""
 
     weights: dict[str, CompressedWeight] = field(default_factory=dict)
@@ -165,7 +165,7 @@ class BlockMethod(Protocol):
 class Transform(Protocol):
     """A method of `compress/transform`: it rewrites a block before its weights are rounded."""
 
-    def __call__(self, block: Block) -> Changed:
+    def __call__(self, block: Block) -> TransformResult:
         """Return the weights and tensors that change; the block's output stays what it is or comes nearer to the original's."""
         ...
 
@@ -173,6 +173,6 @@ class Transform(Protocol):
 class Tuning(Protocol):
     """A method of `compress/tune` or `compress/retrain`: it adjusts compressed weights to what the block should give."""
 
-    def __call__(self, block: Block, weights: Mapping[str, CompressedWeight]) -> Tuned:
+    def __call__(self, block: Block, weights: Mapping[str, CompressedWeight]) -> TuningResult:
         """Return the weights and other tensors that change; sizes stay, but for a low-rank part that is added."""
         ...

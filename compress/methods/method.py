@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from compress.calibration.statistics import Statistics, Stats
+from compress.weights.table import ScaleType, code_bits, table_bits
+from compress.weights.uniform import uniform_bits
 from compress.weights.weight import CompressedWeight
 
+# Options that several methods have. Defaults are those of each method's own class.
 Bits = Annotated[int, Field(ge=1, le=8, description="bits per code")]
 GroupSize = Annotated[int, Field(ge=-1, description="input columns that share a scale; -1: the whole row")]
+Symmetric = Annotated[bool, Field(description="no zero points: the scale may be negative")]
+Compensate = Annotated[bool, Field(description="feed errors back as GPTQ does; false: to nearest, without data")]
+Damp = Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")]
+Refinements = Annotated[int, Field(ge=0, le=100, description="passes over scales and codes after the first")]
+StepBatches = Annotated[int, Field(ge=1, description="calibration batches (of batch_tokens tokens) that a step looks at")]
 
 
-class Needs(tuple[type[Statistics], ...]):
-    """The statistics that a method may need; with the option named in `unless` at that value, it needs none."""
+@dataclass(frozen=True)
+class Described:
+    """How a weight will be stored and in how many bits, as far as that is known before it is compressed."""
 
-    _option: str
-    _value: Any
+    spec: dict[str, Any] | None  # as a checkpoint describes it; None: nothing is known
+    least: int  # bits; the same as `most` where they do not depend on the values
+    likely: int
+    most: int
+    whole: bool = True  # whether the spec says all that a checkpoint will, or what is known of it
 
-    def __new__(cls, *kinds: type[Statistics], unless: tuple[str, Any]) -> Needs:
-        """Make one of statistics."""
-        needs = super().__new__(cls, kinds)
-        needs._option, needs._value = unless
-        return needs
+    @classmethod
+    def exactly(cls, spec: dict[str, Any], bits: int) -> Described:
+        """What is known of a weight whose size does not depend on its values."""
+        return cls(spec, bits, bits, bits)
 
-    def __get__(self, instance: object, owner: type) -> tuple[type[Statistics], ...]:
-        """Return the statistics of a method, or of a method with these options."""
-        return () if instance is not None and getattr(instance, self._option) == self._value else self
+    @property
+    def exact(self) -> bool:
+        """Whether the bits are known."""
+        return self.least == self.most
 
 
 class Method(BaseModel):
@@ -38,7 +50,8 @@ class Method(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = ()
+    # Statistics of its inputs that it needs with some options or with all; `needs` says which with these.
+    may_need: ClassVar[tuple[type[Statistics], ...]] = ()
     # What it is called with: the weight of one site (quant), or a `Block` with all sites of a step.
     scope: ClassVar[Literal["site", "block"]] = "site"
     # Whether it compares with what the original block gives for the original's own inputs (`Block.targets`).
@@ -51,6 +64,11 @@ class Method(BaseModel):
         """The method as a recipe writes it: kind/name."""
         return "/".join(type(self).__module__.split(".")[-2:])
 
+    @property
+    def needs(self) -> tuple[type[Statistics], ...]:
+        """The statistics that it needs with these options."""
+        return self.may_need
+
     def check(self, shape: tuple[int, int]) -> str | None:
         """Say what is wrong with a weight of this shape (out, in), or None; called before any weight is read."""
         return None
@@ -59,51 +77,87 @@ class Method(BaseModel):
         """Say why it cannot go before, or after, the method that compresses a weight of this shape (out, in), or None."""
         return self.check(shape)
 
-    def stored_bits(self, shape: tuple[int, int]) -> int | None:
-        """Bits that a weight of this shape (out, in) will occupy; None where it depends on the values."""
-        return None
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in), held in a type such as BF16 (None: not known), will be stored.
+
+        Where a method does not say, a weight takes about its code and half a bit of scales, outliers and the like, or 16 bits.
+        """
+        options, count = self.model_dump(), shape[0] * shape[1]
+        bits = options.get("target_bits") or options.get("bits", 15.5) + 0.5
+        return Described(None, 0, int(count * bits), 32 * count)
 
     def added_bits(self, shape: tuple[int, int]) -> int:
         """Bits that tuning adds to a weight of this shape (out, in)."""
         return 0
 
-    def likely_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) will occupy or about that; where nothing is known, 16 per weight."""
-        known = self.stored_bits(shape)
-        if known is not None:
-            return known
-        options = self.model_dump()
-        bits = options.get("target_bits") or options.get("bits", 15.5) + 0.5  # half a bit of scales, outliers and the like
-        return int(shape[0] * shape[1] * bits)
 
-    def bits_range(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Least and most bits that a weight of this shape (out, in) will occupy: the same where they are known beforehand."""
-        known = self.stored_bits(shape)
-        return (0, 32 * shape[0] * shape[1]) if known is None else (known, known)
+class Grouped(Method):
+    """Options of methods that store codes on a grid per row and group of neighbouring columns."""
 
-    def on(self, dtype: str) -> Method:
-        """Return the method as it most likely is on weights of a type such as BF16, and for certain on those of 16 bits."""
-        return self
+    bits: Bits = 4
+    group_size: GroupSize = 128
 
-    def described(self, shape: tuple[int, int]) -> dict[str, Any] | None:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint; None where it depends on the values."""
+    def size(self, columns: int) -> int:
+        """Columns of a group, of so many in all."""
+        return group_columns(self.group_size, columns)
+
+    def check(self, shape: tuple[int, int]) -> str | None:
+        """Say whether the group size does not divide the columns of a weight (out, in)."""
+        return indivisible(shape[1], self.group_size)
+
+
+class GroupedGrid(Grouped):
+    """Options of methods whose grid has a zero point per group, or none."""
+
+    symmetric: Symmetric = True
+
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in) will be stored."""
+        return uniform_described(shape, self.bits, self.size(shape[1]), zero=not self.symmetric)
+
+
+def group_columns(group_size: int, columns: int) -> int:
+    """Return the columns of a group, of so many in all: a group size of -1 is the whole row."""
+    return columns if group_size == -1 else group_size
+
+
+def indivisible(columns: int, group_size: int) -> str | None:
+    """Say what is wrong with a group size that does not divide the columns, and name the nearest ones that do."""
+    if group_size == -1 or (group_size > 0 and columns % group_size == 0):
         return None
+    sizes = [size for size in range(1, columns + 1) if columns % size == 0]
+    near = sorted(sorted(sizes, key=lambda size: abs(size - group_size))[:3])
+    return f"in={columns} is not a multiple of group_size={group_size}; use {', '.join(map(str, near))}, or -1 for the whole row"
 
 
-def grid_described(
-    shape: tuple[int, int], bits: int, group_size: int, *, zero: bool = False, more: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Describe a weight (out, in) on an affine grid, as a checkpoint does."""
-    size = shape[1] if group_size == -1 else group_size
-    base = {"format": "bitpack", "bits": bits, "group_size": size, "zero": zero, **(more or {})}
-    return {"shape": list(shape), "base": base}
+INDEX_NAMES = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}  # of types that the group of a column is stored in
 
 
-def table_described(shape: tuple[int, int], datatype: str, bits: int, group_size: int, scale: str) -> dict[str, Any]:
-    """Describe a weight (out, in) whose codes of `bits` name entries of a table, as a checkpoint does."""
-    size = shape[1] if group_size == -1 else group_size
-    base = {"format": "table", "datatype": datatype, "bits": bits, "group_size": size, "scale": scale}
-    return {"shape": list(shape), "base": base}
+def uniform_described(
+    shape: tuple[int, int],
+    bits: int,
+    size: int,
+    *,
+    zero: bool = False,
+    offset: bool = False,
+    words: tuple[str, ...] = (),
+    index: torch.dtype | None = None,
+) -> Described:
+    """Describe a weight (out, in) on an affine grid per group of `size` columns; `index`: with the group of each column.
+
+    `words` are those of the description that are true of it beside these.
+    """
+    base: dict[str, Any] = {"format": "bitpack", "bits": bits, "group_size": size, "zero": zero}
+    base |= dict.fromkeys((*(("offset",) if offset else ()), *words), True)
+    base |= {} if index is None else {"group": INDEX_NAMES[index]}
+    stored = uniform_bits(shape, bits, size, zero, 0 if index is None else 8 * index.itemsize, offset)
+    return Described.exactly({"shape": list(shape), "base": base}, stored)
+
+
+def table_described(shape: tuple[int, int], datatype: str, size: int, scale: ScaleType) -> Described:
+    """Describe a weight (out, in) whose codes name entries of a table, with a scale per group of `size` columns."""
+    base = {"format": "table", "datatype": datatype, "bits": code_bits(datatype), "group_size": size, "scale": scale}
+    return Described.exactly({"shape": list(shape), "base": base}, table_bits(shape, datatype, size, scale))
 
 
 @dataclass(frozen=True)
@@ -117,22 +171,6 @@ class Result:
 class SiteMethod(Protocol):
     """A method that sees one weight at a time."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]]
-    rows_independent: ClassVar[bool]
-
-    @property
-    def path(self) -> str:
-        """The method as a recipe writes it: kind/name."""
-        ...
-
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Compress weight (out, in) in float32, given the statistics of its input; deterministic."""
-        ...
-
-    def check(self, shape: tuple[int, int]) -> str | None:
-        """Say what is wrong with a weight of this shape (out, in), or None; called before any weight is read."""
-        ...
-
-    def stored_bits(self, shape: tuple[int, int]) -> int | None:
-        """Bits that a weight of this shape (out, in) will occupy; None where it depends on the values."""
         ...

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, MeanSquare, Statistics, Stats
-from compress.methods.method import GroupSize, Method, Result
+from compress.calibration.statistics import Hessian, MeanSquare, Statistics, Stats, statistic
+from compress.methods.method import Described, GroupSize, Method, Result, group_columns, indivisible
 from compress.methods.solvers.error_feedback import full_precision
 from compress.methods.solvers.mask_scores import exact, mean_square
 from compress.methods.solvers.mask_selection import LARGEST_PATTERN, Target, Within, as_part, select
 from compress.methods.solvers.mask_swaps import swapped
 from compress.methods.solvers.masked_least_squares import updated
 from compress.methods.solvers.masked_rounding import quantized
-from compress.methods.solvers.uniform_grid import indivisible
 from compress.weights.bit_stream import stream_bits
 from compress.weights.dense import DENSE_DTYPES, Dense, smallest_dtype
 from compress.weights.kept_values import tiles
@@ -51,21 +50,10 @@ def kept_of(pattern: str) -> tuple[int, int]:
     return int(kept), int(of)
 
 
-class Needed(tuple[type[Statistics], ...]):
-    """The statistics that a method of pruning may need; of a method with options, what it says in `needed`."""
-
-    def __new__(cls, *kinds: type[Statistics]) -> Self:
-        """Make one of statistics."""
-        return super().__new__(cls, kinds)
-
-    def __get__(self, instance: Any, owner: type) -> tuple[type[Statistics], ...]:
-        """Return the statistics of a method, or of a method with these options."""
-        return self if instance is None else cast(tuple[type[Statistics], ...], instance.needed())
-
-
 class Pruning(Method):
     """Options of every method of pruning."""
 
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
     rows_independent: ClassVar[bool] = False  # a matrix has a quota of its own
 
     sparsity: Annotated[float | None, Field(ge=0, lt=1, description="share of weights to remove; 0.5 if nothing is said")] = None
@@ -97,10 +85,6 @@ class Pruning(Method):
         kept, of = kept_of(self.pattern)
         return Target(1 - kept / of, (kept, of))
 
-    def needed(self) -> tuple[type[Statistics], ...]:
-        """The statistics that these options need."""
-        return (Hessian,)
-
     def check(self, shape: tuple[int, int]) -> str | None:
         """Say what does not divide the columns of a weight (out, in)."""
         target = self.target
@@ -110,37 +94,28 @@ class Pruning(Method):
             return wrong.replace("group_size", "group").replace(", or -1 for the whole row", "")
         return None if self.bits is None else indivisible(shape[1], self.group_size)
 
-    def stored_bits(self, shape: tuple[int, int]) -> int | None:
-        """Bits that a weight of this shape (out, in) will occupy; None where it depends on the values."""
-        target, size = self.target, self._size(shape)
-        if target.pattern is None and target.within == "matrix":
-            return None
-        if self.bits is None:
-            return None if self.dtype == "auto" else self.likely_bits(shape)
-        # Whether a group may lose all its weights, and with them its scale.
-        by_group = target.pattern is None and target.group % size == 0
-        by_pattern = target.pattern is not None and size % target.pattern[1] == 0
-        return self.likely_bits(shape) if by_group or by_pattern or self._kept(shape) > shape[1] - size else None
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in), held in a type such as BF16 (None: not known), will be stored.
 
-    def likely_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) will occupy or about that, whatever its values."""
-        target, columns = self.target, shape[1]
-        scaled = self._kept(shape) if target.pattern is None and target.group % self._size(shape) == 0 else columns
-        return self._bits(shape, 32 if self.dtype == "float32" else 16, self._ragged, 16, scaled)
-
-    def bits_range(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Bits where all that depends on the values takes least, and where it takes most."""
-        if (known := self.stored_bits(shape)) is not None:
-            return known, known
-        size = self._size(shape)
-        scaled = -(-self._kept(shape) // size) * size if not self._ragged else 0
-        least = self._bits(shape, 32 if self.dtype == "float32" else 16, False, 0, scaled)
-        return least, self._bits(shape, 32 if self.dtype in ("float32", "auto") else 16, self._ragged, 31, shape[1])
-
-    def on(self, dtype: str) -> Method:
-        """Return the method with the type of kept values that follows from that of the source; of F32, the likely one."""
-        found = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(dtype)
-        return self.model_copy(update={"dtype": found}) if found and self.dtype == "auto" else self
+        The least is where all that depends on the values takes least: as many weights in every row, kept weights in few groups.
+        """
+        known = self.dtype
+        if known == "auto":  # of float32 values 16 bits may hold all
+            known = "bfloat16" if dtype == "BF16" else "float16" if dtype == "F16" else "auto"
+        width = 32 if known == "float32" else 16
+        widths = (16, 32 if dtype == "F32" else 16, 32) if known == "auto" else (width, width, width)
+        target, columns, size = self.target, shape[1], group_columns(self.group_size, shape[1])
+        kept = self._kept(shape)
+        spec = self._spec(shape, known)
+        # Whether whole groups go, and with them their scales; and whether some may.
+        scales_go = target.pattern is None and target.group % size == 0
+        scales_may_go = not scales_go and (target.pattern is None or size % target.pattern[1] != 0) and kept <= columns - size
+        likely = self._bits(shape, widths[1], self._ragged, 16, kept if scales_go else columns)
+        if not self._ragged and not (known == "auto" if self.bits is None else scales_may_go):
+            return Described(spec, likely, likely, likely, whole=self.bits is None or not scales_go)
+        least = self._bits(shape, widths[0], False, 0, 0 if self._ragged else -(-kept // size) * size)
+        most = self._bits(shape, widths[2], self._ragged, 31, columns)
+        return Described(spec, least, likely, most, whole=known != "auto" if self.bits is None else not self._ragged)
 
     @property
     def _ragged(self) -> bool:
@@ -152,25 +127,26 @@ class Pruning(Method):
 
         Where rows differ there are `pointers`, and `filled` codes that are none at the end of each tile of rows.
         """
-        rows, target = shape[0], self.target
+        (rows, columns), target = shape, self.target
         patterned = target.pattern is not None and target.pattern[1] <= LARGEST_PATTERN
         mask = pattern_bits(shape, *target.pattern) if patterned and target.pattern else bitmask_bits(shape, target.group)
         mask += 32 * (tiles(rows) + 1) if pointers else 0
         kept = self._all_kept(shape)
         if self.bits is None:
             return mask + kept * dense
-        size = self._size(shape)
+        size = group_columns(self.group_size, columns)
         beside = uniform_bits((rows, scaled), self.bits, size, not self.symmetric) if scaled else 0
         beside -= stream_bits(rows * scaled, self.bits)
         return mask + (tiles(rows) * filled * self.bits if self._ragged else 0) + stream_bits(kept, self.bits) + beside
 
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint, as far as is known."""
-        # How many weights a row keeps, and in which type, may follow from the weights; that there is a mask does not.
+    def _spec(self, shape: tuple[int, int], dtype: Dtype) -> dict[str, Any]:
+        """How a checkpoint will describe it, as far as is known, with kept values in a type."""
+        # How many weights a row keeps may follow from the weights; that there is a mask does not.
         target = self.target
-        base: dict[str, Any] = {"format": "dense"} | ({} if self.dtype == "auto" else {"dtype": _NAMES[self.dtype]})
+        base: dict[str, Any] = {"format": "dense"} | ({} if dtype == "auto" else {"dtype": _NAMES[dtype]})
         if self.bits is not None:
-            base = {"format": "bitpack", "bits": self.bits, "group_size": self._size(shape), "zero": not self.symmetric}
+            size = group_columns(self.group_size, shape[1])
+            base = {"format": "bitpack", "bits": self.bits, "group_size": size, "zero": not self.symmetric}
         if not self._ragged:
             base["kept"] = self._kept(shape)
         elif self.bits is None:  # codes have room between rows, which depends on what these keep
@@ -179,9 +155,6 @@ class Pruning(Method):
         if target.pattern is not None and target.pattern[1] <= LARGEST_PATTERN:
             keep = {"format": "pattern", "kept": target.pattern[0], "of": target.pattern[1]}
         return {"shape": list(shape), "base": base, "keep": keep}
-
-    def _size(self, shape: tuple[int, int]) -> int:
-        return shape[1] if self.group_size == -1 else self.group_size
 
     def _kept(self, shape: tuple[int, int]) -> int:
         """Weights that a row of a weight (out, in) keeps, in the mean."""
@@ -206,8 +179,7 @@ class Pruning(Method):
             dtype = smallest_dtype(weight) if self.dtype == "auto" else DENSE_DTYPES[_NAMES[self.dtype]]
             base = Dense((weight if values is None else values).masked_fill(~keep, 0.0).to(dtype))
             return Result(CompressedWeight.pruned(base, part), notes)
-        hessian = stats.get(Hessian)
-        matrix = hessian.matrix() if isinstance(hessian, Hessian) else None
+        matrix = statistic(stats, Hessian).matrix() if Hessian in stats else None
         codes, more = quantized(weight, keep, values, matrix, self.bits, self.group_size, self.symmetric)
         fallbacks = dict.fromkeys(n["fallback"] for n in (notes, more) if "fallback" in n)
         joined = {"fallback": "; ".join(fallbacks)} if fallbacks else {}
@@ -217,10 +189,13 @@ class Pruning(Method):
 class Scored(Pruning):
     """Options of methods that keep what scores high by the sizes of weights and inputs."""
 
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (MeanSquare, Hessian)
+
     swaps: Annotated[int, Field(ge=0, le=1000, description="exchanges of a kept for a removed weight, per row; 20 is plenty")] = 0
     update: Annotated[bool, Field(description="then move what is kept to the least error of the outputs")] = False
 
-    def needed(self) -> tuple[type[Statistics], ...]:
+    @property
+    def needs(self) -> tuple[type[Statistics], ...]:
         """The Hessian where values are moved or rounded or pairs of weights are looked at, else its diagonal."""
         return (Hessian,) if self.update or self.swaps or self.bits is not None else (MeanSquare,)
 
@@ -236,11 +211,10 @@ class Scored(Pruning):
         keep, values = select(score(weight, square), target), None
         notes: dict[str, Any] = {} if bool(square.any()) else {"fallback": "magnitude: no token was seen"}
         if self.swaps and not notes:
-            statistic = stats[Hessian]
-            assert isinstance(statistic, Hessian)
+            matrix = statistic(stats, Hessian).matrix().to(weight.dtype)
             with full_precision():
                 of = None if target.pattern is None else target.pattern[1]
-                keep = swapped(weight, keep, statistic.matrix().to(weight.dtype), self.swaps, of)
+                keep = swapped(weight, keep, matrix, self.swaps, of)
         if self.update and not notes:
             values, notes = updated(weight, keep, stats)
         return self.result(weight, keep, values, stats, notes)

@@ -137,7 +137,7 @@ class Measurement:
         for c, (kl, error) in self.measured.items():
             found.append(Reference(c, sum(row.kl[c] or 0.0 for row in costs), kl, error))
         exact = all(
-            c.build.stored_bits(s.shape) is not None
+            c.build.describe(s.shape).exact
             for s in self.sites
             for c, ok in zip(self.candidates, self.fits[s.name], strict=True)
             if ok

@@ -115,8 +115,8 @@ def references(sites: Sequence[Site], candidates: Sequence[Candidate]) -> list[i
     """Choose candidates that fit every site, from the smallest up, some way apart; without known sizes the first ones."""
     numel = sum(site.numel for site in sites)
     whole = [c for c, one in enumerate(candidates) if all(one.build.check(site.shape) is None for site in sites)]
-    sizes = {c: [candidates[c].build.stored_bits(site.shape) for site in sites] for c in whole}
-    known = sorted((sum(bits) / numel, c) for c, bits in sizes.items() if None not in bits)
+    sizes = {c: [candidates[c].build.describe(site.shape) for site in sites] for c in whole}
+    known = sorted((sum(d.most for d in found) / numel, c) for c, found in sizes.items() if all(d.exact for d in found))
     found: list[tuple[float, int]] = []
     for size, c in known:
         if len(found) < REFERENCES and (not found or size - found[-1][0] >= REFERENCE_STEP):

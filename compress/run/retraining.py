@@ -24,7 +24,7 @@ from compress.calibration.statistics import MeanSquare
 from compress.errors import CalibrationError
 from compress.methods.solvers.block_training import advance, optimizer, vectors_of
 from compress.methods.solvers.mask_scores import mean_square
-from compress.methods.solvers.trainable_weight import Moving, Vector
+from compress.methods.solvers.trainable_weight import Trainable, Vector
 from compress.model.streamed import Skeleton
 from compress.recipe.assignment import StageAssignment
 from compress.recipe.schema import Retrain
@@ -53,17 +53,17 @@ class Training:
         members = {a.site.name for a in stage.members}
         method = stage.method
         seen = self._squares(members) if MeanSquare in method.statistics() else {}
-        self.moving: dict[str, Moving] = {}
+        self.moving: dict[str, Trainable] = {}
         for name, site in self.sites.items():  # in the model's order, as random numbers are drawn
             weight = start.weights.get(name) if name in members else None
             if weight is not None and not weight.transformed:
                 dense = skeleton.weight(site).to(skeleton.device).float()
-                if (mover := method.moving(weight, dense, seen.get(name), self.generator)) is not None:
+                if (mover := method.trainable(weight, dense, seen.get(name), self.generator)) is not None:
                     self.moving[name] = mover
         self.fixed = {name: weight.dequantize() for name, weight in start.weights.items() if name not in self.moving}
         self.vectors = vectors_of(self._others(), method.norms, method.biases)
         self.constants = {n: v.to(skeleton.device).float() for n, v in start.others.items() if n not in self.vectors}
-        everything: list[Moving | Vector] = [*self.moving.values(), *self.vectors.values()]
+        everything: list[Trainable | Vector] = [*self.moving.values(), *self.vectors.values()]
         if not everything:
             raise CalibrationError(
                 "retraining: nothing of these weights can be trained with these options; train norms, scales or factors"

@@ -10,7 +10,7 @@ from compress.architecture.inventory import Claims
 from compress.checkpoint import packing
 from compress.checkpoint.source import INDEX, Source
 from compress.checkpoint.tensor_file import DTYPE_NAMES, Entry, file_size
-from compress.errors import FormatError
+from compress.methods.method import Described
 from compress.output import seal
 from compress.recipe.assignment import Assignment
 
@@ -32,21 +32,6 @@ class Sizes:
     def total(self) -> int:
         """Bytes of all weight files."""
         return sum(self.files.values())
-
-
-def _bits(spec: packing.Spec) -> int:
-    return 8 * sum(_nbytes(*tensor) for tensor in packing.layout(spec).values())
-
-
-def description(method: Any, shape: tuple[int, int]) -> packing.Spec | None:
-    """Return how a weight of this shape (out, in) will be stored, surely or most likely; None where not even that is known."""
-    spec = method.described(shape)
-    if spec is None:
-        return None
-    try:
-        return spec if _bits(spec) == method.likely_bits(shape) else None
-    except FormatError:  # a description as far as it is known: widths that follow from the weights are not in it
-        return None
 
 
 def _nbytes(dtype: Any, shape: tuple[int, ...]) -> int:
@@ -71,7 +56,7 @@ def sizes(
     """
     specs: dict[str, packing.Spec] = {}
     parts: dict[str, Entry] = {}
-    known: dict[tuple[int, tuple[int, int], str], packing.Spec | None] = {}
+    known: dict[tuple[int, tuple[int, int], str], tuple[Described, int, int]] = {}
     rough: dict[str, int] = {}
     exact = True
     below = above = 0  # bits that the result may have less, and more
@@ -80,13 +65,13 @@ def sizes(
         held = "F32" if name in changed else source.entries[a.site.tensor].dtype
         key = a.step, a.site.shape, held
         if key not in known:
-            known[key] = description(_surely_on(a.method, held), a.site.shape)
-        spec, more = known[key], (added or {}).get(name, 0)
-        likely, least, most = _expected(a, held)
-        below, above = below + likely - least, above + most - likely
+            known[key] = _expected(a, held)
+        (found, least, most), more = known[key], (added or {}).get(name, 0)
+        below, above = below + found.likely - least, above + most - found.likely
+        spec = found.spec if found.whole else None
         exact = exact and spec is not None and not more and least == most
         if spec is None or more:  # a tensor of so many bytes stands for what is not known
-            rough[name] = (likely + more) // 8
+            rough[name] = (found.likely + more) // 8
             continue
         specs[name] = spec
         for leaf, (dtype, shape) in packing.layout(spec).items():
@@ -101,22 +86,13 @@ def sizes(
     return Sizes(whole, files, exact, whole - -(-below // 8), whole + -(-above // 8))
 
 
-def _surely_on(method: Any, dtype: str) -> Any:
-    """The method with the type of kept values where that of the source tells: of float32 ones, 16 bits may hold all."""
-    return method.on(dtype) if dtype in ("BF16", "F16") else method
-
-
-def _expected(a: Assignment, dtype: str) -> tuple[int, int, int]:
-    """Likely, least and most bits of a site, whether its own method takes it or the one for few tokens."""
-
-    def ends(method: Any) -> tuple[int, int]:
-        return _surely_on(method, dtype).bits_range(a.site.shape)  # type: ignore[no-any-return]
-
-    likely, (least, most) = a.method.on(dtype).likely_bits(a.site.shape), ends(a.method)
-    if a.fallback is not None and a.min_tokens > 0:
-        other = ends(a.fallback)
-        least, most = min(least, other[0]), max(most, other[1])
-    return likely, least, most
+def _expected(a: Assignment, dtype: str) -> tuple[Described, int, int]:
+    """How a site is described, with its least and most bits, whether its own method takes it or the one for few tokens."""
+    found: Described = a.method.describe(a.site.shape, dtype)
+    if a.fallback is None or a.min_tokens == 0:
+        return found, found.least, found.most
+    other = a.fallback.describe(a.site.shape, dtype)
+    return found, min(found.least, other.least), max(found.most, other.most)
 
 
 def _entry(name: str, dtype: str, shape: tuple[int, ...], nbytes: int, source: Source) -> Entry:

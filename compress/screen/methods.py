@@ -23,7 +23,7 @@ def describe_methods() -> dict[str, Any]:
         }
         found[path] = {
             "about": module.strip().splitlines()[0],
-            "needs": [kind.__name__ for kind in method.needs],
+            "needs": [kind.__name__ for kind in method.may_need],
             "needs_by_default": [kind.__name__ for kind in method().needs],
             "options": options,
         }
@@ -34,8 +34,9 @@ def show_methods(found: dict[str, Any]) -> None:
     """Print the methods."""
     out = console()
     for path, method in found.items():
-        needs = f" (needs calibration: {', '.join(method['needs'])})" if method["needs"] else " (needs no data)"
-        if method["needs"] and not method["needs_by_default"]:
+        always = ", ".join(method["needs_by_default"])
+        needs = f" (needs calibration: {always})" if always else " (needs no data)"
+        if method["needs"] and not always:
             needs = f" (needs no data; some options need calibration: {', '.join(method['needs'])})"
         out.print(f"[bold]{path}[/bold]{needs}\n  {method['about']}")
         for name, option in method["options"].items():

@@ -25,14 +25,14 @@ def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[
         kinds.setdefault((a.site.kind, shape, f"{a.method.path} {options}"), []).append(a)
     rows = []
     for (kind, shape, method), members in kinds.items():
-        bits = members[0].method.stored_bits(members[0].site.shape)
+        size = members[0].method.describe(members[0].site.shape)
         rows.append(
             {
                 "kind": kind,
                 "count": len(members),
                 "shape": shape,
                 "method": method,
-                "bits_per_weight": bits and bits / members[0].site.numel,
+                "bits_per_weight": size.most / members[0].site.numel if size.exact else None,
             }
         )
     untouched = len(plan.claims.sites) - len(plan.assignments)

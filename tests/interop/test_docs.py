@@ -10,8 +10,7 @@ from places import ROOT
 
 from compress import registry
 from compress.errors import FormatError
-from compress.methods.method import grid_described, table_described
-from compress.weights.table import code_bits
+from compress.methods.method import table_described, uniform_described
 
 TEXT = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
 SHAPE = (128, 128)
@@ -41,7 +40,7 @@ def held(name: str, spec: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(("grid", "bits", "cells"), cases())
 def test_grids(grid: str, bits: int, cells: list[str]) -> None:
-    spec = grid_described(SHAPE, bits, 32, zero=grid == "zero points")
+    spec = uniform_described(SHAPE, bits, 32, zero=grid == "zero points").spec
     assert [held(name, spec) for name in COLUMNS] == cells
 
 
@@ -61,5 +60,5 @@ def test_the_table_has_all_widths() -> None:
     ],
 )
 def test_tables_of_values(datatype: str, scale: str, cells: list[str]) -> None:
-    spec = table_described(SHAPE, datatype, code_bits(datatype), 32, scale)
+    spec = table_described(SHAPE, datatype, 32, scale).spec
     assert [held(name, spec) for name in COLUMNS] == cells

@@ -20,7 +20,7 @@ from compress.interop import exporter as exporting
 from compress.interop import targets
 from compress.interop.foreign import open_any
 from compress.interop.targets import Stored, lint
-from compress.methods.method import grid_described
+from compress.methods.method import group_columns, uniform_described
 from compress.recipe import reading as recipe_reading
 from compress.run import prepare as run_prepare
 
@@ -35,6 +35,13 @@ LINEARS = {
     "mlp.up_proj": (1536, 512),
     "mlp.down_proj": (512, 1536),
 }
+
+
+def grid_described(shape: tuple[int, int], bits: int, group_size: int, zero: bool = False, more: Any = None) -> dict[str, Any]:
+    """How a checkpoint describes a weight (out, in) on a uniform grid, with more words if any."""
+    spec = uniform_described(shape, bits, group_columns(group_size, shape[1]), zero=zero).spec
+    assert spec is not None
+    return {**spec, "base": spec["base"] | (more or {})}
 
 
 def dense_model(**changes: Any) -> Stored:
@@ -229,7 +236,7 @@ def test_methods_store_what_they_say(method: str, tiny: Tiny, ids: Path, tmp_pat
         run(model, tmp_path / str(number), ids, steps)
         table = packed_source.PackedSource.open_packed(tmp_path / str(number)).table
         for a in plan.assignments:
-            said_before = a.method.described(a.site.shape)
+            said_before = a.method.describe(a.site.shape).spec
             if said_before is None:
                 assert method == "quant/finequant"
                 continue

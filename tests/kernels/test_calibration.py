@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import host_cuda
 import pytest
 import torch
+from options import function_of
 from torch import Tensor
 
 from compress.errors import KernelError
 from compress.kernels import calibration
-from compress.methods.quant.gptq import gptq
 from compress.methods.solvers import error_feedback as _solver
 from compress.methods.solvers import operators
 from compress.methods.solvers.operators import assign, columns_by_torch, nearest_step, round_columns
 from compress.methods.solvers.uniform_grid import nearest
+
+gptq = function_of("quant/gptq")
 
 
 @pytest.fixture(scope="module")

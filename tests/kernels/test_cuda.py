@@ -13,6 +13,7 @@ from examples.low_rank import low_rank
 from examples.mixed import mixed as mixed_part
 from examples.sparse import sparse
 from kernel_parts import Part, activations, close, kinds, uniform
+from options import function_of
 from places import ROOT
 from pruned_parts import close as close_to_pruned
 from pruned_parts import kinds as pruned_kinds
@@ -23,11 +24,12 @@ from compress.calibration.statistics import Hessian
 from compress.evaluate import bench
 from compress.kernels import _cuda, _packets, _weights, bit_serial, experts, int8, masked, mixed, sparse_rows, weight_only
 from compress.kernels._layouts import Packets
-from compress.methods.quant.gptq import gptq
 from compress.methods.solvers import operators
 from compress.runtime.linear import CompressedLinear
 from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
+
+gptq = function_of("quant/gptq")
 
 pytestmark = pytest.mark.cuda
 

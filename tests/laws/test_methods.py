@@ -16,16 +16,19 @@ import pytest
 import torch
 from blocks import call
 from layers import any_inputs, any_weights
+from options import bits_known, function_of
 from places import TESTS
 from pydantic import ValidationError
 from torch import Tensor
 
 from compress import registry
 from compress.calibration.statistics import Hessian, Statistics
-from compress.methods.quant.rtn import rtn
+from compress.checkpoint import packing
 from compress.methods.solvers.uniform_grid import Grid, encode
 from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
+
+rtn = function_of("quant/rtn")
 
 METHODS = registry.names("quant")
 GROUP = 32
@@ -53,7 +56,7 @@ def weights(rows: int, columns: int, seed: int = 0) -> Tensor:
 def observed(kind: Any, rows: Tensor) -> dict[type[Statistics], Statistics]:
     """What a method needs to know of inputs (tokens, in)."""
     found: dict[type[Statistics], Statistics] = {}
-    for need in {*kind.needs, Hessian}:
+    for need in {*kind.may_need, Hessian}:
         found[need] = need(rows.shape[1], torch.device("cpu"))
         found[need].add(rows)
     return found
@@ -161,9 +164,14 @@ def test_stacked_weights_come_out_like_each_alone(name: str) -> None:
 @pytest.mark.parametrize("shape", [(8, 96), (3, 256)])
 def test_stored_bits_that_are_announced_are_those_of_the_result(name: str, shape: tuple[int, int]) -> None:
     made = method(name)
-    announced, rows = made.stored_bits(shape), inputs(300, shape[1])
-    if announced is not None:
-        assert announced == call(made, weights(*shape), rows, observed(made, rows)).weight.stored_bits
+    said, rows = made.describe(shape), inputs(300, shape[1])
+    weight = call(made, weights(*shape), rows, observed(made, rows)).weight
+    assert said.least <= weight.stored_bits <= said.most
+    assert bits_known(made, shape) in (None, weight.stored_bits)
+    if said.spec is not None and said.whole:
+        assert 8 * sum(math.prod(axes) * dtype.itemsize for dtype, axes in packing.layout(said.spec).values()) == said.likely
+        if said.exact:
+            assert json.loads(json.dumps(packing.pack(weight)[1])) == said.spec
 
 
 @every_method

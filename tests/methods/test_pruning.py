@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from options import bits_known
 
 from compress.methods.prune.alps import METHOD as ALPS
 from compress.methods.prune.wanda import METHOD as WANDA
@@ -44,7 +45,7 @@ def test_targets() -> None:
     ],
 )
 def test_announced_sizes_by_hand(options: dict[str, object], bits: float) -> None:
-    assert WANDA(**options).stored_bits((256, 1024)) == bits * 256 * 1024
+    assert bits_known(WANDA(**options), (256, 1024)) == bits * 256 * 1024
 
 
 def test_sizes_that_depend_on_values_are_likely_ones() -> None:
@@ -54,7 +55,7 @@ def test_sizes_that_depend_on_values_are_likely_ones() -> None:
         WANDA(bits=4, group_size=16),  # whether a group loses all its weights
     ]
     for method in unknown:
-        assert method.stored_bits((256, 1024)) is None
-    assert WANDA().likely_bits((256, 1024)) == 9 * 256 * 1024
-    assert ALPS(dtype="bfloat16").likely_bits((256, 1024)) == 9 * 256 * 1024 + 32 * 9
-    assert ALPS(bits=4).likely_bits((256, 1024)) == (1 + 2 + 0.125) * 256 * 1024 + 32 * 9 + 8 * 16 * 4
+        assert bits_known(method, (256, 1024)) is None
+    assert WANDA().describe((256, 1024)).likely == 9 * 256 * 1024
+    assert ALPS(dtype="bfloat16").describe((256, 1024)).likely == 9 * 256 * 1024 + 32 * 9
+    assert ALPS(bits=4).describe((256, 1024)).likely == (1 + 2 + 0.125) * 256 * 1024 + 32 * 9 + 8 * 16 * 4

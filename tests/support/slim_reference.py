@@ -7,12 +7,14 @@ import math
 from typing import Any
 
 import torch
+from options import function_of
 from problems import damped, problem
 from torch import Tensor
 
-from compress.methods.quant.slim import slim
 from compress.methods.solvers.uniform_grid import fit
 from compress.weights.mixed import Mixed
+
+slim = function_of("quant/slim")
 
 
 def part(result: Any) -> Mixed:

@@ -7,14 +7,16 @@ import math
 from typing import Any
 
 import torch
+from options import function_of
 from torch import Tensor
 
-from compress.methods.quant.spqr import spqr
 from compress.methods.solvers.outliers import Order
 from compress.methods.solvers.uniform_grid import fit
 from compress.weights.sparse import Sparse
 from compress.weights.two_level import TILE, TwoLevel
 from compress.weights.weight import CompressedWeight
+
+spqr = function_of("quant/spqr")
 
 ORDERS: tuple[Order, ...] = ("grouped", "none", "desc_act")
 

@@ -10,7 +10,7 @@ Steps     1. H <- H / mean(diag H) + damp I; columns are scaled by n_j = sqrt(H_
           3. Every third time, rho grows by 1.3, 1.2 or 1.1: the more places have changed hands since, the faster. Where
              hardly any have before rho ever grew, it was too large: it is divided by 5 and the search begins anew.
              When less than 3e-4 of the places change after the 30th iteration, or none, the search is over.
-          4. The mask is that of P(B). Values are solved for by conjugate gradients, see `_solver`.
+          4. The mask is that of P(B). Values are solved for by conjugate gradients, see `masked_least_squares`.
 Bits      values are rounded column by column under the mask, errors fed on; refinement goes back to the weight itself.
 Defaults  damp 0.01, rho 0.1, at most 300 iterations: those of the authors' program, and its rule for rho.
 Failures  some 30 iterations of products and a few factorisations per matrix: the slowest one-shot method here. Whole matrices
@@ -20,15 +20,15 @@ Failures  some 30 iterations of products and a few factorisations per matrix: th
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Statistics, Stats
+from compress.calibration.statistics import Hessian, Stats, statistic
 from compress.methods.method import Result
-from compress.methods.pruning import Needed, Pruning
+from compress.methods.pruning import Pruning
 from compress.methods.solvers.error_feedback import full_precision
 from compress.methods.solvers.mask_scores import exact
 from compress.methods.solvers.mask_selection import Target, Within, select
@@ -39,7 +39,7 @@ _SETTLED, _LEAST_ITERATIONS = 3e-4, 30
 
 
 def alps(
-    weight: Tensor, hessian: Tensor, target: Target, *, damp: float = 0.01, rho: float = 0.1, iterations: int = 300
+    weight: Tensor, hessian: Tensor, target: Target, *, damp: float, rho: float, iterations: int
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return the mask (out, in) bool of weight (out, in) under hessian (in, in), the values on it, and notes.
 
@@ -104,8 +104,6 @@ def _factor(matrix: Tensor, rho: float) -> Tensor:
 class ALPS(Pruning):
     """Options of ALPS."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = Needed(Hessian)
-
     within: Annotated[Within, Field(description="what competes: the weights of the whole matrix, or of a row")] = "matrix"
     damp: Annotated[float, Field(gt=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
     rho: Annotated[float, Field(gt=0, le=100, description="penalty that the search begins with")] = 0.1
@@ -113,10 +111,8 @@ class ALPS(Pruning):
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Prune weight (out, in) under the Hessian of its inputs."""
-        statistic = stats[Hessian]
-        assert isinstance(statistic, Hessian)
         keep, values, notes = alps(
-            weight, statistic.matrix(), self.target, damp=self.damp, rho=self.rho, iterations=self.iterations
+            weight, statistic(stats, Hessian).matrix(), self.target, damp=self.damp, rho=self.rho, iterations=self.iterations
         )
         return self.result(weight, keep, None if "fallback" in notes else values, stats, notes)
 

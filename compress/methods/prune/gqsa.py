@@ -15,15 +15,15 @@ Failures  groups of 16 lose about four times what 2:4 loses at the same share be
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Statistics, Stats
+from compress.calibration.statistics import Hessian, Stats, statistic
 from compress.methods.method import Result
-from compress.methods.pruning import Needed, Pruning
+from compress.methods.pruning import Pruning
 from compress.methods.solvers.mask_scores import exact
 from compress.methods.solvers.mask_selection import Target, select
 from compress.methods.solvers.masked_least_squares import DAMP, Normal
@@ -44,8 +44,6 @@ def gqsa(weight: Tensor, normal: Normal, target: Target) -> Tensor:
 class Gqsa(Pruning):
     """Options of pruning by groups with optimal brain surgeon's saliency."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = Needed(Hessian)
-
     group: Annotated[int, Field(ge=1, description="neighbouring columns that go or stay together")] = 16
 
     @model_validator(mode="before")
@@ -55,9 +53,7 @@ class Gqsa(Pruning):
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Prune weight (out, in), given the Hessian of its inputs."""
-        hessian = stats[Hessian]
-        assert isinstance(hessian, Hessian)
-        normal = Normal.of(hessian.matrix(), DAMP)
+        normal = Normal.of(statistic(stats, Hessian).matrix(), DAMP)
         if normal.blind:
             keep = select(exact(weight).abs(), self.target)
             return self.result(weight, keep, None, stats, {"fallback": "magnitude: no token was seen"})

@@ -2,7 +2,7 @@
 
 Problem   minimise E(V) = tr((W - V) H (W - V)^T) over a mask and the values V it keeps: H is the mean of x x^T over tokens.
 Shapes    weight W (out, in), Hessian H (in, in), mask and values (out, in).
-Steps     1. H <- H / mean(diag H) + damp I, H = R R^T in the order of columns, pivots r_k: the sweep of `quant._solver`.
+Steps     1. H <- H / mean(diag H) + damp I, H = R R^T in the order of columns, pivots r_k: the sweep of `error_feedback`.
           2. Before each run of `block` columns, all their weights are brought up to date with the errors made so far, to w'. Of
              the whole run (all rows, or each row) the lowest w'_k^2 r_k^2 go: what removing one weight costs after all later
              columns have made up for it. For N:M a run is one group.
@@ -10,8 +10,8 @@ Steps     1. H <- H / mean(diag H) + damp I, H = R R^T in the order of columns, 
 Quotas    a run gets what is due by then, so that the total is exact. Columns that no token touched score 0 and go first.
 Bits      `bits` rounds what stays in the same pass: both errors are fed on together. The grid of a group is fitted when the group
           is reached, to the weights that are then expected to stay; two passes of refinement follow, as in GPTQ.
-Update    `update: true` solves for the values once more, given the mask, see `_solver`: only later columns can make up for
-          earlier ones here, which costs some.
+Update    `update: true` solves for the values once more, given the mask, see `masked_least_squares`: only later columns can make
+          up for earlier ones here, which costs some.
 Defaults  block 128, damp 0.01: those of the authors. The order of columns is natural: quotas are per run, so that sorting columns
           by importance would force removing important ones.
 Failures  as GPTQ: too few tokens make H singular, and damping decides. Without any token it is magnitude pruning.
@@ -21,16 +21,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Statistics, Stats
-from compress.methods.method import Result
-from compress.methods.pruning import Needed, Pruning
-from compress.methods.solvers.error_feedback import Factor, Grids, Levels, Rounder, Sweep, factorise, full_precision, refine
+from compress.calibration.statistics import Hessian, Stats, statistic
+from compress.methods.method import Damp, Result, group_columns
+from compress.methods.pruning import Pruning
+from compress.methods.solvers.error_feedback import (
+    ColumnRounding,
+    Factor,
+    GridLayout,
+    Rounder,
+    RoundingGrid,
+    factorise,
+    full_precision,
+    refine,
+)
 from compress.methods.solvers.mask_scores import exact
 from compress.methods.solvers.mask_selection import Target, Within, as_part, highest, select
 from compress.methods.solvers.masked_least_squares import updated
@@ -117,11 +126,11 @@ def sparsegpt(
     hessian: Tensor,
     target: Target,
     *,
-    damp: float = 0.01,
-    block: int = 128,
-    bits: int | None = None,
-    group_size: int = 128,
-    symmetric: bool = True,
+    damp: float,
+    block: int,
+    bits: int | None,
+    group_size: int,
+    symmetric: bool,
 ) -> tuple[Tensor, Tensor, Uniform | None, Factor]:
     """Return the mask (out, in) bool of weight (out, in) under hessian (in, in), the values on it, codes if any, and the factor.
 
@@ -129,7 +138,7 @@ def sparsegpt(
     """
     dtype = torch.promote_types(weight.dtype, hessian.dtype)
     weight, (rows, columns) = exact(weight.to(dtype)), weight.shape
-    dtype, size = weight.dtype, columns if group_size == -1 else group_size
+    dtype, size = weight.dtype, group_columns(group_size, columns)
     with full_precision():
         unseen = hessian.diagonal() <= 0
         factor = factorise(hessian.to(dtype), damp, descending=False)
@@ -142,16 +151,16 @@ def sparsegpt(
         length = _run_length(columns, target, block, size if bits else None)
         reached: dict[int, Callable[[slice], None]] = {length: lambda steps: chooser.choose(sweep.current(steps), steps)}
         natural = torch.arange(columns, device=weight.device)
-        grids: Grids = Unrounded(towards.new_ones(1, rows), towards.new_ones(1, rows))
+        grids: RoundingGrid = Unrounded(towards.new_ones(1, rows), towards.new_ones(1, rows))
         if bits is not None:
-            grids = Levels.empty(columns // size, towards, bits, symmetric)
+            grids = GridLayout.empty(columns // size, towards, bits, symmetric)
             _with_grids(reached, length, size, chooser, grids, factor, lambda: sweep, bits, symmetric)
-        sweep = Sweep(
+        sweep = ColumnRounding(
             towards, delta, codes, factor.feedback, grids, natural // size if bits else natural * 0, _INNER, reached, keep
         )
         sweep.run(0, columns)
         mask = keep.T.bool()
-        if not isinstance(grids, Levels) or bits is None:
+        if not isinstance(grids, GridLayout) or bits is None:
             return mask, codes.T.contiguous(), None, factor
         if not factor.plain:
             refine(weight.T.contiguous(), factor.hessian, grids, delta, codes, _REFINEMENTS, _INNER, keep)
@@ -165,9 +174,9 @@ def _with_grids(
     length: int,
     size: int,
     chooser: Chooser,
-    levels: Levels,
+    layout: GridLayout,
     factor: Factor,
-    sweep: Callable[[], Sweep],
+    sweep: Callable[[], ColumnRounding],
     bits: int,
     symmetric: bool,
 ) -> None:
@@ -178,7 +187,7 @@ def _with_grids(
         kept = chooser.expect(current, steps) if size > length else chooser.keep[steps].bool()
         importance = factor.pivots[steps].square()
         grid = fit((current * kept).T.contiguous(), bits, size, symmetric=symmetric, search=True, importance=importance)
-        levels.group(steps.start // size).assign(Levels.of(grid, current.dtype))
+        layout.group(steps.start // size).assign(GridLayout.of(grid, current.dtype))
 
     choose = reached[length]
 
@@ -192,12 +201,10 @@ def _with_grids(
 class SparseGPT(Pruning):
     """Options of SparseGPT."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = Needed(Hessian)
-
     within: Annotated[Within, Field(description="what competes in a run of columns: all its weights, or those of a row")] = (
         "matrix"
     )
-    damp: Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
+    damp: Damp = 0.01
     block: Annotated[int, Field(ge=1, description="columns that are chosen together")] = 128
     update: Annotated[bool, Field(description="solve for the values once more, given the mask; not with bits")] = False
 
@@ -209,11 +216,9 @@ class SparseGPT(Pruning):
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Prune weight (out, in) under the Hessian of its inputs."""
-        statistic = stats[Hessian]
-        assert isinstance(statistic, Hessian)
         keep, values, codes, factor = sparsegpt(
             weight,
-            statistic.matrix(),
+            statistic(stats, Hessian).matrix(),
             self.target,
             damp=self.damp,
             block=self.block,

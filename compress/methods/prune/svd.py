@@ -23,8 +23,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Statistics, Stats
-from compress.methods.method import Method, Result
+from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
+from compress.methods.method import Described, Method, Result
 from compress.methods.solvers.low_rank import DAMP, factors, fitted
 from compress.weights.dense import Dense
 from compress.weights.low_rank import LowRank, low_rank_bits
@@ -68,7 +68,7 @@ def bounded(weight: Tensor, hessian: Tensor, rank: int, bound: float) -> tuple[L
 class Svd(Method):
     """Options of low rank alone."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
     rows_independent: ClassVar[bool] = False
 
     sparsity: Annotated[float, Field(ge=0, lt=1, description="share of the numbers that go")] = 0.5
@@ -86,15 +86,14 @@ class Svd(Method):
             return f"rank={rank}, by sparsity={self.sparsity}, is not from 1 to {min(shape) - 1}; give another sparsity, or rank"
         return None
 
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) will occupy."""
-        return bitmask_bits(shape, shape[1]) + low_rank_bits(shape, self.rank_of(shape))
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in) will be stored."""
+        bits = bitmask_bits(shape, shape[1]) + low_rank_bits(shape, self.rank_of(shape))
+        return Described(None, bits, bits, bits)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Replace weight (out, in) by a product."""
-        statistic = stats[Hessian]
-        assert isinstance(statistic, Hessian)
-        rank, hessian = self.rank_of((weight.shape[0], weight.shape[1])), statistic.matrix()
+        rank, hessian = self.rank_of((weight.shape[0], weight.shape[1])), statistic(stats, Hessian).matrix()
         notes: dict[str, object] = {"rank": rank, "sparsity": 1 - rank * sum(weight.shape) / weight.numel()}
         if not bool(hessian.any()):
             hessian = torch.eye(len(hessian), device=weight.device)

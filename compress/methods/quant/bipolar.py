@@ -8,7 +8,7 @@ Why         a product of two bipolar integers takes xor, popcount and the number
 Problem     minimise tr((W - Q) H (W - Q)^T) over codes and scales: H is the mean of x x^T over calibration tokens.
 Shapes      weight W (out, in), Hessian H (in, in), codes (out, in), scale (out, groups) in bfloat16; a group is `group_size`
             neighbouring columns.
-Steps       1. H <- H / mean(diag H) + damp I, factored with columns by descending diag H, see `_solver`.
+Steps       1. H <- H / mean(diag H) + damp I, factored with columns by descending diag H, see `error_feedback`.
             2. Fit the scales. minmax: 2 max|w| / (2^b - 1), which reaches both ends. mse: of shrunk ranges the one of least
                squared error, column k weighted by r_k^2: what an error there costs after later columns have made up for it.
             3. Column by column to the nearest value, c = floor(w / scale) + 2^(b-1) clamped, with errors fed forward.
@@ -22,18 +22,17 @@ Source      the integers are those of arXiv 2409.17870; the compensation is that
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Statistics, Stats
-from compress.methods.method import Bits, GroupSize, Method, Result, grid_described
-from compress.methods.solvers.compensated import importance, swept
-from compress.methods.solvers.error_feedback import Levels, factorise, full_precision, refine
-from compress.methods.solvers.uniform_grid import Range, fit, indivisible
-from compress.weights.uniform import Uniform, uniform_bits
+from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
+from compress.methods.method import Damp, Described, Grouped, Refinements, Result, group_columns, uniform_described
+from compress.methods.solvers.error_feedback import BLOCK, GridLayout, factorise, full_precision, importance, refine, swept
+from compress.methods.solvers.uniform_grid import Range, fit
+from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
 
 
@@ -41,12 +40,12 @@ def bipolar(
     weight: Tensor,
     hessian: Tensor,
     *,
-    bits: int = 4,
-    group_size: int = 128,
-    range: Range = "mse",
-    damp: float = 0.01,
-    refinements: int = 2,
-    block: int = 32,
+    bits: int,
+    group_size: int,
+    range: Range,
+    damp: float,
+    refinements: int,
+    block: int = BLOCK,
 ) -> Result:
     """Round weight (out, in) under hessian (in, in), in float32, or in float64 where either is.
 
@@ -55,46 +54,36 @@ def bipolar(
     """
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
     weight, columns = weight.to(dtype), weight.shape[1]
-    size = columns if group_size == -1 else group_size
+    size = group_columns(group_size, columns)
     with full_precision():
         factor = factorise(hessian.to(dtype), damp, descending=True)
         cost = importance(factor)
-        levels = Levels.of(fit(weight, bits, size, symmetric=True, search=range == "mse", importance=cost, bipolar=True), dtype)
-        delta, codes = swept(weight.T.contiguous(), factor, levels, size, block=block)
+        layout = GridLayout.of(
+            fit(weight, bits, size, symmetric=True, search=range == "mse", importance=cost, bipolar=True), dtype
+        )
+        delta, codes = swept(weight.T.contiguous(), factor, layout, size, block=block)
         if refinements and not factor.plain:
-            refine(weight.T, factor.hessian, levels, delta, codes, refinements, block)
-    part = Uniform(codes.T.contiguous(), levels.grid(bits).scale, bits, size, bipolar=True)
+            refine(weight.T, factor.hessian, layout, delta, codes, refinements, block)
+    part = Uniform(codes.T.contiguous(), layout.grid(bits).scale, bits, size, bipolar=True)
     return Result(CompressedWeight(part), factor.notes)
 
 
-class Bipolar(Method):
+class Bipolar(Grouped):
     """Options of rounding to bipolar integers."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
 
-    bits: Bits = 4
-    group_size: GroupSize = 128
     range: Annotated[Range, Field(description="minmax: cover every weight; mse: least error after compensation")] = "mse"
-    damp: Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
-    refinements: Annotated[int, Field(ge=0, le=100, description="passes over scales and codes after the first")] = 2
+    damp: Damp = 0.01
+    refinements: Refinements = 2
 
-    def check(self, shape: tuple[int, int]) -> str | None:
-        """Say whether the group size does not divide the columns of a weight (out, in)."""
-        return indivisible(shape[1], self.group_size)
-
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) will occupy."""
-        return uniform_bits(shape, self.bits, shape[1] if self.group_size == -1 else self.group_size, zero=False)
-
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
-        return grid_described(shape, self.bits, self.group_size, more={"bipolar": True})
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in) will be stored."""
+        return uniform_described(shape, self.bits, self.size(shape[1]), words=("bipolar",))
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in) under the Hessian of its inputs."""
-        statistic = stats[Hessian]
-        assert isinstance(statistic, Hessian)
-        return bipolar(weight, statistic.matrix(), **self.model_dump())
+        return bipolar(weight, statistic(stats, Hessian).matrix(), **self.model_dump())
 
 
 METHOD = Bipolar

@@ -8,7 +8,7 @@ Values      fp3  0 1 2 4 and their negatives, and one of +3 -3 (extra resolution
 Shapes      weight W (out, in), Hessian H (in, in), codes (out, in), scales and choices (out, groups).
 Scales      8-bit codes times a bfloat16 per row: 1..255 times the row's largest covering scale over 255. Scales are rounded
             first, then codes are chosen against them. Stored bits per weight: b + (8 + 2) / group_size + 16 / in.
-Steps       1. For each group every scale of a ladder is tried with each of the four values, see `_table`; the least squared
+Steps       1. For each group every scale of a ladder is tried with each of the four values, see `table_grid`; the least squared
                error wins, in which column k counts by the square of its pivot, which is what an error there costs after all
                later columns have made up for it. `range: minmax` tries one scale per value, max|w| / max|value|, as the paper.
             2. With `compensate`, columns are rounded one by one with GPTQ's feedback, by descending diag H, and `refinements`
@@ -23,16 +23,27 @@ Failures    8-bit scales of a row are multiples of one number: a group whose wei
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Stats
-from compress.methods.method import GroupSize, Method, Needs, Result, table_described
+from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
+from compress.methods.method import (
+    Compensate,
+    Damp,
+    Described,
+    GroupSize,
+    Method,
+    Refinements,
+    Result,
+    group_columns,
+    indivisible,
+    table_described,
+)
+from compress.methods.solvers.error_feedback import BLOCK
 from compress.methods.solvers.table_grid import quantize
-from compress.methods.solvers.uniform_grid import Range, indivisible
-from compress.weights.table import code_bits, table_bits
+from compress.methods.solvers.uniform_grid import Range
 
 Datatype = Literal["fp3", "fp4"]
 
@@ -41,12 +52,12 @@ def bitmod(
     weight: Tensor,
     hessian: Tensor | None = None,
     *,
-    datatype: Datatype = "fp4",
-    group_size: int = 128,
-    range: Range = "mse",
-    damp: float = 0.01,
-    refinements: int = 2,
-    block: int = 32,
+    datatype: Datatype,
+    group_size: int,
+    range: Range,
+    damp: float,
+    refinements: int,
+    block: int = BLOCK,
 ) -> Result:
     """Round weight (out, in) under hessian (in, in), or to nearest without one; in float64 where either is.
 
@@ -57,7 +68,7 @@ def bitmod(
         hessian,
         datatype=f"bitmod-{datatype}",
         scale_type="uint8",
-        group_size=weight.shape[1] if group_size == -1 else group_size,
+        group_size=group_columns(group_size, weight.shape[1]),
         range=range,
         damp=damp,
         refinements=refinements,
@@ -68,36 +79,31 @@ def bitmod(
 class BitMoD(Method):
     """Options of BitMoD."""
 
-    needs: ClassVar[Needs] = Needs(Hessian, unless=("compensate", False))
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
 
     datatype: Annotated[Datatype, Field(description="bits of a code and its values")] = "fp4"
     group_size: GroupSize = 128
     range: Annotated[Range, Field(description="minmax: cover every weight; mse: least error")] = "mse"
-    compensate: Annotated[bool, Field(description="feed errors back as GPTQ does; false: to nearest, without data")] = True
-    damp: Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
-    refinements: Annotated[int, Field(ge=0, le=100, description="passes over scales and codes after the first")] = 2
+    compensate: Compensate = True
+    damp: Damp = 0.01
+    refinements: Refinements = 2
+
+    @property
+    def needs(self) -> tuple[type[Statistics], ...]:
+        """The Hessian where errors are fed back."""
+        return self.may_need if self.compensate else ()
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Say whether the group size does not divide the columns of a weight (out, in)."""
         return indivisible(shape[1], self.group_size)
 
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) will occupy."""
-        size = shape[1] if self.group_size == -1 else self.group_size
-        return table_bits(shape, f"bitmod-{self.datatype}", size, "uint8")
-
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
-        table = f"bitmod-{self.datatype}"
-        return table_described(shape, table, code_bits(table), self.group_size, "uint8")
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in) will be stored."""
+        return table_described(shape, f"bitmod-{self.datatype}", group_columns(self.group_size, shape[1]), "uint8")
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in), under the Hessian of its inputs where that is asked for."""
-        hessian = None
-        if self.compensate:
-            statistic = stats[Hessian]
-            assert isinstance(statistic, Hessian)
-            hessian = statistic.matrix()
+        hessian = statistic(stats, Hessian).matrix() if self.compensate else None
         return bitmod(weight, hessian, **self.model_dump(exclude={"compensate"}))
 
 

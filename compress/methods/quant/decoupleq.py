@@ -22,18 +22,17 @@ Failures  H of fewer tokens than columns is singular: damping then decides. With
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Statistics, Stats
-from compress.methods.method import Bits, GroupSize, Method, Result, grid_described
-from compress.methods.solvers.compensated import BLOCK, importance, swept
-from compress.methods.solvers.error_feedback import Levels, factorise, full_precision, refine
-from compress.methods.solvers.uniform_grid import Grid, fit, indivisible, stored
-from compress.weights.uniform import Uniform, middle, uniform_bits
+from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
+from compress.methods.method import Bits, Damp, Described, Grouped, Result, group_columns, uniform_described
+from compress.methods.solvers.error_feedback import BLOCK, GridLayout, factorise, full_precision, importance, refine, swept
+from compress.methods.solvers.uniform_grid import Grid, fit, stored
+from compress.weights.uniform import Uniform, middle
 from compress.weights.weight import CompressedWeight
 
 _ROOM = 1 << 23  # float64 numbers of the least-squares matrices that are held at a time
@@ -44,17 +43,17 @@ def decoupleq(
     weight: Tensor,
     hessian: Tensor,
     *,
-    bits: int = 2,
-    group_size: int = 128,
-    symmetric: bool = False,
-    damp: float = 0.01,
-    rounds: int = 4,
-    refinements: int = 4,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    damp: float,
+    rounds: int,
+    refinements: int,
 ) -> Result:
     """Round weight (out, in) under hessian (in, in), in float32, or in float64 where either is."""
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
     weight, columns = weight.to(dtype), weight.shape[1]
-    size = columns if group_size == -1 else group_size
+    size = group_columns(group_size, columns)
     with full_precision():
         factor = factorise(hessian.to(dtype), damp, descending=True)
         fitted = fit(weight, bits, size, symmetric=symmetric, search=True, importance=importance(factor))
@@ -65,8 +64,8 @@ def decoupleq(
 
         def integers(scale: Tensor, offset: Tensor) -> Tensor:
             turned = weight.T.contiguous() - spread(offset, size).T
-            levels = Levels.of(Grid(scale, None, bits), dtype)
-            return swept(turned, factor, levels, size)[1].T.contiguous()
+            layout = GridLayout.of(Grid(scale, None, bits), dtype)
+            return swept(turned, factor, layout, size)[1].T.contiguous()
 
         def error(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
             delta = weight - decoded(codes, scale, offset, bits)
@@ -120,10 +119,10 @@ def descended(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scales and offsets after a pass of coordinate descent over scales and codes."""
     size = weight.shape[1] // scale.shape[1]
-    levels = Levels.of(Grid(scale, None, bits), weight.dtype)
+    layout = GridLayout.of(Grid(scale, None, bits), weight.dtype)
     delta, turned = (weight - decoded(codes, scale, offset, bits)).T.contiguous(), codes.T.contiguous()
-    refine((weight - spread(offset, size)).T.contiguous(), hessian, levels, delta, turned, 1, BLOCK)
-    return turned.T.contiguous(), levels.scale.T.contiguous(), offset
+    refine((weight - spread(offset, size)).T.contiguous(), hessian, layout, delta, turned, 1, BLOCK)
+    return turned.T.contiguous(), layout.scale.T.contiguous(), offset
 
 
 def spread(values: Tensor, size: int) -> Tensor:
@@ -208,36 +207,24 @@ def plane(best: Tensor, lower: Tensor, groups: int) -> Tensor:
     return rounded
 
 
-class DecoupleQ(Method):
+class DecoupleQ(Grouped):
     """Options of decoupleQ."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
 
     bits: Bits = 2
-    group_size: GroupSize = 128
     symmetric: Annotated[bool, Field(description="scales without offsets")] = False
-    damp: Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
+    damp: Damp = 0.01
     rounds: Annotated[int, Field(ge=0, le=100, description="turns of floats and integers after the first rounding, at most")] = 4
     refinements: Annotated[int, Field(ge=0, le=100, description="passes over scales and codes at the end")] = 4
 
-    def check(self, shape: tuple[int, int]) -> str | None:
-        """Say whether the group size does not divide the columns of a weight (out, in)."""
-        return indivisible(shape[1], self.group_size)
-
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) will occupy."""
-        size = shape[1] if self.group_size == -1 else self.group_size
-        return uniform_bits(shape, self.bits, size, False, offset=not self.symmetric)
-
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
-        return grid_described(shape, self.bits, self.group_size, more=None if self.symmetric else {"offset": True})
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in) will be stored."""
+        return uniform_described(shape, self.bits, self.size(shape[1]), offset=not self.symmetric)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in) under the Hessian of its inputs."""
-        statistic = stats[Hessian]
-        assert isinstance(statistic, Hessian)
-        return decoupleq(weight, statistic.matrix(), **self.model_dump())
+        return decoupleq(weight, statistic(stats, Hessian).matrix(), **self.model_dump())
 
 
 METHOD = DecoupleQ

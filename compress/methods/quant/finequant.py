@@ -7,7 +7,7 @@ Steps      1. g = g_max. The range of a group is max |w|, which is what a symmet
               1, and a half of zeros has 1 too, for it gains nothing.
            3. Where the `percentile` of all ratios of the matrix is above alpha: g <- g / 2, and again from 2. Stop otherwise,
               where g is odd, or where g / 2 < g_min.
-           4. Round to nearest on a symmetric grid, see `_grid`, in groups of g columns.
+           4. Round to nearest on a symmetric grid, see `uniform_grid`, in groups of g columns.
 Percentile the least ratio that at least `percentile` per cent of all ratios do not exceed; 100 is the largest. The largest of
            many thousand ratios is an accident, and grows with the size of the matrix.
 Shapes     weight W (out, in), codes (out, in), scale (out, in / g) in bfloat16; g is one number per matrix.
@@ -31,8 +31,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.calibration.statistics import Stats
-from compress.methods.method import Bits, Method, Result
-from compress.methods.solvers.uniform_grid import Range, encode, fit, indivisible
+from compress.methods.method import Bits, Described, Method, Result, group_columns, indivisible
+from compress.methods.solvers.uniform_grid import Range, encode, fit
 from compress.weights.uniform import Uniform, uniform_bits
 from compress.weights.weight import CompressedWeight
 
@@ -40,12 +40,12 @@ from compress.weights.weight import CompressedWeight
 def finequant(
     weight: Tensor,
     *,
-    bits: int = 4,
-    g_min: int = 32,
-    g_max: int = -1,
-    alpha: float = 2.0,
-    percentile: float = 99.9,
-    range: Range = "mse",
+    bits: int,
+    g_min: int,
+    g_max: int,
+    alpha: float,
+    percentile: float,
+    range: Range,
 ) -> Result:
     """Round weight (out, in) to nearest in groups of a size that is chosen; the notes have it as `group_size`."""
     if weight.dtype != torch.float64:
@@ -58,7 +58,7 @@ def finequant(
 
 def sizes(columns: int, g_min: int, g_max: int) -> list[int]:
     """Return the group sizes that come into question, from g_max down by halves."""
-    found = [columns if g_max == -1 else g_max]
+    found = [group_columns(g_max, columns)]
     while found[-1] % 2 == 0 and found[-1] // 2 >= g_min:
         found.append(found[-1] // 2)
     return found
@@ -104,19 +104,11 @@ class FineQuant(Method):
         complaint = indivisible(shape[1], self.g_max)
         return None if complaint is None else complaint.replace("group_size", "g_max")
 
-    def stored_bits(self, shape: tuple[int, int]) -> int | None:
-        """Bits that a weight of this shape (out, in) will occupy, where there is but one group size for it."""
-        found = sizes(shape[1], self.g_min, self.g_max)
-        return uniform_bits(shape, self.bits, found[0], zero=False) if len(found) == 1 else None
-
-    def likely_bits(self, shape: tuple[int, int]) -> int:
-        """Bits in the middle of what is possible: only the weights tell which groups."""
-        return sum(self.bits_range(shape)) // 2
-
-    def bits_range(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Bits with the largest and with the smallest groups."""
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in) will be stored."""
+        # Where there is but one group size for it the bits are known; else only the weights tell which groups they get.
         found = [uniform_bits(shape, self.bits, size, zero=False) for size in sizes(shape[1], self.g_min, self.g_max)]
-        return min(found), max(found)
+        return Described(None, min(found), (min(found) + max(found)) // 2, max(found))
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in); the statistics are not looked at."""

@@ -13,7 +13,7 @@ Datatypes   name   values                                              group  sc
             a tap are compressed in one call and cut apart again), and it is a power of two: rows come to a common one, exactly,
             by shifting the exponents of their E4M3 scales as long as these stay normal.
 Shapes      weight W (out, in), Hessian H (in, in), codes (out, in), scales (out, groups).
-Steps       1. A scale per group among those that its type can hold, see `_table`: the least squared error, in which column k
+Steps       1. A scale per group among those that its type can hold, see `table_grid`: the least squared error, in which column k
                counts by the square of its pivot if errors are fed back. `range: minmax` covers every weight instead (E8M0
                rounded up). For mxfp4 this takes the place of the usual rules for an exponent from the largest weight.
             2. With `compensate`, columns are rounded one by one with GPTQ's feedback, by descending diag H, and `refinements`
@@ -26,16 +26,28 @@ Failures    NF4 and E2M1 hold no more than 16 values: heavy tails in large group
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Stats
-from compress.methods.method import GroupSize, Method, Needs, Result, table_described
+from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
+from compress.methods.method import (
+    Compensate,
+    Damp,
+    Described,
+    GroupSize,
+    Method,
+    Refinements,
+    Result,
+    group_columns,
+    indivisible,
+    table_described,
+)
+from compress.methods.solvers.error_feedback import BLOCK
 from compress.methods.solvers.table_grid import quantize
-from compress.methods.solvers.uniform_grid import Range, indivisible
-from compress.weights.table import ScaleType, code_bits, table_bits
+from compress.methods.solvers.uniform_grid import Range
+from compress.weights.table import ScaleType
 
 Datatype = Literal["fp4", "nf4", "mxfp4", "nvfp4", "fp3"]
 
@@ -66,12 +78,12 @@ def floating(
     weight: Tensor,
     hessian: Tensor | None = None,
     *,
-    datatype: Datatype = "fp4",
-    group_size: int | None = None,
-    range: Range = "mse",
-    damp: float = 0.01,
-    refinements: int = 2,
-    block: int = 32,
+    datatype: Datatype,
+    group_size: int | None,
+    range: Range,
+    damp: float,
+    refinements: int,
+    block: int = BLOCK,
 ) -> Result:
     """Round weight (out, in) under hessian (in, in), or to nearest without one; in float64 where either is.
 
@@ -84,7 +96,7 @@ def floating(
         hessian,
         datatype=kind.table,
         scale_type=kind.scale_type,
-        group_size=weight.shape[1] if size == -1 else size,
+        group_size=group_columns(size, weight.shape[1]),
         range=range,
         damp=damp,
         refinements=refinements,
@@ -95,14 +107,14 @@ def floating(
 class Floating(Method):
     """Options of the floating-point datatypes."""
 
-    needs: ClassVar[Needs] = Needs(Hessian, unless=("compensate", False))
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
 
     datatype: Annotated[Datatype, Field(description="values, and type of the scales")] = "fp4"
     group_size: Annotated[GroupSize | None, Field(description="columns that share a scale; null: as the datatype has it")] = None
     range: Annotated[Range, Field(description="minmax: cover every weight; mse: least error")] = "mse"
-    compensate: Annotated[bool, Field(description="feed errors back as GPTQ does; false: to nearest, without data")] = True
-    damp: Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
-    refinements: Annotated[int, Field(ge=0, le=100, description="passes over scales and codes after the first")] = 2
+    compensate: Compensate = True
+    damp: Damp = 0.01
+    refinements: Refinements = 2
 
     @model_validator(mode="after")
     def _own_groups(self) -> Self:
@@ -115,6 +127,11 @@ class Floating(Method):
     def _size(self) -> int:
         return _KINDS[self.datatype].group_size if self.group_size is None else self.group_size
 
+    @property
+    def needs(self) -> tuple[type[Statistics], ...]:
+        """The Hessian where errors are fed back."""
+        return self.may_need if self.compensate else ()
+
     def check(self, shape: tuple[int, int]) -> str | None:
         """Say whether the group size does not divide the columns of a weight (out, in)."""
         complaint = indivisible(shape[1], self._size)
@@ -122,23 +139,14 @@ class Floating(Method):
             return f"in={shape[1]} is not a multiple of {self._size}, the group of {self.datatype}; use another datatype"
         return complaint
 
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) will occupy."""
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in) will be stored."""
         kind = _KINDS[self.datatype]
-        return table_bits(shape, kind.table, shape[1] if self._size == -1 else self._size, kind.scale_type)
-
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
-        kind = _KINDS[self.datatype]
-        return table_described(shape, kind.table, code_bits(kind.table), self._size, kind.scale_type)
+        return table_described(shape, kind.table, group_columns(self._size, shape[1]), kind.scale_type)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in), under the Hessian of its inputs where that is asked for."""
-        hessian = None
-        if self.compensate:
-            statistic = stats[Hessian]
-            assert isinstance(statistic, Hessian)
-            hessian = statistic.matrix()
+        hessian = statistic(stats, Hessian).matrix() if self.compensate else None
         return floating(weight, hessian, **self.model_dump(exclude={"compensate"}))
 
 

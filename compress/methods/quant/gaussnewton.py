@@ -11,7 +11,7 @@ Curvature  for random signs v at the block's N outputs, g = d<v, outputs>/dQ has
            rounding, which have no direction; along G, where rows and linears pull together, the outputs move more. So the k of a
            linear are multiplied by what the outputs really move along G H^-1 / k, over what the model says, if that is more.
 Step       the model is least at T_r = Q_r - G_r H^-1 / (mu k_r), so rounding is once more a matter of tr((T - Q) H (T - Q)^T):
-           one pass of coordinate descent from the codes of now, scales in closed form, see `_solver.refine`.
+           one pass of coordinate descent from the codes of now, scales in closed form, see `error_feedback.refine`.
 Rule       all linears step together, and mu makes up for what the model leaves out (it couples no two linears). A step is kept
            if the loss over all batches falls, with what would be stored; then mu is multiplied by 0.7, else by 2.
 Start      GPTQ's solution with refined scales. The result is never worse than that.
@@ -32,14 +32,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Statistics
+from compress.calibration.statistics import Hessian, Statistics, statistic
 from compress.methods.block import Block
-from compress.methods.method import Bits, GroupSize, Method, Result, grid_described
+from compress.methods.method import GroupedGrid, Result, group_columns
 from compress.methods.solvers.block_loss import gradients, loss, moved, probe
-from compress.methods.solvers.compensated import BLOCK, compensated
-from compress.methods.solvers.error_feedback import Levels, full_precision, refine
-from compress.methods.solvers.uniform_grid import Grid, indivisible
-from compress.weights.uniform import Uniform, uniform_bits
+from compress.methods.solvers.compensated import compensated
+from compress.methods.solvers.error_feedback import BLOCK, GridLayout, full_precision, refine
+from compress.methods.solvers.uniform_grid import Grid
+from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
 
 _LEAST_MU, _MU = 0.25, 1.0
@@ -91,20 +91,20 @@ class Linear:
         if self.curvature is None:
             return self
         value, change = self.value(), self.towards(gradient) / mu
-        levels = Levels.of(self.grid, value.dtype)
+        layout = GridLayout.of(self.grid, value.dtype)
         codes, delta = self.codes.T.contiguous(), change.T.contiguous()
-        refine((value + change).T.contiguous(), self.hessian, levels, delta, codes, 1, BLOCK)
-        return replace(self, codes=codes.T.contiguous(), grid=levels.grid(self.grid.bits))
+        refine((value + change).T.contiguous(), self.hessian, layout, delta, codes, 1, BLOCK)
+        return replace(self, codes=codes.T.contiguous(), grid=layout.grid(self.grid.bits))
 
 
 def gaussnewton(
     block: Block,
     *,
-    bits: int = 4,
-    group_size: int = 128,
-    symmetric: bool = True,
-    damp: float = 0.01,
-    steps: int = 10,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    damp: float,
+    steps: int,
 ) -> dict[str, Result]:
     """Round all weights of a block together, in at most `steps` steps after GPTQ."""
     notes: dict[str, dict[str, Any]] = {}
@@ -113,9 +113,8 @@ def gaussnewton(
     stats = block.observe((Hessian,))
     with full_precision():
         for site, (_, columns) in block.sites.items():
-            size, statistic = columns if group_size == -1 else group_size, stats[site][Hessian]
-            assert isinstance(statistic, Hessian)
-            codes, grid, factor = compensated(block.weight(site), statistic.matrix(), bits, size, symmetric=symmetric, damp=damp)
+            size, matrix = group_columns(group_size, columns), statistic(stats[site], Hessian).matrix()
+            codes, grid, factor = compensated(block.weight(site), matrix, bits, size, symmetric=symmetric, damp=damp)
             lower = torch.linalg.cholesky(factor.hessian)
             now[site] = Linear(codes, grid, size, factor.hessian, lower)
             notes[site] = factor.notes
@@ -168,31 +167,16 @@ def corrected(
     return result
 
 
-class GaussNewton(Method):
+class GaussNewton(GroupedGrid):
     """Options of Gauss-Newton rounding."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
     scope: ClassVar[Literal["site", "block"]] = "block"
     compares: ClassVar[bool] = True
     rows_independent: ClassVar[bool] = False
 
-    bits: Bits = 4
-    group_size: GroupSize = 128
-    symmetric: Annotated[bool, Field(description="no zero points: the scale may be negative")] = True
     damp: Annotated[float, Field(gt=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
     steps: Annotated[int, Field(ge=0, le=1000, description="steps after GPTQ's solution, each kept only if the loss falls")] = 10
-
-    def check(self, shape: tuple[int, int]) -> str | None:
-        """Say whether the group size does not divide the columns of a weight (out, in)."""
-        return indivisible(shape[1], self.group_size)
-
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) will occupy."""
-        return uniform_bits(shape, self.bits, shape[1] if self.group_size == -1 else self.group_size, not self.symmetric)
-
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
-        return grid_described(shape, self.bits, self.group_size, zero=not self.symmetric)
 
     def __call__(self, block: Block) -> dict[str, Result]:
         """Round all weights of a block together."""

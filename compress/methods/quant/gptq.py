@@ -1,11 +1,11 @@
 """GPTQ: round column by column, letting the columns still to come make up for the errors (arXiv 2210.17323).
 
 Problem     minimise E(Q) = tr((W - Q) H (W - Q)^T), the squared error of the layer's outputs: H is the mean of x x^T over
-            calibration tokens, Q lies on a grid with one scale (and zero point) per group of columns, see `_grid`.
+            calibration tokens, Q lies on a grid with one scale (and zero point) per group of columns, see `uniform_grid`.
 Shapes      weight W (out, in), Hessian H (in, in), codes (out, in), scale and zero (out, groups).
 Steps       1. H <- H / mean(diag H) + damp I; a column that no token touched (H_jj = 0) gets H_jj = 1, which couples it to
                nothing: it is rounded plainly and not zeroed, for a token to come may touch it.
-            2. H = R R^T in processing order; pivots r_k and feedback a_ik, see `_solver`.
+            2. H = R R^T in processing order; pivots r_k and feedback a_ik, see `error_feedback`.
             3. Fit the grids. `range: mse` weights the squared error of column k by r_k^2, which is what that error costs
                after all later columns have made up for it.
             4. For each column k: c_k = W_k + sum_{i<k} (W_i - Q_i) a_ik, Q_k = the grid point nearest to c_k.
@@ -26,18 +26,18 @@ Failures    H of fewer tokens than columns is singular: damping then decides. A 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Statistics, Stats
-from compress.methods.method import Bits, GroupSize, Method, Result, grid_described
-from compress.methods.solvers.compensated import swept
-from compress.methods.solvers.error_feedback import Levels, Sweep, factorise, full_precision, refine
-from compress.methods.solvers.uniform_grid import Grid, Range, fit, indivisible
-from compress.weights.uniform import Uniform, uniform_bits
+from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
+from compress.methods.method import Damp, Described, GroupedGrid, Refinements, Result, group_columns, uniform_described
+from compress.methods.solvers.error_feedback import BLOCK, ColumnRounding, GridLayout, factorise, full_precision, refine, swept
+from compress.methods.solvers.uniform_grid import Grid, Range, fit
+from compress.weights.mixed import group_dtype
+from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
 
 Order = Literal["static", "none", "desc_act"]
@@ -47,14 +47,14 @@ def gptq(
     weight: Tensor,
     hessian: Tensor,
     *,
-    bits: int = 4,
-    group_size: int = 128,
-    symmetric: bool = True,
-    range: Range = "mse",
-    order: Order = "static",
-    damp: float = 0.01,
-    refinements: int = 2,
-    block: int = 32,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    range: Range,
+    order: Order,
+    damp: float,
+    refinements: int,
+    block: int = BLOCK,
 ) -> Result:
     """Round weight (out, in) under hessian (in, in), in float32, or in float64 where either is.
 
@@ -64,7 +64,7 @@ def gptq(
     """
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
     weight, columns = weight.to(dtype), weight.shape[1]
-    size = columns if group_size == -1 else group_size
+    size = group_columns(group_size, columns)
     natural = torch.arange(columns, device=weight.device)
 
     def fitted(part: Tensor, importance: Tensor) -> Grid:
@@ -75,73 +75,51 @@ def gptq(
         inverse = torch.empty_like(natural).scatter_(0, factor.order, natural)
         importance = factor.pivots.square()
         if order == "static":
-            levels = Levels.of(fitted(weight, importance[inverse]), dtype)
-            delta, codes = swept(weight.T.contiguous(), factor, levels, size, block=block)
+            layout = GridLayout.of(fitted(weight, importance[inverse]), dtype)
+            delta, codes = swept(weight.T.contiguous(), factor, layout, size, block=block)
         else:
             target = weight.T.contiguous()[factor.order]  # a copy: the sweep works on it
             delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
-            levels, groups = Levels.empty(columns // size, target, bits, symmetric), natural // size
+            layout, groups = GridLayout.empty(columns // size, target, bits, symmetric), natural // size
 
             def reached(steps: slice) -> None:
                 grid = fitted(sweep.current(steps).T.contiguous(), importance[steps])
-                levels.group(steps.start // size).assign(Levels.of(grid, dtype))
+                layout.group(steps.start // size).assign(GridLayout.of(grid, dtype))
 
-            sweep = Sweep(target, delta, codes, factor.feedback, levels, groups, block, {size: reached})
+            sweep = ColumnRounding(target, delta, codes, factor.feedback, layout, groups, block, {size: reached})
             sweep.run(0, columns)
 
         # Refinement goes from group to group: in natural order, unless groups were cut in processing order.
         damped, place, index = factor.hessian, natural, None
         if order == "desc_act":
             damped, place = damped[factor.order][:, factor.order], factor.order
-            index = groups[inverse].to(_smallest(columns // size))
+            index = groups[inverse].to(group_dtype(columns // size))
         if refinements and not factor.plain:
-            refine(weight.T[place], damped, levels, delta, codes, refinements, block)
+            refine(weight.T[place], damped, layout, delta, codes, refinements, block)
         if order == "desc_act":
             codes = codes[inverse]
-    grid = levels.grid(bits)
+    grid = layout.grid(bits)
     return Result(CompressedWeight(Uniform(codes.T.contiguous(), grid.scale, bits, size, grid.zero, index)), factor.notes)
 
 
-def _smallest(count: int) -> torch.dtype:
-    """The smallest integer type for indices below `count`."""
-    return torch.uint8 if count <= 1 << 8 else torch.int16 if count <= 1 << 15 else torch.int32
-
-
-class GPTQ(Method):
+class GPTQ(GroupedGrid):
     """Options of GPTQ."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
 
-    bits: Bits = 4
-    group_size: GroupSize = 128
-    symmetric: Annotated[bool, Field(description="no zero points: the scale may be negative")] = True
     range: Annotated[Range, Field(description="minmax: cover every weight; mse: least error after compensation")] = "mse"
     order: Annotated[Order, Field(description="order of columns and of groups")] = "static"
-    damp: Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
-    refinements: Annotated[int, Field(ge=0, le=100, description="passes over scales and codes after the first")] = 2
+    damp: Damp = 0.01
+    refinements: Refinements = 2
 
-    def check(self, shape: tuple[int, int]) -> str | None:
-        """Say whether the group size does not divide the columns of a weight (out, in)."""
-        return indivisible(shape[1], self.group_size)
-
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) will occupy."""
-        size = shape[1] if self.group_size == -1 else self.group_size
-        index = _smallest(shape[1] // size).itemsize * 8 if self.order == "desc_act" else 0
-        return uniform_bits(shape, self.bits, size, not self.symmetric, index)
-
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
-        size = shape[1] if self.group_size == -1 else self.group_size
-        names = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}
-        more = {"group": names[_smallest(shape[1] // size)]} if self.order == "desc_act" else None
-        return grid_described(shape, self.bits, size, zero=not self.symmetric, more=more)
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in) will be stored."""
+        index = group_dtype(shape[1] // self.size(shape[1])) if self.order == "desc_act" else None
+        return uniform_described(shape, self.bits, self.size(shape[1]), zero=not self.symmetric, index=index)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in) under the Hessian of its inputs."""
-        statistic = stats[Hessian]
-        assert isinstance(statistic, Hessian)
-        return gptq(weight, statistic.matrix(), **self.model_dump())
+        return gptq(weight, statistic(stats, Hessian).matrix(), **self.model_dump())
 
 
 METHOD = GPTQ

@@ -29,16 +29,16 @@ Source     half-quadratic quantization (Badri and Shaji, 2023); the shrinkage is
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Stats
-from compress.methods.method import Bits, GroupSize, Method, Result, grid_described
-from compress.methods.solvers.uniform_grid import indivisible, nearest, stored
-from compress.weights.uniform import Uniform, middle, uniform_bits
+from compress.methods.method import Described, Grouped, GroupSize, Result, group_columns, uniform_described
+from compress.methods.solvers.uniform_grid import nearest, stored
+from compress.weights.uniform import Uniform, middle
 from compress.weights.weight import CompressedWeight
 
 # Elements worked on at a time: all iterations on a chunk are done while it is in the cache.
@@ -48,17 +48,17 @@ _CHUNK = 1 << 16
 def hqq(
     weight: Tensor,
     *,
-    bits: int = 4,
-    group_size: int = 64,
-    p: float = 0.7,
-    beta: float = 10.0,
-    kappa: float = 1.01,
-    iterations: int = 20,
+    bits: int,
+    group_size: int,
+    p: float,
+    beta: float,
+    kappa: float,
+    iterations: int,
 ) -> Result:
     """Round weight (out, in), in float32, or in float64 where it is."""
     if weight.dtype != torch.float64:
         weight = weight.float()
-    size = weight.shape[1] if group_size == -1 else group_size
+    size = group_columns(group_size, weight.shape[1])
     grouped = weight.reshape(weight.shape[0], -1, size)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     scale, offset = (torch.empty(grouped.shape[:2], dtype=torch.bfloat16, device=weight.device) for _ in range(2))
@@ -116,10 +116,9 @@ def _bfloat16(values: Tensor) -> Tensor:
     return values.to(torch.bfloat16).to(values.dtype)
 
 
-class HQQ(Method):
+class HQQ(Grouped):
     """Options of half-quadratic quantization."""
 
-    bits: Bits = 4
     group_size: GroupSize = 64
     p: Annotated[float, Field(gt=0, le=1, description="the norm of errors that is minimised")] = 0.7
     beta: Annotated[
@@ -128,18 +127,9 @@ class HQQ(Method):
     kappa: Annotated[float, Field(ge=1, le=10, description="growth of beta per iteration")] = 1.01
     iterations: Annotated[int, Field(ge=0, le=1000, description="offsets tried after the first")] = 20
 
-    def check(self, shape: tuple[int, int]) -> str | None:
-        """Say whether the group size does not divide the columns of a weight (out, in)."""
-        return indivisible(shape[1], self.group_size)
-
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) will occupy."""
-        size = shape[1] if self.group_size == -1 else self.group_size
-        return uniform_bits(shape, self.bits, size, zero=False, offset=True)
-
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
-        return grid_described(shape, self.bits, self.group_size, more={"offset": True})
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in) will be stored."""
+        return uniform_described(shape, self.bits, self.size(shape[1]), offset=True)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in); the statistics are not looked at."""

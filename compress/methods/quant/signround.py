@@ -29,13 +29,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Statistics
+from compress.calibration.statistics import Hessian, Statistics, statistic
 from compress.methods.block import Block
-from compress.methods.method import Bits, GroupSize, Method, Result, grid_described
+from compress.methods.method import GroupedGrid, Result, StepBatches, group_columns
 from compress.methods.solvers.block_loss import Adam, drawn, gradients, loss
 from compress.methods.solvers.compensated import compensated
-from compress.methods.solvers.uniform_grid import Grid, fit, indivisible, nearest, stored
-from compress.weights.uniform import Uniform, middle, uniform_bits
+from compress.methods.solvers.uniform_grid import Grid, fit, nearest, stored
+from compress.weights.uniform import Uniform, middle
 from compress.weights.weight import CompressedWeight
 
 Start = Literal["gptq", "mse"]
@@ -142,28 +142,27 @@ def _limits(bits: int, zero: Tensor | None) -> tuple[Any, Any]:
 def signround(
     block: Block,
     *,
-    bits: int = 4,
-    group_size: int = 128,
-    symmetric: bool = True,
-    steps: int = 200,
-    batches: int = 1,
-    rate: float | None = None,
-    range_rate: float | None = None,
-    start: Start = "gptq",
-    rule: Rule = "adam",
-    evaluations: int = 8,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    steps: int,
+    batches: int,
+    rate: float | None,
+    range_rate: float | None,
+    start: Start,
+    rule: Rule,
+    evaluations: int,
 ) -> dict[str, Result]:
     """Round all weights of a block together; rates of None are those of `_REACH`."""
     notes: dict[str, dict[str, Any]] = {site: {} for site in block.sites}
     roundings: dict[str, Rounding] = {}
     stats = block.observe((Hessian,)) if start == "gptq" else {}
     for site, (_, columns) in block.sites.items():
-        size = columns if group_size == -1 else group_size
+        size = group_columns(group_size, columns)
         weight = block.weight(site)
         if start == "gptq":
-            hessian = stats[site][Hessian]
-            assert isinstance(hessian, Hessian)
-            codes, grid, factor = compensated(weight, hessian.matrix(), bits, size, symmetric=symmetric)
+            matrix = statistic(stats[site], Hessian).matrix()
+            codes, grid, factor = compensated(weight, matrix, bits, size, symmetric=symmetric)
             if factor.fallback is not None:
                 notes[site]["fallback"] = factor.fallback
         else:
@@ -198,19 +197,16 @@ def signround(
     return {site: Result(CompressedWeight(rounding.part()), notes[site]) for site, rounding in roundings.items()}
 
 
-class SignRound(Method):
+class SignRound(GroupedGrid):
     """Options of SignRound."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
     scope: ClassVar[Literal["site", "block"]] = "block"
     compares: ClassVar[bool] = True
     rows_independent: ClassVar[bool] = False
 
-    bits: Bits = 4
-    group_size: GroupSize = 128
-    symmetric: Annotated[bool, Field(description="no zero points: the scale may be negative")] = True
     steps: Annotated[int, Field(ge=0, le=100000, description="steps of signed gradients per block")] = 200
-    batches: Annotated[int, Field(ge=1, description="calibration batches (of batch_tokens tokens) that a step looks at")] = 1
+    batches: StepBatches = 1
     rate: Annotated[
         float | None, Field(gt=0, le=1, description="first step of V, in steps of the grid; null: by rule and steps")
     ] = None
@@ -218,18 +214,6 @@ class SignRound(Method):
     start: Annotated[Start, Field(description="what is improved on: GPTQ's codes, or rounding on the best grid")] = "gptq"
     rule: Annotated[Rule, Field(description="how gradients become steps: Adam's directions, or the paper's signs")] = "adam"
     evaluations: Annotated[int, Field(ge=1, description="times that the loss over all batches is taken on the way")] = 8
-
-    def check(self, shape: tuple[int, int]) -> str | None:
-        """Say whether the group size does not divide the columns of a weight (out, in)."""
-        return indivisible(shape[1], self.group_size)
-
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) will occupy."""
-        return uniform_bits(shape, self.bits, shape[1] if self.group_size == -1 else self.group_size, not self.symmetric)
-
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint."""
-        return grid_described(shape, self.bits, self.group_size, zero=not self.symmetric)
 
     def __call__(self, block: Block) -> dict[str, Result]:
         """Round all weights of a block together."""

@@ -3,8 +3,8 @@
 Problem     minimise E(Q) = tr((W - Q) H (W - Q)^T), H the mean of x x^T over calibration tokens, where group g of columns has b_g
             bits per code in all rows and the sum of b_g is floor(bits * groups): any mean from 1 to 8, also 2.5.
 Shapes      weight W (out, in), Hessian H (in, in), codes (out, in), scale and zero (out, groups), widths b (groups,).
-Salience    r_j^2 is what a unit error of column j costs after all later columns have made up for it (`_solver`; the paper's
-            1 / U_jj^2). Salience of an element: w_ij^2 r_j^2; of a column or a group: the sum over its elements.
+Salience    r_j^2 is what a unit error of column j costs after all later columns have made up for it (`error_feedback`; the
+            paper's 1 / U_jj^2). Salience of an element: w_ij^2 r_j^2; of a column or a group: the sum over its elements.
 Steps       1. H is damped and factored as in GPTQ.
             2. Columns are gathered into groups, `grouping`: salience  by descending salience, so that groups differ as much as
                                                                        they can; the group of each column is stored
@@ -19,9 +19,9 @@ Steps       1. H is damped and factored as in GPTQ.
             4. Columns are rounded and compensated as in GPTQ, each group on the grid of its width; `order`:
                groups  group after group, each fitted when it is reached, on weights that hold all errors made so far
                static  columns by descending diag H on grids fitted to the original weight
-            5. `refinements` passes over scales and codes, `_solver.refine`.
-Grids       those of `_grid`; at one bit always -s/2, +s/2: a grid with zero points would hold 0 and one other value. `range`:
-            minmax    covers every weight
+            5. `refinements` passes over scales and codes, `error_feedback.refine`.
+Grids       those of `uniform_grid`; at one bit always -s/2, +s/2: a grid with zero points would hold 0 and one other value.
+            `range`: minmax    covers every weight
             mse       of least sum of r_j^2 (w - q)^2
             salience  the paper's: the covering range stretched by 0.9 to 1.1 (at one bit the scale 2 mean|w|, so stretched), of
                       least sum of |w - q|^2.4, where elements whose salience is more than 2 standard deviations above the mean
@@ -50,10 +50,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Statistics, Stats
-from compress.methods.method import GroupSize, Method, Result
-from compress.methods.solvers.error_feedback import Levels, Sweep, factorise, full_precision, refine
-from compress.methods.solvers.uniform_grid import Grid, encode, fit, indivisible, stored
+from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
+from compress.methods.method import Damp, Described, GroupSize, Method, Refinements, Result, Symmetric, group_columns, indivisible
+from compress.methods.solvers.error_feedback import BLOCK, ColumnRounding, GridLayout, factorise, full_precision, refine
+from compress.methods.solvers.uniform_grid import Grid, encode, fit, stored
 from compress.weights.bit_stream import stream_bits
 from compress.weights.mixed import WIDTHS, Mixed, group_dtype, mixed_bits
 from compress.weights.weight import CompressedWeight
@@ -72,18 +72,18 @@ def slim(
     weight: Tensor,
     hessian: Tensor,
     *,
-    bits: float = 2.0,
-    group_size: int = 128,
-    symmetric: bool = True,
-    allocation: Allocation = "free",
-    spread: int = 3,
-    grouping: Grouping = "salience",
-    range: SlimRange = "mse",
-    salience_weight: float = 1.0,
-    order: Order = "groups",
-    damp: float = 0.01,
-    refinements: int = 2,
-    block: int = 32,
+    bits: float,
+    group_size: int,
+    symmetric: bool,
+    allocation: Allocation,
+    spread: int,
+    grouping: Grouping,
+    range: SlimRange,
+    salience_weight: float,
+    order: Order,
+    damp: float,
+    refinements: int,
+    block: int = BLOCK,
 ) -> Result:
     """Round weight (out, in) under hessian (in, in), in float32, or in float64 where either is.
 
@@ -93,7 +93,7 @@ def slim(
     """
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
     weight, columns = weight.to(dtype), weight.shape[1]
-    size = columns if group_size == -1 else group_size
+    size = group_columns(group_size, columns)
     groups = columns // size
     natural = torch.arange(columns, device=weight.device)
 
@@ -121,28 +121,28 @@ def slim(
             )
         else:
             widths = balanced(weight, factor.hessian, salience(weight, importance, size), grids, int(bits), size)
-        levels = _levels([grids[width] for width in widths], dtype)
+        layout = _layout([grids[width] for width in widths], dtype)
         target = weight.T.contiguous()[factor.order]  # a copy: the sweep works on it
         delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
 
         def reached(steps: slice) -> None:
             group = steps.start // size
             grid = fitted(sweep.current(steps).T.contiguous(), widths[group], importance[steps])
-            levels.group(group).assign(Levels.of(grid, dtype))
+            layout.group(group).assign(GridLayout.of(grid, dtype))
 
         again = None if order == "static" else {size: reached}
-        sweep = Sweep(target, delta, codes, factor.feedback, levels, factor.order // size, block, again)
+        sweep = ColumnRounding(target, delta, codes, factor.feedback, layout, factor.order // size, block, again)
         sweep.run(0, columns)
         back = torch.empty_like(natural).scatter_(0, factor.order, natural)
         delta, codes = delta[back], codes[back]
         if refinements and not factor.plain:
-            refine(weight.T, factor.hessian, levels, delta, codes, refinements, block)
-    scale = levels.scale.T.to(torch.bfloat16).contiguous()
+            refine(weight.T, factor.hessian, layout, delta, codes, refinements, block)
+    scale = layout.scale.T.to(torch.bfloat16).contiguous()
     used = torch.tensor(widths, dtype=torch.uint8, device=weight.device)
     zero = None
     if not symmetric:
-        assert isinstance(levels.zero, Tensor)
-        zero = torch.where(used > 1, levels.zero.T, 0.0).to(torch.uint8)
+        assert isinstance(layout.zero, Tensor)
+        zero = torch.where(used > 1, layout.zero.T, 0.0).to(torch.uint8)
     stored_place = torch.empty_like(natural).scatter_(0, place, natural)
     index = None if grouping == "neighbours" or groups == 1 else (stored_place // size).to(group_dtype(groups))
     part = Mixed(codes[stored_place].T.contiguous(), scale, used, size, zero, index)
@@ -246,7 +246,7 @@ def salient_range(weight: Tensor, bits: int, size: int, symmetric: bool, importa
     return Grid(best.to(torch.bfloat16), cover.zero, bits)
 
 
-def _levels(grids: list[Grid], dtype: torch.dtype) -> Levels:
+def _layout(grids: list[Grid], dtype: torch.dtype) -> GridLayout:
     """Lay out, for group g, the g-th group of the g-th of these grids."""
     scale = torch.stack([grid.scale[:, g] for g, grid in enumerate(grids)]).to(dtype)
     low: list[Tensor | float] = []
@@ -257,18 +257,18 @@ def _levels(grids: list[Grid], dtype: torch.dtype) -> Levels:
         low.append(least)
         high.append(most)
         zero.append(middle if isinstance(middle, Tensor) else torch.full_like(scale[0], middle))
-    return Levels(scale, scale.reciprocal(), low, high, torch.stack(zero))
+    return GridLayout(scale, scale.reciprocal(), low, high, torch.stack(zero))
 
 
 class SliM(Method):
     """Options of SliM."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
     rows_independent: ClassVar[bool] = False  # the width of a group is one for all rows
 
     bits: Annotated[float, Field(ge=1, le=8, description="mean bits per code: any number, also 2.5")] = 2.0
     group_size: GroupSize = 128
-    symmetric: Annotated[bool, Field(description="no zero points: the scale may be negative")] = True
+    symmetric: Symmetric = True
     allocation: Annotated[
         Allocation, Field(description="free: the widths of least error; balanced: as many groups a bit above the mean as below")
     ] = "free"
@@ -283,8 +283,8 @@ class SliM(Method):
     order: Annotated[
         Order, Field(description="groups: each fitted when it is reached; static: by the Hessian, fitted beforehand")
     ] = "groups"
-    damp: Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
-    refinements: Annotated[int, Field(ge=0, le=100, description="passes over scales and codes after the first")] = 2
+    damp: Damp = 0.01
+    refinements: Refinements = 2
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
@@ -300,38 +300,29 @@ class SliM(Method):
         """Say whether the group size does not divide the columns of a weight (out, in)."""
         return indivisible(shape[1], self.group_size)
 
-    def stored_bits(self, shape: tuple[int, int]) -> int | None:
-        """Bits that a weight of this shape (out, in) will occupy; None where padding to words depends on which widths occur."""
-        rows, columns = shape
-        size = columns if self.group_size == -1 else self.group_size
-        if rows * size % 32 or not (self.symmetric or (rows % 32 == 0 and 1 not in self._admitted)):
-            return None
-        return self.likely_bits(shape)
-
     @property
     def _admitted(self) -> list[int]:
         return admitted(self.bits, self.spread if self.allocation == "free" else 1)
 
-    def likely_bits(self, shape: tuple[int, int]) -> int:
-        """Bits where all groups have one of two neighbouring widths; other widths of the same sum differ in padding alone."""
-        columns = shape[1]
-        size = columns if self.group_size == -1 else self.group_size
-        groups = columns // size
-        few, more = divmod(budget(self.bits, groups), groups)
-        counts = [groups - more if width == few else more if width == few + 1 else 0 for width in WIDTHS]
-        return mixed_bits(shape, counts, size, not self.symmetric, self.grouping == "salience" and groups > 1)
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in) will be stored.
 
-    def bits_range(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Bits without any padding to words, nor zero codes where groups may have one bit, and with the most of both."""
-        if (known := self.stored_bits(shape)) is not None:
-            return known, known
+        Likely are two neighbouring widths: others of the same sum differ in the padding to words alone, if there is any, and in
+        groups of one bit, which have no zero codes. The least is without both, the most with as much of both as can be.
+        """
         rows, columns = shape
-        size = columns if self.group_size == -1 else self.group_size
+        size = group_columns(self.group_size, columns)
         groups = columns // size
+        scattered = self.grouping == "salience" and groups > 1
         total = budget(self.bits, groups)
         few, more = divmod(total, groups)
         counts = [groups - more if width == few else more if width == few + 1 else 0 for width in WIDTHS]
-        beside = mixed_bits(shape, counts, size, False, self.grouping == "salience" and groups > 1)
+        likely = mixed_bits(shape, counts, size, not self.symmetric, scattered)
+        # Which groups get which width follows from the weights; that there are several does not.
+        spec = {"shape": list(shape), "base": {"format": "mixed", "group_size": self.group_size}}
+        if rows * size % 32 == 0 and (self.symmetric or (rows % 32 == 0 and 1 not in self._admitted)):
+            return Described(spec, likely, likely, likely, whole=False)
+        beside = mixed_bits(shape, counts, size, False, scattered)
         beside -= sum(stream_bits(rows * size * count, width) for count, width in zip(counts, WIDTHS, strict=True))
         kinds = min(groups, len(self._admitted))
         least = most = rows * size * total
@@ -339,18 +330,11 @@ class SliM(Method):
         if not self.symmetric:
             least += rows * max(0, total - groups) if 1 in self._admitted else rows * total
             most += rows * total + kinds * 31
-        return least + beside, most + beside
-
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint, as far as is known."""
-        # Which groups get which width follows from the weights; that there are several does not.
-        return {"shape": list(shape), "base": {"format": "mixed", "group_size": self.group_size}}
+        return Described(spec, least + beside, likely, most + beside, whole=False)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Round weight (out, in) under the Hessian of its inputs."""
-        statistic = stats[Hessian]
-        assert isinstance(statistic, Hessian)
-        return slim(weight, statistic.matrix(), **self.model_dump())
+        return slim(weight, statistic(stats, Hessian).matrix(), **self.model_dump())
 
 
 METHOD = SliM

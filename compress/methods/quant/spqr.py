@@ -3,22 +3,22 @@
 Problem     minimise E(Q) = tr((W - Q) H (W - Q)^T), H the mean of x x^T over calibration tokens, where Q is a grid per row and
             group of `group_size` columns plus single weights (outliers), within a number of stored bits.
 Storage     value = (code - zero) * scale; scale and zero are codes of `scale_bits` and `zero_bits`, on a grid that 16 rows share
-            (`parts.two_level`): bits + (scale_bits + zero_bits) / group_size + 40 / (16 group_size) bits per weight. An outlier
-            is stored as what the grid misses of it, a bfloat16, with its column in compressed sparse rows (`parts.sparse`):
+            (`weights.two_level`): bits + (scale_bits + zero_bits) / group_size + 40 / (16 group_size) bits per weight. An outlier
+            is stored as what the grid misses of it, a bfloat16, with its column in compressed sparse rows (`weights.sparse`):
             24, 32 or 48 bits each, and 32 bits per row as soon as there is one.
 Shapes      weight W (out, in), Hessian H (in, in), codes (out, in), scale and zero codes (out, groups), second level
             (ceil(out / 16), groups).
 Steps       1. Columns are put in processing order; H <- H / mean(diag H) + damp I, where a column that no token touched gets
-               H_jj = 1 before the damping; H = R R^T with pivots r_k, see `_solver`. Such a column is rounded plainly, and never
-               an outlier: nothing is known of what its errors cost.
+               H_jj = 1 before the damping; H = R R^T with pivots r_k, see `error_feedback`. Such a column is rounded plainly, and
+               never an outlier: nothing is known of what its errors cost.
             2. The limit is t = outlier_threshold * mean over columns of r_k^2 mean(W_k^2), over columns with tokens.
-            3. Group by group, on weights c that hold all errors so far (`_outliers.Solver` has the equations):
+            3. Group by group, on weights c that hold all errors so far (`outliers.Solver` has the equations):
                a. a weight is a likely outlier where leaving it out of a min-max fit lowers sum_k r_k^2 (c_k - Q_k)^2 by more
                   than t, its own error included;
                b. the others are fitted: range of least error, placed on second levels, then both levels and codes in turn;
                c. column by column: round, and where r_k^2 (c_k - Q_k)^2 > t store the rest of the weight, which leaves no error
                   to compensate. This alone decides what is an outlier, not the guess of a;
-               d. twice: the best grid for these codes, whatever columns of the group are correlated (`_two_level`), then c
+               d. twice: the best grid for these codes, whatever columns of the group are correlated (`two_level_grid`), then c
                   again; 16 rows keep the result of least error, an outlier counted with t.
             4. `refinements` times, group by group: the best grid for its codes given all other columns, then its codes one
                by one, outliers staying where they are with the value that is best there. Each lowers E.
@@ -47,11 +47,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Statistics, Stats
-from compress.methods.method import Bits, GroupSize, Method, Result
+from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
+from compress.methods.method import INDEX_NAMES, Bits, Damp, Described, Grouped, GroupSize, Result, group_columns
 from compress.methods.solvers.error_feedback import full_precision
 from compress.methods.solvers.outliers import Order, Solver
-from compress.methods.solvers.uniform_grid import indivisible
 from compress.weights.sparse import Sparse, column_dtype, sparse_bits
 from compress.weights.two_level import two_level_bits
 
@@ -60,15 +59,15 @@ def spqr(
     weight: Tensor,
     hessian: Tensor,
     *,
-    bits: int = 3,
-    group_size: int = 16,
-    scale_bits: int = 4,
-    zero_bits: int = 2,
-    outlier_threshold: float | None = 1.0,
-    target_bits: float | None = None,
-    order: Order = "grouped",
-    damp: float = 0.01,
-    refinements: int = 4,
+    bits: int,
+    group_size: int,
+    scale_bits: int,
+    zero_bits: int,
+    outlier_threshold: float | None,
+    target_bits: float | None,
+    order: Order,
+    damp: float,
+    refinements: int,
 ) -> Result:
     """Compress weight (out, in) under hessian (in, in), in float32, or in float64 where either is.
 
@@ -80,7 +79,7 @@ def spqr(
     )
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
     with full_precision():
-        size = weight.shape[1] if group_size == -1 else group_size
+        size = group_columns(group_size, weight.shape[1])
         solver = Solver(weight.to(dtype), hessian.to(dtype), bits, size, scale_bits, zero_bits, order, damp)
         notes = solver.factor.notes
         if target_bits is None:
@@ -96,10 +95,10 @@ def spqr(
     return Result(result, notes)
 
 
-class SpQR(Method):
+class SpQR(Grouped):
     """Options of SpQR."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
     rows_independent: ClassVar[bool] = False  # 16 rows share a second level, and all rows the threshold
 
     bits: Bits = 3
@@ -119,19 +118,18 @@ class SpQR(Method):
         ),
     ] = None
     order: Annotated[Order, Field(description="order of columns and of groups")] = "grouped"
-    damp: Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
+    damp: Damp = 0.01
     refinements: Annotated[int, Field(ge=0, le=100, description="passes over grids and codes after the first")] = 4
 
     def base_bits(self, shape: tuple[int, int]) -> int:
         """Stored bits of a weight of this shape (out, in) without outliers."""
-        size = shape[1] if self.group_size == -1 else self.group_size
+        size = self.size(shape[1])
         index = column_dtype(shape[1] // size).itemsize * 8 if self.order == "desc_act" else 0
         return two_level_bits(shape, self.bits, size, self.scale_bits, self.zero_bits, index)
 
-    def predicted_bits(self, shape: tuple[int, int], outliers: float) -> float:
-        """Stored bits per weight of this shape (out, in) when a share `outliers` of the weights are outliers."""
-        count = round(outliers * shape[0] * shape[1])
-        return (self.base_bits(shape) + (sparse_bits(shape, count) if count else 0)) / (shape[0] * shape[1])
+    def bits_with(self, shape: tuple[int, int], outliers: int) -> int:
+        """Stored bits of a weight of this shape (out, in) with so many outliers."""
+        return self.base_bits(shape) + (sparse_bits(shape, outliers) if outliers else 0)
 
     def room(self, shape: tuple[int, int]) -> int:
         """Number of outliers that fit into `target_bits`."""
@@ -142,63 +140,45 @@ class SpQR(Method):
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Say whether the group size does not divide the columns of a weight (out, in), or the target is below its grid."""
-        if complaint := indivisible(shape[1], self.group_size):
+        if complaint := super().check(shape):
             return complaint
-        least = self.predicted_bits(shape, 0.0)
+        least = self.base_bits(shape) / (shape[0] * shape[1])
         if self.target_bits is not None and self.target_bits < least:
             return (
                 f"target_bits={self.target_bits:g} is less than the {least:.4f} of the grid alone; lower bits or raise group_size"
             )
         return None
 
-    def stored_bits(self, shape: tuple[int, int]) -> int | None:
-        """Bits that a weight of this shape (out, in) will occupy; None where that depends on the number of outliers."""
-        none = self.outlier_threshold is None if self.target_bits is None else self.room(shape) == 0
-        return self.base_bits(shape) if none else None
+    def outliers(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """How many outliers a weight of this shape (out, in) is likely to have, and at most.
 
-    def likely_bits(self, shape: tuple[int, int]) -> int:
-        """Bits with as many outliers as there is room for, or as a threshold leaves in most weights."""
-        if (known := self.stored_bits(shape)) is not None:
-            return known
-        if self.target_bits is not None:
-            return round(self.predicted_bits(shape, self.room(shape) / (shape[0] * shape[1])) * shape[0] * shape[1])
-        return round(self.predicted_bits(shape, self._share) * shape[0] * shape[1])
-
-    @property
-    def _share(self) -> float:
-        """Outliers over weights that a threshold leaves, in the mean over a model.
-
-        Errors grow with the square of the step: 1.55 % at 2 bits and threshold 1, 0.93 % at 3 bits and 0.3, 0.04 % at 3 bits
-        and 1 were measured on a dense Llama of 5.8 M parameters, 2026-11-21, and lie on a power of threshold * 4^bits.
+        All that there is room for; or what a threshold leaves in the mean over a model, and four times as many, or 1 % of the
+        weights where that is more. Weights with heavier tails than those seen may have more still.
         """
-        assert self.outlier_threshold is not None
-        return min(0.1, 0.0155 * math.pow(self.outlier_threshold * 4.0**self.bits / 16, -2.65))
-
-    def bits_range(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Bits without outliers; and with all there is room for, or for a threshold with 1 % of the weights, or with four times
-        as many as it leaves in the mean where that is more. Weights with heavier tails than those seen may have more still.
-        """
-        if (known := self.stored_bits(shape)) is not None:
-            return known, known
         if self.target_bits is not None:
-            return self.base_bits(shape), self.likely_bits(shape)
-        return self.base_bits(shape), round(self.predicted_bits(shape, max(0.01, 4 * self._share)) * shape[0] * shape[1])
+            return self.room(shape), self.room(shape)
+        if self.outlier_threshold is None:
+            return 0, 0
+        # Errors grow with the square of the step: 1.55 % at 2 bits and threshold 1, 0.93 % at 3 bits and 0.3, 0.04 % at 3 bits
+        # and 1 were measured on a dense Llama of 5.8 M parameters, 2026-11-21, and lie on a power of threshold * 4^bits.
+        share = min(0.1, 0.0155 * math.pow(self.outlier_threshold * 4.0**self.bits / 16, -2.65))
+        count = shape[0] * shape[1]
+        return round(share * count), max(1, round(max(0.01, 4 * share) * count))
 
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Say how a weight of this shape (out, in) will be described in a checkpoint, as far as is known."""
-        # How many weights are stored beside the grid follows from the weights.
-        size = shape[1] if self.group_size == -1 else self.group_size
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        """Say how a weight of this shape (out, in) will be stored: with a number of outliers that follows from its values."""
+        size = self.size(shape[1])
         widths = {"bits": self.bits, "scale_bits": self.scale_bits, "zero_bits": self.zero_bits}
         base: dict[str, Any] = {"format": "two_level", **widths, "group_size": size}
         if self.order == "desc_act":
-            base["group"] = {1: "U8", 2: "I16", 4: "I32"}[column_dtype(shape[1] // size).itemsize]
-        return {"shape": list(shape), "base": base}
+            base["group"] = INDEX_NAMES[column_dtype(shape[1] // size)]
+        likely, most = self.outliers(shape)
+        bits = self.base_bits(shape), self.bits_with(shape, likely), self.bits_with(shape, most)
+        return Described({"shape": list(shape), "base": base}, *bits, whole=likely == 0)
 
     def __call__(self, weight: Tensor, stats: Stats) -> Result:
         """Compress weight (out, in) under the Hessian of its inputs."""
-        statistic = stats[Hessian]
-        assert isinstance(statistic, Hessian)
-        return spqr(weight, statistic.matrix(), **self.model_dump())
+        return spqr(weight, statistic(stats, Hessian).matrix(), **self.model_dump())
 
 
 METHOD = SpQR

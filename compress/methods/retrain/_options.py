@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Statistics
-from compress.methods.block import Block, Tuned
-from compress.methods.method import Method
+from compress.methods.block import Block, TuningResult
+from compress.methods.method import Method, StepBatches
 from compress.methods.solvers.block_training import Settings, reconstruct
-from compress.methods.solvers.trainable_weight import Moving
+from compress.methods.solvers.trainable_weight import Trainable
 from compress.weights.weight import CompressedWeight
 
 
@@ -23,7 +23,7 @@ class Retraining(Method):
     compares: ClassVar[bool] = True
 
     epochs: Annotated[int, Field(ge=1, le=1000, description="rounds over the calibration, per block")] = 8
-    batches: Annotated[int, Field(ge=1, description="calibration batches (of batch_tokens tokens) that a step looks at")] = 1
+    batches: StepBatches = 1
     rate: Annotated[float, Field(gt=0, le=1, description="largest step of AdamW for the factors of LoRA")] = 2e-3
     relative_rate: Annotated[
         float, Field(gt=0, le=1, description="the same for norms, biases, scales and weights, relative to their size")
@@ -38,13 +38,15 @@ class Retraining(Method):
         """The statistics of inputs that `moving` is to be given."""
         return ()
 
-    def moving(self, weight: CompressedWeight, dense: Tensor, square: Tensor | None, generator: torch.Generator) -> Moving | None:
+    def trainable(
+        self, weight: CompressedWeight, dense: Tensor, square: Tensor | None, generator: torch.Generator
+    ) -> Trainable | None:
         """Return what moves of a weight, given the original's (out, in) and the mean square of its input's channels (in,)."""
         raise NotImplementedError
 
-    def __call__(self, block: Block, weights: dict[str, CompressedWeight]) -> Tuned:
+    def __call__(self, block: Block, weights: dict[str, CompressedWeight]) -> TuningResult:
         """Train the weights of a block so that it gives what the original's does."""
         settings = Settings(
             self.epochs, self.batches, self.rate, self.relative_rate, self.norms, self.biases, self.original, self.statistics()
         )
-        return reconstruct(block, weights, self.moving, settings)
+        return reconstruct(block, weights, self.trainable, settings)

@@ -30,7 +30,7 @@ from torch import Tensor
 from compress.calibration.statistics import MeanSquare, Statistics
 from compress.methods.retrain._options import Retraining
 from compress.methods.solvers.mask_selection import highest
-from compress.methods.solvers.trainable_weight import Moving, leaf, moving, rest_of, size_of
+from compress.methods.solvers.trainable_weight import Trainable, leaf, rest_of, size_of, trainable
 from compress.weights.dense import Dense
 from compress.weights.kept_values import same_in_rows
 from compress.weights.low_rank import LowRank, low_rank_bits
@@ -104,7 +104,7 @@ class Adapting:
             sparse = sparse + self.rest
         return sparse + self._factor("left") @ self._factor("right") if self.factors else sparse
 
-    def course(self, share: float) -> None:
+    def before_step(self, share: float) -> None:
         """Add the decay of what is pruned to the gradient, and find the mask anew when it is time."""
         gradient = self.leaves["p"].grad
         with torch.no_grad():
@@ -168,12 +168,14 @@ class Ast(Retraining):
         """Bits that a weight of this shape (out, in) gets on top."""
         return low_rank_bits(shape, shape[1] // self.group) if self.group else 0
 
-    def moving(self, weight: CompressedWeight, dense: Tensor, square: Tensor | None, generator: torch.Generator) -> Moving | None:
+    def trainable(
+        self, weight: CompressedWeight, dense: Tensor, square: Tensor | None, generator: torch.Generator
+    ) -> Trainable | None:
         """Return what moves of a weight: all of it under a mask, else scales and offsets."""
         # A low-rank part that was there stays as it is; a second one has no place.
         if isinstance(weight.base, Dense) and weight.keep is not None and not (self.group and weight.low_rank is not None):
             return Adapting(weight, dense, square, self)
-        return moving(weight, "none", 1, 1.0, True, generator)
+        return trainable(weight, "none", 1, 1.0, True, generator)
 
 
 METHOD = Ast

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compress.methods.retrain._options import Retraining
-from compress.methods.solvers.trainable_weight import Moving, StateOfLeaves, leaf, moving, rest_of
+from compress.methods.solvers.trainable_weight import StateOfLeaves, Trainable, leaf, rest_of, trainable
 from compress.weights.uniform import Uniform, middle
 from compress.weights.weight import CompressedWeight
 
@@ -78,12 +78,14 @@ class Rounded(StateOfLeaves):
 class Bqpo(Retraining):
     """Options of training through rounding."""
 
-    def moving(self, weight: CompressedWeight, dense: Tensor, square: Tensor | None, generator: torch.Generator) -> Moving | None:
+    def trainable(
+        self, weight: CompressedWeight, dense: Tensor, square: Tensor | None, generator: torch.Generator
+    ) -> Trainable | None:
         """Return what moves of a weight: latent weights and scales, or what can."""
         base = weight.base
         if isinstance(base, Uniform) and base.group is None and base.offset is None and not base.bipolar and base.bits > 1:
             return Rounded(weight, dense)
-        return moving(weight, "full", 1, 1.0, True, generator)
+        return trainable(weight, "full", 1, 1.0, True, generator)
 
 
 METHOD = Bqpo

@@ -2,15 +2,15 @@
 
 Problem   minimise the squared error of a block's outputs over its norms, its biases and, in its pruned weights, over what few
           parameters can reach without making a zero anything else.
-Weights   W + c M (BA) with a pair of thin factors, merged in the end (MaskLoRA); see `_moving` for the others: `scale_lora`,
-          `lora_prune`, `full` (all kept weights), `lora` (a low-rank part of its own), `none` (norms and biases alone).
-Codes     stay: of a quantized base scales and offsets move, or with `lora` a low-rank part beside it.
-Training  `_blockwise`; of the whole model against the original's predictions with `compress retrain`.
+Weights   W + c M (BA) with a pair of thin factors, merged in the end (MaskLoRA); see `trainable_weight` for the others:
+          `scale_lora`, `lora_prune`, `full` (all kept weights), `lora` (a low-rank part of its own), `none` (norms and biases
+alone). Codes     stay: of a quantized base scales and offsets move, or with `lora` a low-rank part beside it.
+Training  `block_training`; of the whole model against the original's predictions with `compress retrain`.
 Zeros     stay exactly 0: through training, as gradients pass the mask; through merging, which is masked; and on disk, where a
           mask of its own says what is kept.
 Bound     with `perturbation` p and `lora`, the weight stays within p |W| of the original, or as far as it came if that is more,
-          all through training, in the Frobenius norm; see `_moving`. PELA (arXiv 2310.10700) bounds the perturbation of factors
-          while they are trained by a term of the loss; this form, which holds to it, is ours.
+          all through training, in the Frobenius norm; see `trainable_weight`. PELA (arXiv 2310.10700) bounds the perturbation of
+          factors while they are trained by a term of the loss; this form, which holds to it, is ours.
 Defaults  rank 16, alpha 32 (the paper's code). Rates and rounds are ours; docs/results.md has what they give. The paper starts
           ScaleLoRA from equal numbers in both factors, whose rows then stay equal for ever and have rank one; ours start as
           LoRA's do.
@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.methods.retrain._options import Retraining
-from compress.methods.solvers.trainable_weight import Bound, Moving, Variant, moving
+from compress.methods.solvers.trainable_weight import Bound, Trainable, Variant, trainable
 from compress.weights.low_rank import low_rank_bits
 from compress.weights.weight import CompressedWeight
 
@@ -55,10 +55,12 @@ class Perp(Retraining):
         """Bits that a weight of this shape (out, in) gets on top."""
         return low_rank_bits(shape, self.rank) if self.weights == "lora" else 0
 
-    def moving(self, weight: CompressedWeight, dense: Tensor, square: Tensor | None, generator: torch.Generator) -> Moving | None:
+    def trainable(
+        self, weight: CompressedWeight, dense: Tensor, square: Tensor | None, generator: torch.Generator
+    ) -> Trainable | None:
         """Return what moves of a weight."""
         bound = Bound(dense, self.perturbation) if self.perturbation else None
-        return moving(weight, self.weights, self.rank, self.alpha, self.scales, generator, bound)
+        return trainable(weight, self.weights, self.rank, self.alpha, self.scales, generator, bound)
 
 
 METHOD = Perp

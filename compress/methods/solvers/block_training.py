@@ -17,20 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.calibration.statistics import MeanSquare, Statistics
-from compress.methods.block import Block, Tuned
+from compress.calibration.statistics import MeanSquare, Statistics, statistic
+from compress.methods.block import Block, TuningResult
 from compress.methods.solvers.block_loss import drawn, gradients, loss
-from compress.methods.solvers.trainable_weight import Moving, Vector
+from compress.methods.solvers.trainable_weight import Trainable, Vector
 from compress.weights.weight import CompressedWeight
 
 WARM_UP = 0.1  # of all steps
 BETAS = (0.9, 0.95)
-Make = Callable[[CompressedWeight, Tensor, Tensor | None, torch.Generator], Moving | None]
+Make = Callable[[CompressedWeight, Tensor, Tensor | None, torch.Generator], Trainable | None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a block is trained; see `_options.Retraining`."""
+    """How a block is trained; see `retrain._options.Retraining`."""
 
     epochs: int
     batches: int
@@ -42,7 +42,7 @@ class Settings:
     statistics: tuple[type[Statistics], ...] = ()
 
 
-def optimizer(moving: Sequence[Moving | Vector], rate: float, relative_rate: float) -> torch.optim.AdamW:
+def optimizer(moving: Sequence[Trainable | Vector], rate: float, relative_rate: float) -> torch.optim.AdamW:
     """Return AdamW over all leaves, with a rate for those that are relative and one for the others."""
     groups: list[dict[str, Any]] = []
     for relative, first in ((False, rate), (True, relative_rate)):
@@ -58,10 +58,10 @@ def pace(step: int, steps: int) -> float:
     return (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
 
 
-def advance(adam: torch.optim.AdamW, moving: Sequence[Moving | Vector], step: int, steps: int) -> None:
+def advance(adam: torch.optim.AdamW, moving: Sequence[Trainable | Vector], step: int, steps: int) -> None:
     """Take one step on the gradients that the leaves have."""
     for m in moving:
-        m.course(step / steps)
+        m.before_step(step / steps)
     for group in adam.param_groups:
         group["lr"] = group["largest"] * pace(step, steps)
     adam.step()
@@ -73,21 +73,20 @@ def vectors_of(others: Mapping[str, Tensor], norms: bool, biases: bool) -> dict[
     return {n: Vector(v) for n, v in others.items() if v.ndim == 1 and (biases if n.endswith("bias") else norms)}
 
 
-def reconstruct(block: Block, weights: Mapping[str, CompressedWeight], make: Make, settings: Settings) -> Tuned:
+def reconstruct(block: Block, weights: Mapping[str, CompressedWeight], make: Make, settings: Settings) -> TuningResult:
     """Train a block's compressed weights, norms and biases; weights of transformed inputs stay, named in the notes as fixed."""
     seen = block.observe(settings.statistics) if settings.statistics else {}
     generator = block.generator()
-    moving: dict[str, Moving] = {}
+    moving: dict[str, Trainable] = {}
     for site, weight in weights.items():
-        square = seen.get(site, {}).get(MeanSquare)
-        mean = square.mean() if isinstance(square, MeanSquare) else None
+        mean = statistic(seen[site], MeanSquare).mean() if MeanSquare in settings.statistics else None
         if not weight.transformed and (mover := make(weight, block.weight(site), mean, generator)) is not None:
             moving[site] = mover
     fixed = {site: weight.dequantize() for site, weight in weights.items() if site not in moving}
     vectors = vectors_of(block.others(), settings.norms, settings.biases)
     notes: dict[str, Any] = {"fixed": sorted(fixed)} if fixed else {}
     if not (moving or vectors) or not block.everyones:
-        return Tuned(notes=notes)
+        return TuningResult(notes=notes)
     target = _target(block, settings.original)
 
     def now() -> tuple[dict[str, CompressedWeight], dict[str, Tensor], float]:
@@ -98,7 +97,7 @@ def reconstruct(block: Block, weights: Mapping[str, CompressedWeight], make: Mak
 
     best = (*now()[:2], loss(block, {site: weight.dequantize() for site, weight in weights.items()}, None, target))
     notes |= {"loss_before": best[2], "loss": best[2], "best_epoch": 0}
-    everything: list[Moving | Vector] = [*moving.values(), *vectors.values()]
+    everything: list[Trainable | Vector] = [*moving.values(), *vectors.values()]
     adam = optimizer(everything, settings.rate, settings.relative_rate)
     source, per_epoch = drawn(block, settings.batches), -(-block.everyones // settings.batches)
     steps = settings.epochs * per_epoch
@@ -116,7 +115,7 @@ def reconstruct(block: Block, weights: Mapping[str, CompressedWeight], make: Mak
             best = found
             notes |= {"loss": best[2], "best_epoch": epoch}
         block.say((step + 1) / steps)
-    return Tuned(best[0], best[1], notes) if notes["best_epoch"] else Tuned(notes=notes)
+    return TuningResult(best[0], best[1], notes) if notes["best_epoch"] else TuningResult(notes=notes)
 
 
 def _target(block: Block, original: float) -> Callable[[int], Tensor] | None:

@@ -1,34 +1,20 @@
-"""Error-compensating rounding on grids that are given, and GPTQ's solution as a start for other methods."""
+"""GPTQ's solution with static groups, as a start for other methods."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from compress.methods.solvers.error_feedback import Factor, Grids, Levels, Sweep, factorise, full_precision, refine
+from compress.methods.solvers.error_feedback import (
+    BLOCK,
+    Factor,
+    GridLayout,
+    factorise,
+    full_precision,
+    importance,
+    refine,
+    swept,
+)
 from compress.methods.solvers.uniform_grid import Grid, fit
-
-BLOCK = 32  # columns that are solved one by one between matrix products
-
-
-def swept(
-    weight: Tensor, factor: Factor, levels: Grids, size: int, keep: Tensor | None = None, block: int = BLOCK
-) -> tuple[Tensor, Tensor]:
-    """Round weight (in, out) on levels of groups of `size` columns; return weight - rounded and codes, in natural order.
-
-    Where keep (in, out) is 0, the value is 0 whatever the code.
-    """
-    target = weight[factor.order]
-    delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
-    kept = None if keep is None else keep[factor.order]
-    Sweep(target, delta, codes, factor.feedback, levels, factor.order // size, block, keep=kept).run(0, len(weight))
-    natural = torch.empty_like(factor.order).scatter_(0, factor.order, torch.arange(len(weight), device=weight.device))
-    return delta[natural], codes[natural]
-
-
-def importance(factor: Factor) -> Tensor:
-    """What an error of each column (in,) costs after all later ones have made up for it, in natural order."""
-    return torch.empty_like(factor.pivots).scatter_(0, factor.order, factor.pivots.square())
 
 
 def compensated(
@@ -54,11 +40,11 @@ def compensated(
         first = weight if start is None else start
         fitted = first if keep is None else first.masked_fill(~keep, 0.0)
         grid = fit(fitted, bits, size, symmetric=symmetric, search=True, importance=importance(factor))
-        levels = Levels.of(grid, weight.dtype)
+        layout = GridLayout.of(grid, weight.dtype)
         turned, kept = weight.T.contiguous(), None if keep is None else keep.T.to(weight.dtype).contiguous()
-        delta, codes = swept(first.T.contiguous(), factor, levels, size, kept)
+        delta, codes = swept(first.T.contiguous(), factor, layout, size, kept)
         if start is not None:
             delta += turned - start.T
         if refinements and not factor.plain:
-            refine(turned, factor.hessian, levels, delta, codes, refinements, BLOCK, kept)
-    return codes.T.contiguous(), levels.grid(bits), factor
+            refine(turned, factor.hessian, layout, delta, codes, refinements, BLOCK, kept)
+    return codes.T.contiguous(), layout.grid(bits), factor

@@ -29,6 +29,7 @@ from compress.methods.solvers.uniform_grid import Grid, nearest, stored
 
 _ATTEMPTS = 4  # the damping asked for, then ten times as much, three times
 _LEAST_RETRY = 1e-4  # where the ladder starts when no damping was asked for
+BLOCK = 32  # columns that are solved one by one between matrix products
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def _identity(hessian: Tensor, order: Tensor, mean: float, damp: float, dead: in
 Rounder = Callable[[Tensor, int], None]
 
 
-class Grids(Protocol):
+class RoundingGrid(Protocol):
     """What a weight is rounded to, in the working layout: `step * scale`, steps of any kind and a scale per group."""
 
     scale: Tensor  # (groups, out)
@@ -136,7 +137,7 @@ class Grids(Protocol):
 
 
 @dataclass(eq=False)
-class Levels:
+class GridLayout:
     """Uniform grids in the working layout: one row of scales (and of what goes with them) per group."""
 
     scale: Tensor  # (groups, out)
@@ -146,19 +147,19 @@ class Levels:
     zero: Tensor | float  # (groups, out), (groups, 1) or a number
 
     @classmethod
-    def of(cls, grid: Grid, dtype: torch.dtype) -> Levels:
+    def of(cls, grid: Grid, dtype: torch.dtype) -> GridLayout:
         """Lay out a grid for solving in `dtype`."""
         scale = grid.scale.T.to(dtype).contiguous()
         low, high, zero = (x.T.contiguous() if isinstance(x, Tensor) else x for x in grid.levels(dtype))
         return cls(scale, scale.reciprocal(), low, high, zero)
 
     @classmethod
-    def empty(cls, groups: int, like: Tensor, bits: int, symmetric: bool) -> Levels:
+    def empty(cls, groups: int, like: Tensor, bits: int, symmetric: bool) -> GridLayout:
         """Room for grids that are fitted later, for weights like the one given, (in, out)."""
         blank = like.new_ones(like.shape[1], groups)
         return cls.of(Grid(blank, None if symmetric else blank.clone(), bits), like.dtype)
 
-    def group(self, index: int) -> Levels:
+    def group(self, index: int) -> GridLayout:
         """One group, sharing memory."""
 
         def part(values: Tensor | float | list[Tensor | float]) -> Any:
@@ -167,7 +168,7 @@ class Levels:
             return values[index : index + 1] if isinstance(values, Tensor) else values
 
         one = slice(index, index + 1)
-        return Levels(self.scale[one], self.inverse[one], part(self.low), part(self.high), part(self.zero))
+        return GridLayout(self.scale[one], self.inverse[one], part(self.low), part(self.high), part(self.zero))
 
     def rounder(self) -> Rounder:
         """Return what replaces a column w / scale (out,) in place by the nearest `code - zero` of its group."""
@@ -191,7 +192,7 @@ class Levels:
         """Round a scale (out,) to bfloat16."""
         return stored(scale)
 
-    def assign(self, other: Levels) -> None:
+    def assign(self, other: GridLayout) -> None:
         """Take over the values of another with as many groups and the same bits in each."""
         count = len(self.scale)
         for name in ("scale", "inverse", "low", "high", "zero"):
@@ -206,13 +207,13 @@ class Levels:
 
 
 def _each(values: Tensor | float | list[Tensor | float], groups: int) -> Sequence[Tensor | float]:
-    """What a Levels holds, by group."""
+    """What a GridLayout holds, by group."""
     if isinstance(values, list):
         return values
     return values.unbind(0) if isinstance(values, Tensor) else [values] * groups
 
 
-class Sweep:
+class ColumnRounding:
     """One pass over the columns in processing order, each rounded towards its compensated weight.
 
     A span is solved as two halves, with one product that carries the errors of the first into the second: large products
@@ -225,24 +226,24 @@ class Sweep:
         delta: Tensor,  # (in, out) the weight; becomes weight - rounded
         codes: Tensor,  # (in, out) uint8, written
         feedback: Tensor,  # (in, in), of which the part below the diagonal is read
-        levels: Grids,
+        layout: RoundingGrid,
         groups: Tensor,  # (in,) int64 group of each step
         block: int,
         # What is called before each run of so many steps is begun, longer ones first, of which each is a multiple of the next.
         reached: Mapping[int, Callable[[slice], None]] | None = None,
         keep: Tensor | None = None,  # (in, out) 1 or 0 in the type of the weight: where 0, the value is 0 and not rounded
     ) -> None:
-        self.target, self.delta, self.codes, self.feedback, self.levels = target, delta, codes, feedback, levels
+        self.target, self.delta, self.codes, self.feedback, self.layout = target, delta, codes, feedback, layout
         self.groups, self.reached, self.keep = groups, dict(reached or {}), keep
         # On a GPU the time of single columns is that of their launches: there one operator takes as many as it can.
-        self.joined = _joined(target) and isinstance(levels, Levels) and keep is None
+        self.joined = _joined(target) and isinstance(layout, GridLayout) and keep is None
         self.block = SPAN if self.joined else block
         # Everything the inner loop touches is made once: it runs five small operations per column.
         self._group = groups.tolist()
         self._targets, self._deltas = target.unbind(0), delta.unbind(0)
         self._steps = torch.empty(min(self.block, len(target)), target.shape[1], dtype=target.dtype, device=target.device)
         self._step = self._steps.unbind(0)
-        self._scale, self._inverse, self._round = levels.scale.unbind(0), levels.inverse.unbind(0), levels.rounder()
+        self._scale, self._inverse, self._round = layout.scale.unbind(0), layout.inverse.unbind(0), layout.rounder()
 
     def run(self, start: int, stop: int, within: int | None = None) -> None:
         """Round the steps start..stop, whose targets hold the errors of all steps before `start`.
@@ -291,16 +292,36 @@ class Sweep:
             if self.keep is not None:
                 step.mul_(self.keep[k])
             self._deltas[k].addcmul_(step, self._scale[group], value=-1)
-        self.codes[start:stop] = self.levels.encode(self._steps[: stop - start], self.groups[start:stop])
+        self.codes[start:stop] = self.layout.encode(self._steps[: stop - start], self.groups[start:stop])
 
     def _columns_joined(self, span: slice) -> None:
         """The same by `operators.round_columns`."""
-        levels, steps = self.levels, self._steps[: span.stop - span.start]
-        assert isinstance(levels, Levels)
-        low, high = (_whole(bound, levels.scale) for bound in (levels.low, levels.high))
-        feedback, scales = self.feedback[span, span], (levels.scale, levels.inverse)
+        layout, steps = self.layout, self._steps[: span.stop - span.start]
+        assert isinstance(layout, GridLayout)
+        low, high = (_whole(bound, layout.scale) for bound in (layout.low, layout.high))
+        feedback, scales = self.feedback[span, span], (layout.scale, layout.inverse)
         round_columns(self.target[span], self.delta[span], steps, feedback, *scales, low, high, self.groups[span])
-        self.codes[span] = levels.encode(steps, self.groups[span])
+        self.codes[span] = layout.encode(steps, self.groups[span])
+
+
+def swept(
+    weight: Tensor, factor: Factor, layout: RoundingGrid, size: int, keep: Tensor | None = None, block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """Round weight (in, out) on grids of groups of `size` columns; return weight - rounded and codes, in natural order.
+
+    Where keep (in, out) is 0, the value is 0 whatever the code.
+    """
+    target = weight[factor.order]
+    delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
+    kept = None if keep is None else keep[factor.order]
+    ColumnRounding(target, delta, codes, factor.feedback, layout, factor.order // size, block, keep=kept).run(0, len(weight))
+    natural = torch.empty_like(factor.order).scatter_(0, factor.order, torch.arange(len(weight), device=weight.device))
+    return delta[natural], codes[natural]
+
+
+def importance(factor: Factor) -> Tensor:
+    """What an error of each column (in,) costs after all later ones have made up for it, in natural order."""
+    return torch.empty_like(factor.pivots).scatter_(0, factor.order, factor.pivots.square())
 
 
 def _joined(target: Tensor) -> bool:
@@ -318,7 +339,7 @@ def _whole(bound: Tensor | float | list[Tensor | float], like: Tensor) -> Tensor
 def refine(
     weight: Tensor,
     hessian: Tensor,
-    levels: Grids,
+    layout: RoundingGrid,
     delta: Tensor,
     codes: Tensor,
     passes: int,
@@ -331,10 +352,10 @@ def refine(
     raises the cost by more than rounding: a scale becomes the storable one nearest to the best, which is no farther from it than
     the scale it replaces.
     """
-    size = len(weight) // len(levels.scale)
+    size = len(weight) // len(layout.scale)
     for _ in range(passes):
-        for index in range(len(levels.scale)):
-            span, level = slice(index * size, (index + 1) * size), levels.group(index)
+        for index in range(len(layout.scale)):
+            span, level = slice(index * size, (index + 1) * size), layout.group(index)
             inner = hessian[span, span]
             gradient = hessian[span] @ delta  # (group size, out)
             kept = None if keep is None else keep[span]
@@ -346,10 +367,12 @@ def refine(
             target = gradient.addmm_(inner.tril(), delta[span], alpha=-1).div_(pivots).add_(weight[span])
             delta[span] = weight[span]
             one = torch.zeros(size, dtype=torch.int64, device=weight.device)
-            Sweep(target, delta[span], codes[span], inner.tril(-1).div_(pivots), level, one, block, keep=kept).run(0, size)
+            ColumnRounding(target, delta[span], codes[span], inner.tril(-1).div_(pivots), level, one, block, keep=kept).run(
+                0, size
+            )
 
 
-def _rescale(level: Grids, inner: Tensor, gradient: Tensor, delta: Tensor, codes: Tensor, keep: Tensor | None) -> None:
+def _rescale(level: RoundingGrid, inner: Tensor, gradient: Tensor, delta: Tensor, codes: Tensor, keep: Tensor | None) -> None:
     """Give one group the scale s + <t, G> / <t, H t>, t the steps, which is the best one for its codes.
 
     inner is the group's part of H, gradient G = H D and delta D are (group size, out); the last two are kept up to date.

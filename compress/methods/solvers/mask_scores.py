@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, MeanSquare, Stats
+from compress.calibration.statistics import Hessian, MeanSquare, Stats, statistic
 
 
 def contribution(weight: Tensor, square: Tensor) -> Tensor:
@@ -24,11 +24,9 @@ def relative_importance(weight: Tensor, square: Tensor, power: float = 0.5) -> T
 
 def mean_square(stats: Stats) -> Tensor:
     """Return the mean square of each channel of the inputs (in,), in float32."""
-    statistic = stats.get(Hessian) or stats.get(MeanSquare)
-    if isinstance(statistic, Hessian):
-        return statistic.matrix().diagonal()
-    assert isinstance(statistic, MeanSquare)
-    return statistic.mean()
+    if Hessian in stats:
+        return statistic(stats, Hessian).matrix().diagonal()
+    return statistic(stats, MeanSquare).mean()
 
 
 def exact(weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Stats
+from compress.calibration.statistics import Hessian, Stats, statistic
 from compress.errors import CalibrationError
 from compress.methods.solvers.error_feedback import full_precision
 
@@ -90,9 +90,7 @@ def loss(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
 
 def updated(weight: Tensor, keep: Tensor, stats: Stats) -> tuple[Tensor | None, dict[str, Any]]:
     """Return the best values (out, in) on a mask by the Hessian among the statistics, and notes; None where no token was seen."""
-    hessian = stats[Hessian]
-    assert isinstance(hessian, Hessian)
-    normal = Normal.of(hessian.matrix().to(weight.dtype), DAMP)
+    normal = Normal.of(statistic(stats, Hessian).matrix().to(weight.dtype), DAMP)
     if normal.blind:
         return None, {"fallback": "values as they were: no token was seen"}
     with full_precision():

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from compress.methods.method import group_columns
 from compress.methods.solvers.compensated import compensated
 from compress.methods.solvers.uniform_grid import encode, fit
 from compress.weights.uniform import Uniform
@@ -28,7 +29,7 @@ def quantized(
     weights are rounded to nearest. Return codes and notes.
     """
     wanted = (weight if values is None else values).masked_fill(~keep, 0.0)
-    size = weight.shape[1] if group_size == -1 else group_size
+    size = group_columns(group_size, weight.shape[1])
     if hessian is None:
         grid = fit(wanted, bits, size, symmetric=symmetric, search=True)
         return Uniform(encode(wanted, grid, size), grid.scale, bits, size, grid.zero), {}

@@ -25,13 +25,12 @@ import torch
 from torch import Tensor
 
 from compress.methods.method import Result
-from compress.methods.solvers.compensated import importance, swept
-from compress.methods.solvers.error_feedback import Rounder, factorise, full_precision, refine
+from compress.methods.solvers.error_feedback import Rounder, factorise, full_precision, importance, refine, swept
 from compress.methods.solvers.uniform_grid import Range, stored
 from compress.weights.table import DATATYPES, ScaleType, Table
 from compress.weights.weight import CompressedWeight
 
-_TINY = 2.0**-60  # as in `_grid`: a smaller scale is that of an empty group
+_TINY = 2.0**-60  # as in `uniform_grid`: a smaller scale is that of an empty group
 _LEAST_E4M3, _MOST_E4M3 = 2.0**-9, 448.0
 # The ladder of `mse`, as what the largest value of the table stands for: from half as much again as the largest weight of the
 # group (the second entry of a float table is then what covers it) down to 1.5 standard deviations.
@@ -239,15 +238,15 @@ def encode(weight: Tensor, grid: TableGrid, book: Codebook, group_size: int) -> 
     return book.code(book.place(scaled, grid.select)).flatten(1)
 
 
-class TableLevels:
-    """Tables in the working layout of `_solver`: one row of scales, and of choices of tables, per group."""
+class TableLayout:
+    """Tables in the working layout of `error_feedback`: one row of scales, and of choices of tables, per group."""
 
     def __init__(self, scale: Tensor, inverse: Tensor, select: Tensor | None, scales: Scales, book: Codebook) -> None:
         self.scale, self.inverse, self.select = scale, inverse, select  # (groups, out)
         self.scales, self.book = scales, book  # the rows of `scales` are (out,) here
 
     @classmethod
-    def of(cls, grid: TableGrid, book: Codebook) -> TableLevels:
+    def of(cls, grid: TableGrid, book: Codebook) -> TableLayout:
         """Lay out a grid for solving."""
         scale = grid.scale.T.contiguous()
         row = None if grid.scales.row is None else grid.scales.row.squeeze(1)
@@ -281,11 +280,11 @@ class TableLevels:
         """Round a scale (out,) to the nearest that can be stored."""
         return self.scales.nearest(scale)
 
-    def group(self, index: int) -> TableLevels:
+    def group(self, index: int) -> TableLayout:
         """One group, sharing memory."""
         one = slice(index, index + 1)
         select = None if self.select is None else self.select[one]
-        return TableLevels(self.scale[one], self.inverse[one], select, self.scales, self.book)
+        return TableLayout(self.scale[one], self.inverse[one], select, self.scales, self.book)
 
 
 def quantize(
@@ -298,13 +297,13 @@ def quantize(
     range: Range,
     damp: float,
     refinements: int,
-    block: int = 32,
+    block: int,
 ) -> Result:
     """Round weight (out, in) to tables: to nearest without hessian (in, in), else with GPTQ's feedback of errors.
 
     With a Hessian, columns go in the order of descending diag H, scales and tables are fitted on the original weights with
-    squared errors weighted by squared pivots, and `refinements` passes improve scales and codes (see `_solver`). `block` changes
-    the speed and not the codes. The notes are those of GPTQ. Raises CalibrationError where the Hessian is not finite.
+    squared errors weighted by squared pivots, and `refinements` passes improve scales and codes (see `error_feedback`). `block`
+    changes the speed and not the codes. The notes are those of GPTQ. Raises CalibrationError where the Hessian is not finite.
     """
     double = weight.dtype == torch.float64 or (hessian is not None and hessian.dtype == torch.float64)
     weight = weight.to(torch.float64 if double else torch.float32)
@@ -315,9 +314,9 @@ def quantize(
     with full_precision():
         factor = factorise(hessian.to(weight.dtype), damp, descending=True)
         grid = fit(weight, book, scale_type, group_size, search, importance(factor))
-        levels = TableLevels.of(grid, book)
-        delta, codes = swept(weight.T.contiguous(), factor, levels, group_size, block=block)
+        layout = TableLayout.of(grid, book)
+        delta, codes = swept(weight.T.contiguous(), factor, layout, group_size, block=block)
         if refinements and not factor.plain:
-            refine(weight.T, factor.hessian, levels, delta, codes, refinements, block)
-    refined = TableGrid(levels.scale.T.contiguous(), grid.select, grid.scales)
+            refine(weight.T, factor.hessian, layout, delta, codes, refinements, block)
+    refined = TableGrid(layout.scale.T.contiguous(), grid.select, grid.scales)
     return Result(CompressedWeight(refined.part(codes.T.contiguous(), datatype, group_size)), factor.notes)

@@ -47,7 +47,7 @@ def size_of(values: Tensor) -> Tensor:
     return values.float().square().mean().sqrt().clamp_min(LEAST)
 
 
-class Moving(Protocol):
+class Trainable(Protocol):
     """A compressed weight with leaves that an optimizer moves."""
 
     leaves: dict[str, Tensor]  # float32
@@ -61,7 +61,7 @@ class Moving(Protocol):
         """Return the weight as it is stored."""
         ...
 
-    def course(self, share: float) -> None:
+    def before_step(self, share: float) -> None:
         """Called between a gradient and the step that takes it, with the share of the training that is done."""
         ...
 
@@ -80,7 +80,7 @@ class StateOfLeaves:
     leaves: dict[str, Tensor]
     relative = True
 
-    def course(self, share: float) -> None:
+    def before_step(self, share: float) -> None:
         """Nothing changes but the leaves."""
 
     def state(self) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ class Bound:
         return 1.0 if high == 1.0 and inside(1.0) else low
 
 
-class Beside(StateOfLeaves):
+class LowRankAdapter(StateOfLeaves):
     """A weight to which a low-rank part is added, and which moves alone."""
 
     relative = False
@@ -201,7 +201,7 @@ class Beside(StateOfLeaves):
         with torch.no_grad():
             return self.bound.share(self.start, self.factor * (self.leaves["up"] @ self.leaves["down"]))
 
-    def course(self, share: float) -> None:
+    def before_step(self, share: float) -> None:
         """Bring the leaves back within the bound."""
         with torch.no_grad():
             self.leaves["up"].mul_(self._share())
@@ -235,7 +235,7 @@ class Factors(StateOfLeaves):
             more, other = (self.leaves[name] * self.units[name] for name in ("left", "right"))
             return self.bound.share(self.rest + left @ right, more @ right + left @ other, more @ other)
 
-    def course(self, share: float) -> None:
+    def before_step(self, share: float) -> None:
         """Bring the leaves back within the bound."""
         t = self._share()
         with torch.no_grad():
@@ -279,7 +279,7 @@ class Fields(StateOfLeaves):
         return with_fields(self.weight, {n: v.detach().to(getattr(base, n).dtype) for n, v in self._fields().items()})
 
 
-def moving(
+def trainable(
     weight: CompressedWeight,
     variant: Variant,
     rank: int,
@@ -287,7 +287,7 @@ def moving(
     fields: bool,
     generator: torch.Generator,
     bound: Bound | None = None,
-) -> Moving | None:
+) -> Trainable | None:
     """Return what moves of a weight, None if nothing does: the variant's factors, or without them scales and offsets.
 
     The bound is for factors that are stored.
@@ -295,7 +295,7 @@ def moving(
     if variant == "lora":
         if isinstance(weight.low_rank, LowRank):
             return Factors(weight, bound)
-        return None if weight.low_rank is not None else Beside(weight, rank, alpha, generator, bound)
+        return None if weight.low_rank is not None else LowRankAdapter(weight, rank, alpha, generator, bound)
     if isinstance(weight.base, Dense):
         return None if variant == "none" else Kept(weight, variant, rank, alpha, generator)
     floats = trainable_fields(weight) if fields else {}

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress.methods.method import group_columns
 from compress.weights.uniform import middle
 
 Range = Literal["minmax", "mse"]
@@ -54,15 +55,6 @@ class Grid:
         """Return the lowest and the highest `code - zero`, and the zero: (out, groups) each, or numbers."""
         zero: Tensor | float = middle(self.bits, self.bipolar) if self.zero is None else self.zero.to(dtype)
         return -zero, ((1 << self.bits) - 1) - zero, zero
-
-
-def indivisible(columns: int, group_size: int) -> str | None:
-    """Say what is wrong with a group size that does not divide the columns, and name the nearest ones that do."""
-    if group_size == -1 or (group_size > 0 and columns % group_size == 0):
-        return None
-    sizes = [size for size in range(1, columns + 1) if columns % size == 0]
-    near = sorted(sorted(sizes, key=lambda size: abs(size - group_size))[:3])
-    return f"in={columns} is not a multiple of group_size={group_size}; use {', '.join(map(str, near))}, or -1 for the whole row"
 
 
 def fit(
@@ -120,7 +112,7 @@ def stored(scale: Tensor) -> Tensor:
 
 def _grouped(weight: Tensor, group_size: int) -> Tensor:
     """View weight (out, in) as (out, groups, group size)."""
-    return weight.reshape(weight.shape[0], -1, weight.shape[1] if group_size == -1 else group_size)
+    return weight.reshape(weight.shape[0], -1, group_columns(group_size, weight.shape[1]))
 
 
 def _cover(grouped: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compress.methods.block import Block, Changed, Scalable
+from compress.methods.block import Block, Scalable, TransformResult
 
 # A norm that is rounded may miss its scale by so much and no more; a channel where it does keeps its norm.
 _MISS = 0.1
@@ -78,9 +78,9 @@ class Moved:
         for name in place.copied:
             self._keep(name, self._other(name) * spread)
 
-    def changed(self, notes: Mapping[str, object]) -> Changed:
+    def changed(self, notes: Mapping[str, object]) -> TransformResult:
         """What the block becomes."""
-        return Changed(self.weights, self.others, dict(notes))
+        return TransformResult(self.weights, self.others, dict(notes))
 
 
 def expand(place: Scalable, channels: Tensor) -> Tensor:

@@ -34,7 +34,6 @@ Failures    inputs of equal size leave nothing to gain; norms in few bits take s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -43,11 +42,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian, Magnitude, Statistics, Stats
-from compress.methods.block import Block, Changed, Scalable
-from compress.methods.method import Bits, GroupSize, Method
+from compress.calibration.statistics import Hessian, Magnitude, Statistics, statistic
+from compress.methods.block import Block, Scalable, TransformResult
+from compress.methods.method import Bits, GroupSize, Method, group_columns, indivisible
 from compress.methods.solvers.error_feedback import full_precision
-from compress.methods.solvers.uniform_grid import Range, encode, fit, indivisible
+from compress.methods.solvers.uniform_grid import Range, encode, fit
 from compress.methods.transform._scaling import Moved, expand, gather
 
 _FLOOR = 1e-4  # of the largest mean magnitude: channels that are silent have no scale of their own
@@ -100,7 +99,7 @@ def losses(weight: Tensor, hessian: Tensor, scales: Tensor, rounding: Rounding) 
 def clip(weight: Tensor, hessian: Tensor, rounding: Rounding, points: int) -> Tensor:
     """Clamp every row and group of weight (out, in) where its part of the output is best kept; H is (in, in)."""
     rows, columns = weight.shape
-    size = columns if rounding.group_size == -1 else rounding.group_size
+    size = group_columns(rounding.group_size, columns)
     inner = hessian.view(columns // size, size, columns // size, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     grouped = weight.view(rows, -1, size)
     top = grouped.abs().amax(2)  # (out, groups)
@@ -119,7 +118,7 @@ def clip(weight: Tensor, hessian: Tensor, rounding: Rounding, points: int) -> Te
 class AWQ(Method):
     """Options of AWQ."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = (Magnitude, Hessian)
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Magnitude, Hessian)
     scope: ClassVar[Literal["site", "block"]] = "block"
 
     scale: Annotated[bool, Field(description="move scales between tensors")] = True
@@ -163,7 +162,7 @@ class AWQ(Method):
         found = self.grid(rounding)
         return found if isinstance(found, str) else indivisible(shape[1], found.group_size)
 
-    def __call__(self, block: Block) -> Changed:
+    def __call__(self, block: Block) -> TransformResult:
         """Move scales and clamp weights in a block."""
         with torch.no_grad(), full_precision():
             return _Search(self, block).run()
@@ -183,7 +182,7 @@ class _Search:
             self.grids[site] = grid
             self.notes[site] = {"scales": "what produces its input can take none"} if options.scale else {}
 
-    def run(self) -> Changed:
+    def run(self) -> TransformResult:
         """Do all steps."""
         if self.options.scale:
             self.scale()
@@ -211,7 +210,7 @@ class _Search:
                 continue
             number = by_site[mine[0]]  # all that read one tensor are at one place
             scales = torch.stack([expand(places[number], s) for s in wanted[number]])
-            hessian = _hessian(stats)
+            hessian = statistic(stats, Hessian)
             for rounding, weight in self.joined(mine):
                 found[number] += losses(weight, hessian.matrix(), scales, rounding) * hessian.tokens
         for place, scales, loss in zip(places, wanted, found, strict=True):
@@ -228,7 +227,7 @@ class _Search:
         result = []
         for place in places:
             # Tokens that reach several readers, as those of a norm before experts, count at each of them.
-            taps = list({id(m): m for site in place.sites if isinstance(m := stats[site][Magnitude], Magnitude)}.values())
+            taps = list({id(m): m for m in (statistic(stats[site], Magnitude) for site in place.sites)}.values())
             total = sum((m.total for m in taps[1:]), taps[0].total) / max(sum(m.tokens for m in taps), 1)
             channels = gather(place, total, self.moved.number(place))
             wanted = candidates(channels, self.moved.read(place).to(total.device), self.options.points).float()
@@ -253,7 +252,7 @@ class _Search:
         for sites, stats in self.block.observe_in_turn((Hessian,)):
             if wanted.isdisjoint(sites):
                 continue
-            hessian = _hessian(stats).matrix()
+            hessian = statistic(stats, Hessian).matrix()
             for site in wanted.intersection(sites):
                 spread = self.moved.columns.get(site)
                 scaled = hessian if spread is None else hessian / spread / spread.unsqueeze(1)
@@ -261,13 +260,6 @@ class _Search:
                 after = clip(before, scaled, self.grids[site], self.options.clip_points)
                 self.moved.weights[site] = after
                 self.notes[site]["clipped"] = round(float((after != before).float().mean()), 5)
-
-
-def _hessian(stats: Stats) -> Hessian:
-    found: Mapping[type[Statistics], Statistics] = stats
-    statistic = found[Hessian]
-    assert isinstance(statistic, Hessian)
-    return statistic
 
 
 METHOD = AWQ

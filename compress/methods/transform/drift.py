@@ -29,7 +29,7 @@ from torch import Tensor
 
 from compress.calibration.statistics import Drift, Statistics
 from compress.errors import CalibrationError
-from compress.methods.block import Block, Changed
+from compress.methods.block import Block, TransformResult
 from compress.methods.method import Method
 from compress.methods.solvers.error_feedback import full_precision
 
@@ -46,14 +46,14 @@ def correction(second: Tensor, cross: Tensor, damp: float) -> Tensor | None:
 class DriftCorrection(Method):
     """Options of drift correction."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = (Drift,)
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (Drift,)
     scope: ClassVar[Literal["site", "block"]] = "block"
     compares: ClassVar[bool] = True
 
     share: Annotated[float, Field(gt=0, le=1, description="of the drift that weights make up for")] = 0.75
     damp: Annotated[float, Field(gt=0, le=100, description="added to the diagonal of the Hessian, over its mean")] = 0.01
 
-    def __call__(self, block: Block) -> Changed:
+    def __call__(self, block: Block) -> TransformResult:
         """Correct the weights of a block."""
         weights: dict[str, Tensor] = {}
         notes: dict[str, Any] = {}
@@ -78,7 +78,7 @@ class DriftCorrection(Method):
                     step = before.double() @ change
                     weights[site] = (before + step).float()
                     notes[site] = {"moved": _moved(before.double(), step, drift.second)}
-        return Changed(weights, notes=notes)
+        return TransformResult(weights, notes=notes)
 
 
 def _moved(weight: Tensor, step: Tensor, second: Tensor) -> float:

@@ -41,7 +41,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from compress.calibration.statistics import MeanSquare, Statistics
-from compress.methods.block import Block, Changed, Permutable
+from compress.methods.block import Block, Permutable, TransformResult
 from compress.methods.method import Method
 from compress.methods.pruning import NofM, kept_of
 from compress.methods.solvers.mask_scores import contribution, mean_square, relative_importance
@@ -146,7 +146,7 @@ def moved(values: Tensor, places: Tensor, order: Tensor) -> Tensor:
 class Permute(Method):
     """Options of the order of channels."""
 
-    needs: ClassVar[tuple[type[Statistics], ...]] = (MeanSquare,)
+    may_need: ClassVar[tuple[type[Statistics], ...]] = (MeanSquare,)
     scope: ClassVar[Literal["site", "block"]] = "block"
 
     pattern: Annotated[NofM, Field(description="N:M that it is for; null: of the method that prunes")] = None
@@ -167,7 +167,7 @@ class Permute(Method):
         found = self.pattern_of(rounding)
         return found if isinstance(found, str) else None
 
-    def __call__(self, block: Block) -> Changed:
+    def __call__(self, block: Block) -> TransformResult:
         """Put the channels of a block in another order."""
         places = {place.reader: place for place in block.permutables}
         notes: dict[str, Any] = {site: {"order": "as it was: its input is read by all of the block"} for site in block.sites}
@@ -192,7 +192,7 @@ class Permute(Method):
                 for name, where in place.biases.items():
                     bias = others.get(name, before[name])
                     others[name] = moved(bias.flatten(), where.to(bias.device), order.to(bias.device)).view_as(bias)
-        return Changed(weights, others, notes)
+        return TransformResult(weights, others, notes)
 
     def order(self, block: Block, place: Permutable, square: Tensor) -> tuple[Tensor | None, Mapping[str, Any]]:
         """Return the order (sets, size) for a place, None where it stays as it is, and what the report should know."""

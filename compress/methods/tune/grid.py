@@ -22,8 +22,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.methods.block import Block, Tuned
-from compress.methods.method import Method
+from compress.methods.block import Block, TuningResult
+from compress.methods.method import Method, StepBatches
 from compress.methods.solvers.block_loss import Adam, drawn, gradients, loss
 from compress.methods.solvers.trainable_fields import trainable_fields, unit_of, with_fields
 from compress.weights.weight import CompressedWeight
@@ -80,12 +80,12 @@ def grid(
     block: Block,
     weights: Mapping[str, CompressedWeight],
     *,
-    epochs: int = 4,
-    batches: int = 1,
-    rate: float = 1e-2,
-    norms: bool = True,
-    biases: bool = True,
-) -> Tuned:
+    epochs: int,
+    batches: int,
+    rate: float,
+    norms: bool,
+    biases: bool,
+) -> TuningResult:
     """Train the scales and offsets of the weights of a block, and its norms and biases; codes stay."""
     moving = {site: tuned for site, weight in weights.items() if (tuned := Weight(weight)).masters}
     fixed = {site: weight.dequantize() for site, weight in weights.items() if site not in moving}
@@ -102,7 +102,7 @@ def grid(
 
     notes: dict[str, Any] = {"fixed": sorted(fixed)} if fixed else {}
     if not (moving or vectors) or not block.everyones:
-        return Tuned(notes=notes)
+        return TuningResult(notes=notes)
     best = now()
     notes |= {"loss_before": best[2], "loss": best[2], "best_epoch": 0}
     source, per_epoch = drawn(block, batches), -(-block.everyones // batches)
@@ -120,7 +120,7 @@ def grid(
             best = found
             notes |= {"loss": best[2], "best_epoch": epoch}
         block.say((step + 1) / (epochs * per_epoch))
-    return Tuned(best[0], best[1], notes) if notes["best_epoch"] else Tuned(notes=notes)
+    return TuningResult(best[0], best[1], notes) if notes["best_epoch"] else TuningResult(notes=notes)
 
 
 class GridTuning(Method):
@@ -130,12 +130,12 @@ class GridTuning(Method):
     compares: ClassVar[bool] = True
 
     epochs: Annotated[int, Field(ge=1, le=1000, description="rounds over the calibration, per block")] = 4
-    batches: Annotated[int, Field(ge=1, description="calibration batches (of batch_tokens tokens) that a step looks at")] = 1
+    batches: StepBatches = 1
     rate: Annotated[float, Field(gt=0, le=1, description="first step of Adam, relative to each scale")] = 1e-2
     norms: Annotated[bool, Field(description="train the block's norms too")] = True
     biases: Annotated[bool, Field(description="train the block's biases too")] = True
 
-    def __call__(self, block: Block, weights: Mapping[str, CompressedWeight]) -> Tuned:
+    def __call__(self, block: Block, weights: Mapping[str, CompressedWeight]) -> TuningResult:
         """Train what is not a code of the weights of a block."""
         return grid(block, weights, **self.model_dump())
 

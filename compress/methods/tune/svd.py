@@ -23,8 +23,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from compress.calibration.statistics import Hessian
-from compress.methods.block import Block, Tuned
+from compress.calibration.statistics import Hessian, statistic
+from compress.methods.block import Block, TuningResult
 from compress.methods.method import Method
 from compress.methods.solvers.low_rank import factors, fitted
 from compress.weights.low_rank import LowRank, low_rank_bits
@@ -54,14 +54,12 @@ class Svd(Method):
         """Bits that a weight of this shape (out, in) gets on top."""
         return low_rank_bits(shape, self.rank)
 
-    def __call__(self, block: Block, weights: Mapping[str, CompressedWeight]) -> Tuned:
+    def __call__(self, block: Block, weights: Mapping[str, CompressedWeight]) -> TuningResult:
         """Add a low-rank part to the weights of a block."""
         found: dict[str, CompressedWeight] = {}
         notes: dict[str, Any] = {}
         for names, stats in block.observe_in_turn((Hessian,)):
-            hessian = stats[Hessian]
-            assert isinstance(hessian, Hessian)
-            matrix = hessian.matrix()
+            matrix = statistic(stats, Hessian).matrix()
             for site in names:
                 weight = weights[site]
                 if weight.low_rank is not None or weight.transformed or not bool(matrix.any()):
@@ -69,7 +67,7 @@ class Svd(Method):
                     continue
                 found[site] = replace(weight, low_rank=part(block.weight(site), weight.dequantize(), matrix, self.rank))
             block.say(len(found) / max(len(weights), 1))
-        return Tuned(found, {}, notes)
+        return TuningResult(found, {}, notes)
 
 
 METHOD = Svd

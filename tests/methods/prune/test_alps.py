@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from layers import hessian_of, inputs, observed, relative, slowly_selected, weights
+from options import function_of
 from torch import Tensor
 
-from compress.methods.prune.alps import METHOD, alps
+from compress.methods.prune.alps import METHOD
 from compress.methods.prune.sparsegpt import METHOD as SPARSEGPT
 from compress.methods.solvers.mask_selection import Target
+
+alps = function_of("prune/alps")
 
 
 def projected(values: Tensor, target: Target) -> Tensor:

@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from layers import hessian_of, inputs, observed, relative, weights
+from options import function_of
 from torch import Tensor
 
 from compress.methods.prune import sparsegpt as module
-from compress.methods.prune.sparsegpt import METHOD, sparsegpt
+from compress.methods.prune.sparsegpt import METHOD
 from compress.methods.solvers.mask_selection import Target
 from compress.methods.solvers.uniform_grid import fit
+
+sparsegpt = function_of("prune/sparsegpt")
+rtn = function_of("quant/rtn")
 
 
 def lowest(scores: list[tuple[float, int, int]], count: int) -> list[tuple[int, int]]:
@@ -173,7 +177,6 @@ def test_error_is_between_those_of_wanda_and_of_an_update(target: dict[str, Any]
 
 @pytest.mark.parametrize("target", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=str)
 def test_one_pass_is_better_than_pruning_and_then_rounding(target: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.methods.quant.rtn import rtn
 
     for seed in range(3):
         weight, rows = weights(48, 96, seed), inputs(800, 96, seed)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from layers import inputs, observed, weights
+from options import bits_known
 from roundtrip import assert_round_trip
 from runs import steps
 from torch import Tensor
@@ -56,7 +57,7 @@ def test_bits_are_those_that_were_announced_and_no_value_of_the_base_is_stored(s
     tensors, spec = packing.pack(result.weight)
     rank = int(0.6 * shape[0] * shape[1] / sum(shape))
     bits = 32 * -(-shape[0] // 32) + 16 * rank * sum(shape)
-    assert result.weight.stored_bits == METHOD(sparsity=0.4).stored_bits(shape) == bits
+    assert result.weight.stored_bits == bits_known(METHOD(sparsity=0.4), shape) == bits
     assert sum(t.numel() * t.element_size() for t in tensors.values()) * 8 == bits
     assert torch.equal(packing.unpack(spec, tensors).dequantize(), result.weight.dequantize())
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from options import bits_known, function_of
 from problems import damped, loss, problem
 from pydantic import ValidationError
 from roundtrip import assert_round_trip
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from compress.calibration.statistics import Hessian
 from compress.errors import CalibrationError
-from compress.methods.quant.bipolar import METHOD, bipolar
+from compress.methods.quant.bipolar import METHOD
 from compress.methods.solvers.uniform_grid import Range, encode, fit
 from compress.weights.uniform import Uniform
+
+bipolar = function_of("quant/bipolar")
 
 law = settings(max_examples=40, deadline=None, derandomize=True)
 BITS = range(1, 9)
@@ -243,7 +246,7 @@ def test_options() -> None:
     for wrong in refused:
         with pytest.raises(ValidationError):
             METHOD(**wrong)
-    assert METHOD.needs == (Hessian,)
+    assert METHOD.may_need == (Hessian,)
     assert METHOD(group_size=48).check((8, 96)) is None
     assert "group_size=40" in (METHOD(group_size=40).check((8, 96)) or "")
 
@@ -260,7 +263,7 @@ def test_the_method_is_the_function_on_the_mean_hessian() -> None:
 @pytest.mark.parametrize("options", [{}, {"group_size": -1}, {"bits": 3, "group_size": 16}])
 def test_stored_bits_are_known_beforehand(options: dict[str, Any]) -> None:
     weight, hessian = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)), torch.eye(512)
-    assert METHOD(**options).stored_bits((4, 512)) == bipolar(weight, hessian, **options).weight.stored_bits
+    assert bits_known(METHOD(**options), (4, 512)) == bipolar(weight, hessian, **options).weight.stored_bits
 
 
 def test_from_recipe_to_logits(tiny: Callable[..., Path], ids: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tables
 import torch
+from options import bits_known, function_of
 from problems import loss
 from pydantic import ValidationError
 from runs import compress as run
@@ -21,8 +22,10 @@ from compress.calibration.statistics import Hessian
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import CalibrationError
-from compress.methods.quant.bitmod import METHOD, Datatype, bitmod
+from compress.methods.quant.bitmod import METHOD, Datatype
 from compress.weights.table import DATATYPES, Table
+
+bitmod = function_of("quant/bitmod")
 
 Tiny = Callable[..., Path]
 TYPES: tuple[Datatype, ...] = ("fp3", "fp4")
@@ -184,7 +187,7 @@ def test_options() -> None:
 
 
 def test_data_is_needed_where_errors_are_fed_back() -> None:
-    assert METHOD.needs == METHOD().needs == (Hessian,)
+    assert METHOD.may_need == METHOD().needs == (Hessian,)
     assert METHOD(compensate=False).needs == ()
     weight, _ = tables.problem()
     made = METHOD(compensate=False, group_size=16)(weight.float(), {}).weight.base
@@ -199,8 +202,8 @@ def test_stored_bits(datatype: Datatype, bits: int) -> None:
         words = -(-rows * columns * bits // 32) + -(-groups * 2 // 32)
         expected = 32 * words + 8 * groups + 16 * rows
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-        assert method.stored_bits((rows, columns)) == expected == method(weight, {}).weight.stored_bits
-    assert METHOD(datatype="fp3").stored_bits((4096, 4096)) / 4096**2 == 3 + 10 / 128 + 16 / 4096
+        assert bits_known(method, (rows, columns)) == expected == method(weight, {}).weight.stored_bits
+    assert bits_known(METHOD(datatype="fp3"), (4096, 4096)) / 4096**2 == 3 + 10 / 128 + 16 / 4096
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -7,15 +7,18 @@ import math
 
 import pytest
 import torch
+from options import bits_known, function_of
 from problems import problem
 from torch import Tensor
 
-from compress.methods.quant.decoupleq import METHOD, Kept, decoded, decoupleq, descended, floats, normal, plane
-from compress.methods.quant.gptq import gptq
+from compress.methods.quant.decoupleq import METHOD, Kept, decoded, descended, floats, normal, plane
 from compress.methods.solvers.compensated import compensated
 from compress.methods.solvers.error_feedback import factorise
 from compress.methods.solvers.uniform_grid import stored
 from compress.weights.uniform import Uniform, middle
+
+decoupleq = function_of("quant/decoupleq")
+gptq = function_of("quant/gptq")
 
 BITS, GROUP = 2, 8
 
@@ -214,7 +217,7 @@ def test_stored_as_announced(symmetric: bool, bits: int) -> None:
     result = decoupleq(weight, hessian, **made.model_dump())
     assert isinstance(result.weight.base, Uniform)
     assert (result.weight.base.offset is None) == symmetric
-    assert made.stored_bits((5, 24)) == result.weight.stored_bits
+    assert bits_known(made, (5, 24)) == result.weight.stored_bits
 
 
 def test_start_is_gptqs_solution() -> None:

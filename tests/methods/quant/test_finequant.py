@@ -14,14 +14,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from options import bits_known, function_of
 from pydantic import ValidationError
 from roundtrip import assert_round_trip
 from runs import steps
 from torch import Tensor
 
-from compress.methods.quant.finequant import METHOD, finequant, granularity, sizes
+from compress.methods.quant.finequant import METHOD, granularity, sizes
 from compress.methods.solvers.uniform_grid import encode, fit
 from compress.weights.uniform import Uniform
+
+finequant = function_of("quant/finequant")
 
 law = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -218,12 +221,12 @@ def test_options() -> None:
 
 def test_stored_bits_are_known_where_there_is_one_size() -> None:
     weight = random(12, 256, tail=1.0)
-    assert METHOD().stored_bits((12, 256)) is None
-    assert METHOD(g_max=128).stored_bits((12, 256)) is None
+    assert bits_known(METHOD(), (12, 256)) is None
+    assert bits_known(METHOD(g_max=128), (12, 256)) is None
     for options in ({"g_min": 129}, {"g_max": 32}, {"g_min": 256}, {"g_min": 1000}):
         method = METHOD(**options)
-        assert method.stored_bits((12, 256)) == method(weight, {}).weight.stored_bits
-    assert METHOD().stored_bits((4, 33)) == METHOD()(random(4, 33), {}).weight.stored_bits
+        assert bits_known(method, (12, 256)) == method(weight, {}).weight.stored_bits
+    assert bits_known(METHOD(), (4, 33)) == METHOD()(random(4, 33), {}).weight.stored_bits
     assert json.loads(json.dumps(METHOD()(weight, {}).notes)) == METHOD()(weight, {}).notes
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tables
 import torch
+from options import bits_known, function_of
 from problems import problem
 from pydantic import ValidationError
 from runs import compress as run
@@ -21,8 +22,10 @@ from transformers import AutoModelForCausalLM
 from compress.calibration.statistics import Hessian
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
-from compress.methods.quant.floating import METHOD, Datatype, floating
+from compress.methods.quant.floating import METHOD, Datatype
 from compress.weights.table import DATATYPES, Table
+
+floating = function_of("quant/floating")
 
 Tiny = Callable[..., Path]
 # datatype: table, group size of its own, type of the scales, bits per weight of (4096, 4096)
@@ -181,16 +184,16 @@ def test_options() -> None:
     assert METHOD(datatype="mxfp4", group_size=32) == METHOD(datatype="mxfp4", group_size=32)
     assert "group_size=40" in (METHOD(group_size=40).check((8, 96)) or "")
     assert METHOD(datatype="nvfp4").check((8, 40)) == "in=40 is not a multiple of 16, the group of nvfp4; use another datatype"
-    assert METHOD.needs == (Hessian,)
+    assert METHOD.may_need == (Hessian,)
     assert METHOD(compensate=False).needs == ()
 
 
 @every_kind
 def test_stored_bits(datatype: Datatype) -> None:
     method = METHOD(datatype=datatype, compensate=False)
-    assert method.stored_bits((4096, 4096)) / 4096**2 == KINDS[datatype][3]
+    assert bits_known(method, (4096, 4096)) / 4096**2 == KINDS[datatype][3]
     for shape in ((3, 128), (40, 384)):
-        assert method.stored_bits(shape) == method(normal(*shape), {}).weight.stored_bits
+        assert bits_known(method, shape) == method(normal(*shape), {}).weight.stored_bits
     base = method(normal(4, 128), {}).weight.base
     assert base.group_size == KINDS[datatype][1]
 

@@ -7,15 +7,18 @@ import itertools
 import pytest
 import torch
 from blocks import dequantized, linear_block, mixing_block
+from options import bits_known, function_of
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian
-from compress.methods.quant.gaussnewton import METHOD, Linear, corrected, gaussnewton
-from compress.methods.quant.gptq import gptq
+from compress.methods.quant.gaussnewton import METHOD, Linear, corrected
 from compress.methods.solvers.block_loss import gradients, loss, moved, probe
 from compress.methods.solvers.compensated import compensated
 from compress.methods.solvers.uniform_grid import stored
 from compress.weights.uniform import Uniform, middle
+
+gaussnewton = function_of("quant/gaussnewton")
+gptq = function_of("quant/gptq")
 
 GROUP = 8
 
@@ -205,4 +208,4 @@ def test_stored_as_announced(symmetric: bool) -> None:
     made = METHOD(bits=3, group_size=16, symmetric=symmetric, steps=1)
     for site, result in made(mixing_block()).items():
         assert isinstance(result.weight.base, Uniform)
-        assert made.stored_bits(mixing_block().sites[site]) == result.weight.stored_bits
+        assert bits_known(made, mixing_block().sites[site]) == result.weight.stored_bits

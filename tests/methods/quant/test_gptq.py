@@ -15,17 +15,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from options import bits_known, function_of
 from problems import damped, loss, problem
 from pydantic import ValidationError
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian
 from compress.errors import CalibrationError
-from compress.methods.quant.gptq import METHOD, Order, gptq
-from compress.methods.quant.rtn import rtn
-from compress.methods.solvers.error_feedback import Levels, Sweep, factorise
+from compress.methods.quant.gptq import METHOD, Order
+from compress.methods.solvers.error_feedback import ColumnRounding, GridLayout, factorise
 from compress.methods.solvers.uniform_grid import Grid, fit
 from compress.weights.uniform import Uniform, middle
+
+gptq = function_of("quant/gptq")
+rtn = function_of("quant/rtn")
 
 ORDERS: tuple[Order, ...] = ("static", "none", "desc_act")
 law = settings(max_examples=40, deadline=None, derandomize=True)
@@ -154,8 +157,8 @@ def test_errors_of_the_sweep_add_up_to_the_damped_loss(descending: bool, bits: i
     factor = factorise(hessian, damp, descending=descending)
     target = weight.T[factor.order]
     delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
-    levels = Levels.of(fit(weight, bits, 8, symmetric=True, search=True), torch.float64)
-    Sweep(target, delta, codes, factor.feedback, levels, factor.order // 8, 5).run(0, 32)
+    levels = GridLayout.of(fit(weight, bits, 8, symmetric=True, search=True), torch.float64)
+    ColumnRounding(target, delta, codes, factor.feedback, levels, factor.order // 8, 5).run(0, 32)
     rounded = weight.T[factor.order] - delta
     swept = (factor.pivots.square().unsqueeze(1) * (target - rounded).square()).sum()
     whole = loss(weight.T[factor.order].T, rounded.T, damped(hessian, damp)[factor.order][:, factor.order])
@@ -374,7 +377,7 @@ def test_options_and_notes() -> None:
     for wrong in refused:
         with pytest.raises(ValidationError):
             METHOD(**wrong)
-    assert METHOD.needs == (Hessian,)
+    assert METHOD.may_need == (Hessian,)
     assert METHOD(group_size=48).check((8, 96)) is None
     assert "group_size=40" in (METHOD(group_size=40).check((8, 96)) or "")
 
@@ -393,7 +396,7 @@ def test_the_method_is_the_function_on_the_mean_hessian() -> None:
 def test_stored_bits_are_known_beforehand(options: dict[str, Any]) -> None:
     weight, hessian = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)), torch.eye(512)
     result = gptq(weight, hessian, **{"group_size": 128} | options)
-    assert METHOD(**options).stored_bits((4, 512)) == result.weight.stored_bits
+    assert bits_known(METHOD(**options), (4, 512)) == result.weight.stored_bits
 
 
 @pytest.mark.parametrize(("columns", "size", "dtype"), [(512, 2, torch.uint8), (514, 2, torch.int16), (32770, 2, torch.int16)])
@@ -401,7 +404,7 @@ def test_group_numbers_take_the_smallest_type(columns: int, size: int, dtype: to
     # The last one would need a Hessian of 8 GiB: its type is read off the bits that are announced.
     if columns > 1024:
         grouped, contiguous = METHOD(group_size=size, order="desc_act"), METHOD(group_size=size)
-        assert grouped.stored_bits((1, columns)) == contiguous.stored_bits((1, columns)) + 8 * dtype.itemsize * columns
+        assert bits_known(grouped, (1, columns)) == bits_known(contiguous, (1, columns)) + 8 * dtype.itemsize * columns
         return
     base = gptq(torch.ones(1, columns), torch.eye(columns), group_size=size, order="desc_act", refinements=0).weight.base
     assert base.group is not None
@@ -424,7 +427,7 @@ def test_part_is_what_the_formats_expect() -> None:
 
 def test_grids_survive_the_working_layout() -> None:
     grid = Grid(torch.randn(3, 2).to(torch.bfloat16), torch.randint(0, 8, (3, 2), dtype=torch.uint8), 3)
-    back = Levels.of(grid, torch.float32).grid(3)
+    back = GridLayout.of(grid, torch.float32).grid(3)
     assert torch.equal(back.scale, grid.scale)
     assert back.zero is not None
     assert grid.zero is not None

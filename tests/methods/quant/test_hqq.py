@@ -11,13 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from options import bits_known, function_of
 from pydantic import ValidationError
 from roundtrip import assert_round_trip
 from runs import steps
 from torch import Tensor
 
-from compress.methods.quant.hqq import METHOD, hqq
+from compress.methods.quant.hqq import METHOD
 from compress.weights.uniform import Uniform
+
+hqq = function_of("quant/hqq")
 
 law = settings(max_examples=60, deadline=None, derandomize=True)
 BITS = range(1, 9)
@@ -353,7 +356,7 @@ def test_options() -> None:
     for wrong in refused:
         with pytest.raises(ValidationError):
             METHOD(**wrong)
-    assert METHOD.needs == ()
+    assert METHOD.may_need == ()
     assert METHOD(group_size=48).check((8, 96)) is None
     assert "group_size=40" in (METHOD(group_size=40).check((8, 96)) or "")
 
@@ -363,7 +366,7 @@ def test_stored_bits_are_known_beforehand(options: dict[str, Any]) -> None:
     method, weight = METHOD(**options), random(12, 256)
     size = options.get("group_size", 64)
     bits = 12 * (256 * method.bits + 32 * (1 if size == -1 else 256 // size))
-    assert method.stored_bits((12, 256)) == method(weight, {}).weight.stored_bits == bits
+    assert bits_known(method, (12, 256)) == method(weight, {}).weight.stored_bits == bits
 
 
 def test_from_recipe_to_logits(tiny: Callable[..., Path], tmp_path: Path) -> None:

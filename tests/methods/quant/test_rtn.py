@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from options import bits_known, function_of
 from pydantic import ValidationError
 
-from compress.methods.quant.rtn import METHOD, rtn
+from compress.methods.quant.rtn import METHOD
 from compress.methods.solvers.uniform_grid import Range, encode, fit
+
+rtn = function_of("quant/rtn")
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -65,4 +68,4 @@ def test_options() -> None:
 def test_stored_bits_are_known_beforehand(options: dict[str, Any]) -> None:
     method = METHOD(**options)
     weight = torch.randn(12, 256, generator=torch.Generator().manual_seed(0))
-    assert method.stored_bits((12, 256)) == method(weight, {}).weight.stored_bits
+    assert bits_known(method, (12, 256)) == method(weight, {}).weight.stored_bits

@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 from blocks import SmallBlock, dequantized, linear_block, mixing_block
+from options import bits_known, function_of
 from torch import Tensor
 
-from compress.methods.quant.gptq import gptq
-from compress.methods.quant.signround import METHOD, Rounding, signround
+from compress.methods.quant.signround import METHOD, Rounding
 from compress.methods.solvers.block_loss import Adam, drawn, gradients, loss
 from compress.methods.solvers.compensated import compensated
 from compress.methods.solvers.uniform_grid import encode, fit
 from compress.weights.uniform import Uniform, middle
+
+gptq = function_of("quant/gptq")
+signround = function_of("quant/signround")
 
 GROUP = 16
 CASES = list(itertools.product([1, 2, 3, 4], [True, False]))
@@ -255,4 +258,4 @@ def test_stored_as_announced(symmetric: bool) -> None:
     made = METHOD(bits=3, group_size=GROUP, symmetric=symmetric, steps=2)
     for site, result in made(mixing_block()).items():
         assert isinstance(result.weight.base, Uniform)
-        assert made.stored_bits(mixing_block().sites[site]) == result.weight.stored_bits
+        assert bits_known(made, mixing_block().sites[site]) == result.weight.stored_bits

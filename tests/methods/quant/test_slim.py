@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from options import bits_known, function_of
 from problems import damped, loss, problem
 from pydantic import ValidationError
 from slim_reference import check, part, widths
@@ -20,9 +21,11 @@ from torch import Tensor
 from compress.calibration.statistics import Hessian
 from compress.checkpoint import packing
 from compress.errors import CalibrationError
-from compress.methods.quant.gptq import gptq
-from compress.methods.quant.slim import METHOD, decoded, salient_range, slim
+from compress.methods.quant.slim import METHOD, decoded, salient_range
 from compress.methods.solvers.uniform_grid import fit
+
+gptq = function_of("quant/gptq")
+slim = function_of("quant/slim")
 
 law = settings(max_examples=20, deadline=None, derandomize=True)
 
@@ -263,7 +266,7 @@ def test_options_and_notes() -> None:
         with pytest.raises(ValidationError):
             METHOD(**wrong)
     assert METHOD(salience_weight=2.0, range="salience").salience_weight == 2.0
-    assert METHOD.needs == (Hessian,)
+    assert METHOD.may_need == (Hessian,)
     assert METHOD(group_size=48).check((8, 96)) is None
     assert "group_size=40" in (METHOD(group_size=40).check((8, 96)) or "")
     weight, hessian = problem()
@@ -284,7 +287,7 @@ def test_stored_bits_are_known_beforehand_or_not_announced(rows: int, size: int)
             continue
         options: dict[str, Any] = {"bits": bits, "group_size": size, "symmetric": symmetric, "refinements": 0}
         options |= {"allocation": allocation, "grouping": grouping}
-        announced = METHOD(**options).stored_bits((rows, columns))
+        announced = bits_known(METHOD(**options), (rows, columns))
         weight = slim(problem(rows, columns)[0], hessian, **options).weight
         tensors, spec = packing.pack(weight)
         assert sum(tensor.nbytes for tensor in tensors.values()) * 8 == weight.stored_bits

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from options import function_of
 from problems import damped, problem
 from slim_reference import part, widths
 from torch import Tensor
 
-from compress.methods.quant.slim import balanced, budget, cheapest, decoded, slim
+from compress.methods.quant.slim import balanced, budget, cheapest, decoded
 from compress.methods.solvers.uniform_grid import fit
+
+slim = function_of("quant/slim")
 
 law = settings(max_examples=20, deadline=None, derandomize=True)
 

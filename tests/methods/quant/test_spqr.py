@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from options import function_of
 from problems import damped, loss
 from pydantic import ValidationError
 from spqr_reference import COMMON, ORDERS, assert_equals_the_reference, leave_one_out, outlier_count, problem
@@ -21,11 +22,13 @@ from torch import Tensor
 from compress.calibration.statistics import Hessian
 from compress.checkpoint import packing
 from compress.errors import CalibrationError
-from compress.methods.quant.gptq import gptq
-from compress.methods.quant.spqr import METHOD, spqr
+from compress.methods.quant.spqr import METHOD
 from compress.methods.solvers.outliers import Order, likely_outliers
 from compress.weights.sparse import Sparse
 from compress.weights.two_level import TwoLevel, tiles
+
+gptq = function_of("quant/gptq")
+spqr = function_of("quant/spqr")
 
 law = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -200,7 +203,7 @@ def test_options() -> None:
     for wrong in refused:
         with pytest.raises(ValidationError):
             METHOD(**wrong)
-    assert METHOD.needs == (Hessian,)
+    assert METHOD.may_need == (Hessian,)
     assert not METHOD.rows_independent
     assert METHOD().check((8, 96)) is None
     assert "group_size=40" in (METHOD(group_size=40).check((8, 96)) or "")

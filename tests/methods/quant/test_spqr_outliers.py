@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from options import bits_known, function_of
 from problems import loss
 from spqr_reference import COMMON, ORDERS, assert_equals_the_reference, bfloat16, mask, outlier_count, problem
 
 from compress.checkpoint import packing
-from compress.methods.quant.spqr import METHOD, spqr
+from compress.methods.quant.spqr import METHOD
 from compress.methods.solvers.outliers import Order, Solver, likely_outliers
 from compress.weights.sparse import column_dtype
 from compress.weights.two_level import TwoLevel
+
+spqr = function_of("quant/spqr")
 
 
 def test_outliers_are_residuals_of_what_is_stored() -> None:
@@ -107,7 +110,7 @@ def test_columns_that_no_token_touched_are_rounded_plainly_and_never_outliers() 
 def test_a_number_of_bits_is_met_and_never_exceeded(shape: tuple[int, int], order: Order, more: float) -> None:
     weight, hessian = problem(*shape, tokens=400, far=100)
     weight, hessian = weight.float(), hessian.float()
-    grid = METHOD(order=order).predicted_bits(shape, 0.0)
+    grid = METHOD(order=order).base_bits(shape) / (shape[0] * shape[1])
     each = 8 * column_dtype(shape[1]).itemsize + 16
     target = grid + more
     result = spqr(weight, hessian, order=order, target_bits=target, refinements=1)
@@ -123,16 +126,16 @@ def test_a_number_of_bits_is_met_and_never_exceeded(shape: tuple[int, int], orde
 
 def test_a_number_of_bits_without_room_for_outliers_has_none() -> None:
     weight, hessian = problem(64, 64)
-    grid = METHOD().predicted_bits((64, 64), 0.0)
+    grid = METHOD().base_bits((64, 64)) / 64**2
     for more in (0.0, 0.4, 32 * 65 / 4096 + 20 / 4096):
         made = METHOD(target_bits=grid + more)
         result = spqr(weight, hessian, target_bits=grid + more)
         assert result.weight.outliers is None
         assert result.notes["threshold"] is None
-        assert made.stored_bits((64, 64)) == result.weight.stored_bits
+        assert bits_known(made, (64, 64)) == result.weight.stored_bits
     one = METHOD(target_bits=grid + (32 * 65 + 24) / 4096)
     assert one.room((64, 64)) == 1
-    assert one.stored_bits((64, 64)) is None
+    assert bits_known(one, (64, 64)) is None
     assert outlier_count(spqr(weight, hessian, target_bits=one.target_bits).weight) <= 1
 
 
@@ -142,11 +145,10 @@ def test_stored_bits_are_predicted(shape: tuple[int, int], order: Order) -> None
     weight, hessian = problem(*shape)
     for options in ({}, {"bits": 2, "scale_bits": 5, "zero_bits": 3, "group_size": 32}, {"group_size": -1}):
         made = METHOD(order=order, **options)
-        assert made.stored_bits(shape) is None
+        assert bits_known(made, shape) is None
         result = spqr(weight, hessian, order=order, refinements=0, **options)
-        share = outlier_count(result.weight) / weight.numel()
-        assert share > 0
-        assert made.predicted_bits(shape, share) == pytest.approx(result.weight.bits_per_weight, rel=1e-12)
+        assert outlier_count(result.weight) > 0
+        assert made.bits_with(shape, outlier_count(result.weight)) == result.weight.stored_bits
         without = METHOD(order=order, outlier_threshold=None, **options)
         exact = spqr(weight, hessian, order=order, refinements=0, outlier_threshold=None, **options).weight.stored_bits
-        assert without.stored_bits(shape) == exact
+        assert bits_known(without, shape) == exact

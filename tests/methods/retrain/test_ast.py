@@ -77,7 +77,7 @@ def test_what_is_pruned_decays_and_what_is_kept_does_not(share: float, rate: flo
     moving.steps = 1  # the mask stays
     gradient = normal(12, 32, seed=3)
     moving.leaves["p"].grad = gradient.clone()
-    moving.course(share)
+    moving.before_step(share)
     whole = moving.all_values().detach().double()
     size = gradient.double().square().mean().sqrt() / whole.square().mean().sqrt()
     expected = gradient.double().clone()
@@ -93,16 +93,16 @@ def test_masks_follow_weights_until_they_settle() -> None:
     with torch.no_grad():
         moving.leaves["p"].copy_(normal(12, 32, seed=4) * 3)
     moving.steps = 1
-    moving.course(0.2)  # not yet
+    moving.before_step(0.2)  # not yet
     assert torch.equal(moving.mask, keep)
-    moving.course(0.2)
+    moving.before_step(0.2)
     assert torch.equal(moving.mask, select(moving.all_values().detach().abs(), TARGETS["2:4"]))
     assert moving.flipped > 0.1
     settled = moving.mask
     with torch.no_grad():
         moving.leaves["p"].copy_(normal(12, 32, seed=5) * 3)
     moving.steps = 4
-    moving.course(0.5)
+    moving.before_step(0.5)
     assert torch.equal(moving.mask, settled)
     stored = moving.stored()
     assert torch.equal(stored.keep.mask(), settled)
@@ -114,10 +114,10 @@ def test_masks_go_by_what_channels_say() -> None:
     square = torch.ones(32)
     square[::4] = 1e6
     moving, _, _ = adapting(square=square, score="activations")
-    moving.course(0.1)
+    moving.before_step(0.1)
     assert bool(moving.mask[:, ::4].all())
     other, _, _ = adapting(square=square, score="magnitude")
-    other.course(0.1)
+    other.before_step(0.1)
     assert not bool(other.mask[:, ::4].all())
 
 
@@ -126,7 +126,7 @@ def test_a_state_brings_back_leaves_and_masks() -> None:
     with torch.no_grad():
         for number, value in enumerate(moving.leaves.values()):
             value.copy_(normal(*value.shape, seed=number))
-    moving.course(0.1)
+    moving.before_step(0.1)
     other, _, _ = adapting(group=8)
     other.restore(moving.state())
     assert torch.equal(other.values(), moving.values())

@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 import torch
 from blocks import dequantized, mixing_block
+from options import function_of
 from weights import random_weight
 
 from compress.calibration.statistics import Hessian
 from compress.methods.prune.magnitude import METHOD as Magnitude
-from compress.methods.quant.gptq import gptq
 from compress.methods.retrain.bqpo import METHOD, Rounded
 from compress.methods.solvers.block_loss import loss
 from compress.methods.solvers.trainable_weight import Fields, Kept
 from compress.weights.mask import Bitmask
 from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
+
+gptq = function_of("quant/gptq")
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -84,7 +86,7 @@ def test_the_loss_falls_below_what_scales_alone_reach(options: dict[str, Any] | 
 def test_what_has_no_single_grid_moves_as_it_can() -> None:
     block, generator = mixing_block(), torch.Generator()
     scattered = random_weight(16, 32, desc_act=True, group_size=16)
-    assert isinstance(METHOD().moving(scattered, scattered.dequantize(), None, generator), Fields)
+    assert isinstance(METHOD().trainable(scattered, scattered.dequantize(), None, generator), Fields)
     dense = Magnitude()(block.weight("up"), {}).weight
-    assert isinstance(METHOD().moving(dense, block.weight("up"), None, generator), Kept)
+    assert isinstance(METHOD().trainable(dense, block.weight("up"), None, generator), Kept)
     assert METHOD().path == "retrain/bqpo"

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from blocks import SmallBlock, dequantized, mixing_block
+from options import function_of
 from pydantic import ValidationError
 from ranks import two_ranks
 from runs import compress as run
@@ -21,16 +22,17 @@ from torch import Tensor
 from compress.calibration.statistics import Hessian
 from compress.checkpoint.packed_source import PackedSource
 from compress.methods.prune.magnitude import METHOD as Magnitude
-from compress.methods.quant.gptq import gptq
 from compress.methods.retrain.perp import METHOD
 from compress.methods.solvers.block_loss import loss
 from compress.methods.solvers.block_training import advance, optimizer, pace
-from compress.methods.solvers.trainable_weight import Beside, Bound, Factors, Kept, factors
+from compress.methods.solvers.trainable_weight import Bound, Factors, Kept, LowRankAdapter, factors
 from compress.report.rows import read_rows
 from compress.weights.dense import Dense
 from compress.weights.low_rank import LowRank
 from compress.weights.mask import Bitmask
 from compress.weights.weight import CompressedWeight
+
+gptq = function_of("quant/gptq")
 
 Tiny = Callable[..., Path]
 MERGED = ("mask_lora", "scale_lora", "lora_prune", "full")
@@ -195,7 +197,7 @@ def test_factors_start_as_those_of_lora() -> None:
     found = factors(torch.zeros(8, 64), 4, torch.Generator().manual_seed(0))
     assert not found["up"].any()
     assert 0.1 < float(found["down"].detach().abs().max()) <= 64**-0.5
-    beside = Beside(CompressedWeight(Dense(torch.ones(8, 64))), 4, 8.0, torch.Generator().manual_seed(0))
+    beside = LowRankAdapter(CompressedWeight(Dense(torch.ones(8, 64))), 4, 8.0, torch.Generator().manual_seed(0))
     assert torch.equal(beside.values(), torch.ones(8, 64))
 
 
@@ -328,14 +330,14 @@ def test_leaves_that_went_too_far_are_brought_back(kind: str) -> None:
     moving: Any = (
         Factors(replace(base, low_rank=part), bound)
         if kind == "factors"
-        else Beside(CompressedWeight(Dense(dense)), 3, 3.0, generator, bound)
+        else LowRankAdapter(CompressedWeight(Dense(dense)), 3, 3.0, generator, bound)
     )
     with torch.no_grad():
         for value in moving.leaves.values():
             value.copy_(torch.randn(value.shape, generator=generator))
     before = moving.values().detach()
     assert float((before - dense).norm()) == pytest.approx(0.5 * float(dense.norm()), rel=1e-4)
-    moving.course(0.5)
+    moving.before_step(0.5)
     torch.testing.assert_close(moving.values().detach(), before, rtol=1e-4, atol=1e-4)
     moving.bound = None
     torch.testing.assert_close(moving.values().detach(), before, rtol=1e-4, atol=1e-4)

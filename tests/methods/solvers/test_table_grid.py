@@ -14,8 +14,8 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats.table import FORMAT
-from compress.methods.solvers.error_feedback import Sweep, factorise
-from compress.methods.solvers.table_grid import Codebook, Scales, TableLevels, encode, fit, quantize
+from compress.methods.solvers.error_feedback import ColumnRounding, factorise
+from compress.methods.solvers.table_grid import Codebook, Scales, TableLayout, encode, fit, quantize
 from compress.weights.table import DATATYPES, SCALE_TYPES, ScaleType, Table, code_bits, select_bits
 
 DOUBLE = torch.zeros(1, dtype=torch.float64)
@@ -237,10 +237,10 @@ def test_the_sweep_rounds_and_encodes_by_the_table_of_each_row(datatype: str) ->
     weight, hessian = problem(rows=5, columns=24)
     book, factor = Codebook(datatype, weight), factorise(hessian, 0.01, descending=True)
     grid = fit(weight, book, "bfloat16", 8, True, None)
-    levels = TableLevels.of(grid, book)
+    levels = TableLayout.of(grid, book)
     target = weight.T[factor.order]
     delta, codes = target.clone(), torch.empty_like(target, dtype=torch.uint8)
-    Sweep(target, delta, codes, factor.feedback, levels, factor.order // 8, 5).run(0, 24)
+    ColumnRounding(target, delta, codes, factor.feedback, levels, factor.order // 8, 5).run(0, 24)
     inverse = torch.argsort(factor.order)
     decoded = grid.part(codes[inverse].T, datatype, 8).dequantize().double()
     torch.testing.assert_close(weight - delta[inverse].T, decoded, rtol=1e-6, atol=1e-9)

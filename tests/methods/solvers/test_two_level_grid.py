@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from options import function_of
 from spqr_reference import bfloat16
 from torch import Tensor
 
-from compress.methods.quant.spqr import spqr
 from compress.methods.solvers.outliers import Solver
 from compress.methods.solvers.two_level_grid import Moments, TwoLevelGrid
+
+spqr = function_of("quant/spqr")
 
 law = settings(max_examples=40, deadline=None, derandomize=True)
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.methods.solvers.uniform_grid import Grid, encode, fit, indivisible
+from compress.methods.method import indivisible
+from compress.methods.solvers.uniform_grid import Grid, encode, fit
 from compress.weights.uniform import Uniform
 
 law = settings(max_examples=60, deadline=None, derandomize=True)

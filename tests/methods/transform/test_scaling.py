@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.architecture.inventory import claim
 from compress.blockwise.scalable import producing_rows
 from compress.checkpoint.source import Source
-from compress.methods.block import Block, Changed, Scalable
+from compress.methods.block import Block, Scalable, TransformResult
 from compress.methods.transform._scaling import Moved
 from compress.model.detect import find
 
@@ -34,7 +34,7 @@ class Random:
         self.weights: dict[str, Tensor] = {}
         self.others: dict[str, Tensor] = {}
 
-    def __call__(self, block: Block) -> Changed:
+    def __call__(self, block: Block) -> TransformResult:
         moved, generator = Moved(block), block.generator()
         for place in block.scalables:
             self.places.append(place)

@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from blocks import SmallBlock, dequantized, mixing_block
+from options import function_of
 from pydantic import ValidationError
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian
-from compress.methods.quant.decoupleq import decoupleq
-from compress.methods.quant.gptq import gptq
 from compress.methods.solvers.block_loss import loss
-from compress.methods.tune.grid import METHOD, Master, Weight, grid
+from compress.methods.tune.grid import METHOD, Master, Weight
 from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
+
+decoupleq = function_of("quant/decoupleq")
+gptq = function_of("quant/gptq")
+grid = function_of("tune/grid")
 
 GROUP = 16
 

@@ -10,17 +10,19 @@ import pytest
 import torch
 from blocks import dequantized, mixing_block
 from layers import hessian_of, inputs, weights
+from options import function_of
 from pydantic import ValidationError
 from runs import compress as run
 from runs import steps
 
 from compress.calibration.statistics import Hessian
 from compress.checkpoint.packed_source import PackedSource
-from compress.methods.quant.gptq import gptq
 from compress.methods.solvers.block_loss import loss
 from compress.methods.solvers.low_rank import damped, factors, fitted
 from compress.methods.tune.svd import METHOD, part
 from compress.weights.weight import CompressedWeight
+
+gptq = function_of("quant/gptq")
 
 Tiny = Callable[..., Path]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from compress.calibration.statistics import Stats
-from compress.methods.method import Bits, GroupSize, Method, Result, grid_described
+from compress.methods.method import Bits, Described, GroupSize, Method, Result, uniform_described
 from compress.methods.solvers.uniform_grid import encode, fit
 from compress.weights.activation import Activation
 from compress.weights.input_transform import Hadamard
 from compress.weights.site_input import SiteInput
-from compress.weights.uniform import Uniform, uniform_bits
+from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
 
 
@@ -35,14 +35,12 @@ class Rotated(Method):
         rounding = None if self.activation is None else Activation(columns, self.activation)
         return Result(replace(CompressedWeight(base), input=SiteInput(columns, transform, rounding)))
 
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        return uniform_bits(shape, self.bits, self.group_size, False) + -(-shape[1] // 32) * 32
-
-    def described(self, shape: tuple[int, int]) -> dict[str, Any]:
+    def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
+        grid = uniform_described(shape, self.bits, self.group_size)
         part: dict[str, Any] = {"format": "input", "transform": {"kind": "hadamard", "block": self.block}}
         if self.activation is not None:
             part["activation"] = {"datatype": self.activation, "per": "token", "symmetric": True, "static": False}
-        return {**grid_described(shape, self.bits, self.group_size), "input": part}
+        return Described.exactly({**(grid.spec or {}), "input": part}, grid.most + -(-shape[1] // 32) * 32)
 
 
 METHOD = Rotated
