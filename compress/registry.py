@@ -6,6 +6,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from compress.errors import RecipeError
@@ -17,10 +18,17 @@ PACKAGES = {
     "plan": "planning.planners",
     "export": "interop.layouts",
     "families": "architecture.families",
+    "kernels": "kernels",
 }
 KINDS = tuple(PACKAGES)
-_EXPORTS = {"formats": "FORMAT", "plan": "PLANNER", "export": "EXPORT", "families": "FAMILIES"}  # kinds that are no methods
-_WORDS = {"formats": "format", "plan": "planner", "export": "export", "families": "maker of models"}
+_EXPORTS = {  # kinds that are no methods
+    "formats": "FORMAT",
+    "plan": "PLANNER",
+    "export": "EXPORT",
+    "families": "FAMILIES",
+    "kernels": "KERNEL",
+}
+_WORDS = {"formats": "format", "plan": "planner", "export": "export", "families": "maker of models", "kernels": "kernel"}
 
 
 def names(kind: str) -> list[str]:
@@ -35,14 +43,28 @@ def methods(kinds: Sequence[str] = KINDS) -> list[str]:
 
 
 def lookup(kind: str, name: str) -> Any:
-    """Import a file of a kind and return its METHOD, FORMAT, PLANNER, EXPORT or FAMILIES. Raises RecipeError with known names."""
+    """Import a file of a kind and return its METHOD, FORMAT, PLANNER, EXPORT, FAMILIES or KERNEL.
+
+    Raises RecipeError with known names.
+    """
     if kind not in KINDS or name not in names(kind):
         known = names(kind) if kind in KINDS else []
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {kind}/{close[0]}?" if close else ""
         choices = ", ".join(f"{kind}/{n}" for n in known) or ", ".join(methods())
         raise RecipeError(f"{kind}/{name}: no such {_WORDS.get(kind, 'method')}; known are {choices}{hint}")
-    return getattr(importlib.import_module(f"compress.{PACKAGES[kind]}.{name}"), _EXPORTS.get(kind, "METHOD"))
+    return getattr(_module(kind, name), _EXPORTS.get(kind, "METHOD"))
+
+
+def offered(kind: str) -> list[Any]:
+    """Import all files of one kind and return what they offer; in `kernels`, some files offer nothing to choose from."""
+    modules = [_module(kind, name) for name in names(kind)]
+    word = _EXPORTS.get(kind, "METHOD")
+    return [getattr(module, word) for module in modules if hasattr(module, word)]
+
+
+def _module(kind: str, name: str) -> ModuleType:
+    return importlib.import_module(f"compress.{PACKAGES[kind]}.{name}")
 
 
 def method(path: str) -> Any:

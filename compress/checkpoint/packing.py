@@ -100,6 +100,12 @@ def _format(role: str, described: Spec) -> Any:
         ) from None
 
 
+def base_type(spec: Mapping[str, Any]) -> type | None:
+    """Return the class of the base that a description is of, None where no format has its name."""
+    name = spec["base"]["format"]
+    return registry.lookup("formats", name).part if name in registry.names("formats") else None
+
+
 def short(spec: Spec) -> str:
     """Return how a site is stored, in a few words for a table. Raises FormatError."""
     return " + ".join(str(_format(role, described).short(described)) for role, described in _parts(spec).items())
@@ -131,6 +137,11 @@ def site_input(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SiteIn
         described["input"], _shape(described), _tensors_of("input", tensors)
     )
     return part
+
+
+def unpack_base(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """Return the base of a weight without a mask, as it was packed. Raises FormatError."""
+    return unpack({"shape": spec["shape"], "base": spec["base"]}, _tensors_of("base", tensors)).base
 
 
 def _in_turn(spec: Spec, parts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Spec, tuple[Tensor, ...]]]:

@@ -26,7 +26,7 @@ from compress.errors import KernelError, RecipeError
 from compress.evaluate.quality import base_of
 from compress.evaluate.speed import tokens_per_second
 from compress.interop.foreign import open_any
-from compress.kernels import bit_serial, int8, weight_only
+from compress.kernels import bit_serial, int8
 from compress.runtime.linear import CompressedLinear, round_activations
 from compress.weights.dense import Dense
 from compress.weights.mask import Bitmask, Pattern
@@ -189,7 +189,7 @@ def measure(
     dense = [decoded.to(device, dtype, copy=True) for _ in range(copies_of(rows * columns * dtype.itemsize, device))]
     exact = decoded.to(device, torch.float64)
     octets = _octets(decoded, device) if min(activation_bits) <= 8 else []
-    whole = int8.reason(linear.spec) is None
+    whole = int8.rounds(linear.spec)
     for bits in activation_bits:
         ways: dict[str, list[Callable[[Tensor], Tensor]]] = {}
         if bits == 16 or (bits == 8 and (whole or len(activation_bits) == 1)):
@@ -208,13 +208,15 @@ def measure(
                 with torch.no_grad():
                     y = first(x)
                     difference = float((y.cpu().double() - expected).norm() / expected.norm())
-                    path = first.path(x) if isinstance(first, CompressedLinear) else name
-                    seconds, how = _median([partial(one, x) for one in products], device, path != "torch_reference")
+                    kernel = first.kernel(first.use(x)) if isinstance(first, CompressedLinear) else None
+                    captured = kernel is None or kernel.keeps  # what decodes stored tensors cannot be captured
+                    seconds, how = _median([partial(one, x) for one in products], device, captured)
                     before, _ = _median([partial(torch.nn.functional.linear, x, w) for w in dense], device, True)
                     integers = _int8_seconds(count, octets, device) if bits <= 8 else None
                 moved = nbytes + count * (rows + columns) * dtype.itemsize
                 floor = max(moved / machine[0], 2 * count * rows * columns / machine[1])
-                if path in ("weight_only", "masked") and count >= weight_only.CROSSOVER:
+                path = name if kernel is None else kernel.name
+                if kernel is not None and kernel.decodes_from is not None and count >= kernel.decodes_from:
                     path += ", decoded"
                 times = 1e6 * seconds, 1e6 * floor, 1e6 * before, difference, bits
                 yield Row(rows, columns, stored, count, path, how, *times, None if integers is None else 1e6 * integers)

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from compress.errors import KernelError
+from compress.kernels.kernel import Use
 
 HEADERS = ("_device.cuh", "_decode.cuh", "_panel.cuh")
 OPTIONS = ("-std=c++17", "-default-device")
 OLDEST = (8, 0)  # compute capability: cp.async, bfloat16 in tensor cores
+TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}  # of activations, as kernels call them
 _COUNTERS = 1 << 20
 
 Argument = Tensor | np.generic | int | float | None
@@ -80,6 +82,20 @@ def obstacle(where: torch.device) -> str | None:
     if where.type != "cuda":
         return f"tensors are on {where.type}; kernels run on cuda"
     return _obstacle(torch.cuda.current_device() if where.index is None else where.index)
+
+
+def takes(use: Use) -> bool:
+    """Whether activations are on a GPU and of a type that kernels multiply."""
+    return use.device.type == "cuda" and use.dtype in TYPES and not use.gradient
+
+
+def why_not(use: Use) -> str | None:
+    """Say why no kernel for a GPU multiplies by such activations, or None if one may."""
+    if (why := obstacle(use.device)) is not None:
+        return why
+    if use.dtype not in TYPES:
+        return f"x is {use.dtype}; expected {' or '.join(map(str, TYPES))}"
+    return "x needs a gradient, which kernels do not pass on" if use.gradient else None
 
 
 @cache

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.checkpoint import packing
 from compress.errors import KernelError
 from compress.kernels import _tiles
 from compress.weights import bit_stream as _bits
+from compress.weights.mixed import Mixed
 from compress.weights.table import DATATYPES, Table, code_bits
 from compress.weights.two_level import STEP_BITS, TwoLevel
 from compress.weights.uniform import Uniform, middle
@@ -43,14 +45,14 @@ class Tiles:
 
 
 def reason(spec: Mapping[str, Any]) -> str | None:
-    """Say why the kernels do not take the base of a site of this description, or None if they do."""
-    base, columns = spec["base"], spec["shape"][1]
-    if base["format"] not in ("bitpack", "table", "two_level", "mixed"):
+    """Say why the kernels do not read codes of this description, or None if they do."""
+    base, columns, kind = spec["base"], spec["shape"][1], packing.base_type(spec)
+    if kind not in (Uniform, Table, TwoLevel, Mixed):
         return f"format {base['format']} has no kernel"
     size = base["group_size"]
     if size % STEP and size != columns:
         return f"groups of {size} columns; expected a multiple of {STEP}, or one group per row"
-    if base["format"] == "two_level" and max(base["scale_bits"], base["zero_bits"]) > 4:
+    if kind is TwoLevel and max(base["scale_bits"], base["zero_bits"]) > 4:
         return f"scales of {base['scale_bits']} and zeros of {base['zero_bits']} bits; expected at most 4 of each"
     return None
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress.errors import KernelError
 from compress.kernels import _cuda, _tiles
-from compress.kernels.weight_only import TYPES
+from compress.kernels._cuda import TYPES
 from compress.weights.uniform import Uniform
 
 _THREADS, _ROWS, _TOKENS, _BLOCK = 256, 16, 8, 256

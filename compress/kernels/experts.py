@@ -15,8 +15,11 @@ from torch import Tensor
 
 from compress.errors import KernelError
 from compress.kernels import _cuda, weight_only
+from compress.kernels._cuda import TYPES
+from compress.kernels._on_gpu import OnGpu
+from compress.kernels._operator import operator
 from compress.kernels._weights import Tiles, decode
-from compress.kernels.weight_only import TYPES
+from compress.kernels.kernel import Kernel, Laid
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,68 +107,86 @@ def _by_torch(x: Tensor, starts: Tensor, groups: Sequence[Group]) -> Tensor:
     return y
 
 
-@torch.library.custom_op("compress::experts", mutates_args=())
-def _op(
-    x: Tensor,
-    starts: Tensor,
-    tables: list[Tensor],
-    codes: list[Tensor],
-    metas: list[Tensor],
-    row_scales: list[Tensor],
-    values: list[Tensor],
-    bits: list[int],
-    steps: list[int],
-    kinds: str,
-    rows: int,
-    most: int,
-) -> Tensor:
-    groups = []
-    for i, kind in enumerate(kinds.split()):
-        scale, value = (tensors[i] if tensors[i].numel() else None for tensors in (row_scales, values))
-        like = Tiles(codes[i][0], metas[i][0], value, None, None, (rows, x.shape[-1]), bits[i], steps[i], kind)
-        members = {0: like}
-        if not x.is_cuda:
-            members = {
-                number: replace(like, codes=codes[i][e], meta=metas[i][e], row_scale=None if scale is None else scale[e])
-                for e, number in enumerate(tables[i][:, 3].tolist())
-            }
-        groups.append(Group(members, codes[i], metas[i], scale, tables[i]))
-    return matmul(x, starts, groups, most) if x.is_cuda else _by_torch(x, starts, groups)
+@dataclass(frozen=True, eq=False)
+class ExpertGroups:
+    """All groups of the experts of a block, as the operator is given them; an empty tensor stands for one that a group lacks."""
+
+    tables: tuple[Tensor, ...]
+    codes: tuple[Tensor, ...]
+    meta: tuple[Tensor, ...]
+    row_scales: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]  # of tables of a datatype
+    bits: tuple[int, ...]
+    steps: tuple[int, ...]
+    kinds: str  # with blanks between
+    shape: tuple[int, int]  # of one expert
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> ExpertGroups:
+        """Bring them together."""
+        likes = [one.like for one in groups]
+        none = groups[0].codes.new_empty(0, dtype=torch.float32)
+        return cls(
+            tuple(one.table for one in groups),
+            tuple(one.codes for one in groups),
+            tuple(one.meta for one in groups),
+            tuple(none if one.row_scale is None else one.row_scale for one in groups),
+            tuple(none if like.table is None else like.table for like in likes),
+            tuple(like.bits for like in likes),
+            tuple(like.steps for like in likes),
+            " ".join(like.kind for like in likes),
+            likes[0].shape,
+        )
+
+    def groups(self, apart: bool) -> list[Group]:
+        """The reverse of `of`: with the tiles of each expert where they are wanted apart, else of one of them."""
+        found = []
+        for i, kind in enumerate(self.kinds.split()):
+            scale, value = (tensors[i] if tensors[i].numel() else None for tensors in (self.row_scales, self.values))
+            like = Tiles(self.codes[i][0], self.meta[i][0], value, None, None, self.shape, self.bits[i], self.steps[i], kind)
+            members = {0: like}
+            if apart:
+                members = {
+                    number: replace(
+                        like, codes=self.codes[i][e], meta=self.meta[i][e], row_scale=None if scale is None else scale[e]
+                    )
+                    for e, number in enumerate(self.tables[i][:, 3].tolist())
+                }
+            found.append(Group(members, self.codes[i], self.meta[i], scale, self.tables[i]))
+        return found
 
 
-@_op.register_fake
-def _(
-    x: Tensor,
-    starts: Tensor,
-    tables: list[Tensor],
-    codes: list[Tensor],
-    metas: list[Tensor],
-    row_scales: list[Tensor],
-    values: list[Tensor],
-    bits: list[int],
-    steps: list[int],
-    kinds: str,
-    rows: int,
-    most: int,
-) -> Tensor:
-    return x.new_empty((x.shape[0], rows))
+def _shape(x: Tensor, starts: Tensor, groups: ExpertGroups, most: int) -> tuple[int, ...]:
+    return x.shape[0], groups.shape[0]
+
+
+@operator("compress::experts", _shape)
+def _op(x: Tensor, starts: Tensor, groups: ExpertGroups, most: int) -> Tensor:
+    if x.is_cuda:
+        return matmul(x, starts, groups.groups(apart=False), most)
+    return _by_torch(x, starts, groups.groups(apart=True))
 
 
 def product(x: Tensor, starts: Tensor, groups: Sequence[Group], most: int) -> Tensor:
     """As `matmul`, as an operator for torch.compile; on a CPU in plain torch. Raises KernelError."""
-    likes, none = [one.like for one in groups], x.new_empty(0, dtype=torch.float32)
-    y: Tensor = _op(
-        x,
-        starts,
-        [one.table for one in groups],
-        [one.codes for one in groups],
-        [one.meta for one in groups],
-        [none if one.row_scale is None else one.row_scale for one in groups],
-        [none if like.table is None else like.table for like in likes],
-        [like.bits for like in likes],
-        [like.steps for like in likes],
-        " ".join(like.kind for like in likes),
-        likes[0].shape[0],
-        most,
-    )
-    return y
+    return _op(x, starts, ExpertGroups.of(groups), most)
+
+
+def takes(kernel: Kernel) -> bool:
+    """Whether experts that this kernel multiplies by may be multiplied by together."""
+    return kernel.name == weight_only.KERNEL.name
+
+
+def together(laid: Sequence[Laid]) -> tuple[list[Group], list[Laid]] | None:
+    """Bring laid-out experts together: groups, and each expert as a view of them; None where they have to run one by one."""
+    plain: dict[int, OnGpu[Tiles]] = {}
+    for number, one in enumerate(laid):
+        if not isinstance(one, OnGpu) or not isinstance(one.weight, Tiles) or not one.added.empty:
+            return None
+        plain[number] = one
+    try:
+        groups = group({number: one.weight for number, one in plain.items()})
+    except KernelError:  # scattered columns
+        return None
+    tiles = {number: view for one in groups for number, view in one.tiles.items()}
+    return groups, [replace(one, weight=tiles[number]) for number, one in plain.items()]

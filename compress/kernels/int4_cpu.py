@@ -22,16 +22,20 @@ Where it pays, in ms for a product of M rows (`python bench/cpu_int4.py --repeat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.checkpoint import packing
+from compress.kernels._activations import as_used
+from compress.kernels.kernel import Kernel, Use
 from compress.weights.uniform import Uniform
 
 GROUP_SIZES = (32, 64, 128, 256)  # the kernel refuses others
 _KEYS = {"format", "bits", "group_size", "zero", "bipolar", "kept", "fields", "scales"}  # of a base without offsets
+_ROLES = frozenset({"base", "keep"})
 MAX_ROWS = 128  # beyond this, decoding and a dense product are as fast: see above
 
 
@@ -41,19 +45,19 @@ def supports(spec: Mapping[str, Any]) -> bool:
     Bipolar integers of up to 3 bits fit; masks over all of these too.
     """
     base = spec["base"]
-    if base["format"] != "bitpack" or not set(base) <= _KEYS or base["zero"]:
+    if packing.base_type(spec) is not Uniform or not set(base) <= _KEYS or base["zero"]:
         return False
     fits = base["bits"] <= (3 if base.get("bipolar") else 4) and base["group_size"] in GROUP_SIZES
-    return fits and set(spec) <= {"shape", "base", "keep"} and spec["shape"][0] % 16 == 0
+    return fits and set(spec) <= {"shape", *_ROLES} and spec["shape"][0] % 16 == 0
 
 
-def pays(x: Tensor) -> bool:
-    """Whether the kernel is the faster way for activations x (..., in), and does what is wanted.
+def pays(use: Use) -> bool:
+    """Whether the kernel is the faster way for such activations, and does what is wanted.
 
     Float32 activations take an unvectorised path; gradients do not pass the kernel.
     """
-    fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= MAX_ROWS
-    return fits and not (x.requires_grad and torch.is_grad_enabled())
+    fits = use.device.type == "cpu" and use.dtype == torch.bfloat16 and use.tokens <= MAX_ROWS
+    return fits and not use.gradient
 
 
 def prepare(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -79,3 +83,44 @@ def matmul(x: Tensor, spec: Mapping[str, Any], prepared: tuple[Tensor, Tensor]) 
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, spec["base"]["group_size"], scales_and_zeros)
     return y.reshape(*x.shape[:-1], spec["shape"][0])
+
+
+@dataclass(frozen=True, eq=False)
+class Laid:
+    """A weight in torch's own layout, beside the stored one."""
+
+    spec: Mapping[str, Any]
+    prepared: tuple[Tensor, Tensor]
+    activation_bits: int
+    replaces: tuple[str, ...] = ()
+
+    @property
+    def kernel(self) -> Kernel:
+        """This file's."""
+        return KERNEL
+
+    def takes(self, use: Use) -> bool:
+        """Whether the kernel is the faster way for such activations."""
+        return pays(use) and use.activation_bits == self.activation_bits
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., in) times W^T, plus bias -> (..., out)."""
+        y = matmul(as_used(x, self.activation_bits), self.spec, self.prepared)
+        return y if bias is None else y + bias
+
+    def stored(self) -> dict[str, Tensor]:
+        """Nothing: all is stored besides."""
+        return {}
+
+
+def _why_not(spec: Mapping[str, Any], use: Use) -> str | None:
+    if not pays(use):
+        return f"{use.tokens} tokens in {use.dtype} on {use.device.type}; expected up to {MAX_ROWS} in bfloat16 on a CPU"
+    return None if supports(spec) else "expected symmetric codes of up to 4 bits in groups that torch knows, out a multiple of 16"
+
+
+def _lay_out(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], use: Use) -> Laid:
+    return Laid(spec, prepare(spec, tensors), use.activation_bits)
+
+
+KERNEL = Kernel("int4_cpu", 10, _ROLES, _why_not, _lay_out)

@@ -17,10 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.checkpoint import packing
 from compress.errors import KernelError
 from compress.kernels import _cuda, _weights, weight_only
+from compress.kernels._activations import rounded
+from compress.kernels._cuda import TYPES
+from compress.kernels._on_gpu import ROLES, Added, OnGpu
+from compress.kernels._operator import operator
 from compress.kernels._weights import Tiles
-from compress.kernels.weight_only import TYPES
+from compress.kernels.kernel import Kernel, Use
+from compress.weights.mixed import Mixed
+from compress.weights.table import Table
 
 _THREADS = 256
 _FIELD = 8
@@ -36,33 +43,23 @@ def reason(spec: Mapping[str, Any]) -> str | None:
     base = spec["base"]
     if "keep" in spec:
         return "what is pruned has no product in bytes"
+    kind = packing.base_type(spec)
     if (why := _weights.reason(spec)) is not None:
         return why
-    if base["format"] == "table":
+    if kind is Table:
         return "a table's values are no integers"
-    if base["format"] == "mixed":
+    if kind is Mixed:
         return "groups have codes of different widths"
     if base["group_size"] % 32 and base["group_size"] != spec["shape"][1]:
         return f"groups of {base['group_size']} columns; expected a multiple of 32, or one group per row"
     return None
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round rows x (tokens, in) to integers (tokens, in) int8 and scales (tokens,) float32, in plain torch."""
-    most = x.float().abs().amax(-1)
-    scale = torch.where(most > 0, (most / 127).clamp_min(1e-30), 0)
-    whole = (x.float() / scale.unsqueeze(-1)).round().clamp_(-127, 127).nan_to_num_()
-    return whole.to(torch.int8), scale
-
-
-def rounded(x: Tensor) -> Tensor:
-    """Return x (..., in) as products with 8-bit activations see it, in its own type."""
-    whole, scale = quantize(x)
-    return (whole.float() * scale.unsqueeze(-1)).to(x.dtype)
-
-
 def quantize_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `quantize`, by the kernel, columns padded with zeros to a multiple of 16 -> (tokens, padded) int8, (tokens,) float32."""
+    """As `_activations.quantize`, by the kernel: columns padded with zeros to a multiple of 16.
+
+    Returns integers (tokens, padded) int8 and scales (tokens,) float32. Raises KernelError.
+    """
     if x.dtype not in TYPES or x.dim() != 2:
         raise KernelError(f"x is {x.dtype} {tuple(x.shape)}; expected (tokens, in) in {' or '.join(map(str, TYPES))}")
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -94,21 +91,12 @@ def matmul_tiles(x: Tensor, tiles: Tiles, addend: Tensor | None = None, bias: Te
     return y.reshape(*x.shape[:-1], tiles.shape[0])
 
 
-@torch.library.custom_op("compress::int8", mutates_args=())
-def _op(
-    x: Tensor,
-    codes: Tensor,
-    meta: Tensor,
-    row_scale: Tensor | None,
-    order: Tensor | None,
-    addend: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    bits: int,
-    steps: int,
-    kind: str,
-) -> Tensor:
-    tiles = Tiles(codes, meta, None, row_scale, order, (rows, x.shape[-1]), bits, steps, kind, _FIELD)
+def _shape(x: Tensor, tiles: Tiles, addend: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
+    return (*x.shape[:-1], tiles.shape[0])
+
+
+@operator("compress::int8", _shape)
+def _op(x: Tensor, tiles: Tiles, addend: Tensor | None, bias: Tensor | None) -> Tensor:
     if x.is_cuda:
         return matmul_tiles(x, tiles, addend, bias)
     y = torch.nn.functional.linear(rounded(x), _weights.decode(tiles).to(x.dtype))
@@ -117,25 +105,25 @@ def _op(
     return y if bias is None else y + bias
 
 
-@_op.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    meta: Tensor,
-    row_scale: Tensor | None,
-    order: Tensor | None,
-    addend: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    bits: int,
-    steps: int,
-    kind: str,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows))
-
-
 def product(x: Tensor, tiles: Tiles, addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x (..., in) rounded to 8 bits times W^T, plus addend and bias -> (..., out); an operator for torch.compile."""
-    t = tiles
-    y: Tensor = _op(x, t.codes, t.meta, t.row_scale, t.order, addend, bias, t.shape[0], t.bits, t.steps, t.kind)
-    return y
+    return _op(x, tiles, addend, bias)
+
+
+def rounds(spec: Mapping[str, Any]) -> bool:
+    """Whether activations of a site of this description can be rounded: the kernel takes all of its parts."""
+    return set(spec) - {"shape"} <= ROLES and reason(spec) is None
+
+
+def _why_not(spec: Mapping[str, Any], use: Use) -> str | None:
+    if (why := _cuda.why_not(use) or reason(spec)) is not None:
+        return why
+    return None if use.activation_bits == 8 else f"activations of {use.activation_bits} bits; expected 8"
+
+
+def _lay_out(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], use: Use) -> OnGpu[Tiles]:
+    tiles = _weights.prepare(packing.unpack_base(spec, tensors), _FIELD)
+    return OnGpu(KERNEL, tiles, product, weight_only.codes_again, ("codes",), Added.of(tensors))
+
+
+KERNEL = Kernel("int8", 20, ROLES, _why_not, _lay_out)

@@ -12,6 +12,7 @@ Limits      codes in groups of a multiple of 16 columns, or one group per row; v
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,12 @@ from compress.checkpoint import packing
 from compress.errors import KernelError
 from compress.formats import bitmask, pattern
 from compress.kernels import _cuda, _packets, _tiles, _weights, weight_only
+from compress.kernels._cuda import TYPES
 from compress.kernels._layouts import VALUE, Packets
-from compress.kernels.weight_only import BLOCKS, TOKENS, TYPES
+from compress.kernels._on_gpu import ROLES, Added, OnGpu
+from compress.kernels._operator import operator
+from compress.kernels.kernel import Kernel, Use
+from compress.kernels.weight_only import BLOCKS, TOKENS
 from compress.weights import bit_stream as _bits
 from compress.weights.bit_stream import WORD
 from compress.weights.dense import Dense
@@ -40,17 +45,16 @@ _DENSE = 1 << 27  # numbers of W made whole at a time, 256 MB
 def reason(spec: Mapping[str, Any]) -> str | None:
     """Say why the kernel does not take the base of a pruned site of this description, or None if it does."""
     base = spec["base"]
-    if base["format"] == "dense":
+    if packing.base_type(spec) is Dense:
         return None if base["dtype"] in ("BF16", "F16") else f"values of {base['dtype']}; expected 16 bits"
     if "scale" in base:
         return f"scales of {base['scale']} under a mask; expected BF16"
     return _weights.reason(spec)
 
 
-def fits(spec: Mapping[str, Any], dtype: torch.dtype) -> bool:
-    """Whether activations of a type can be multiplied by the values of a site of this description without rounding these."""
-    wanted = {"BF16": torch.bfloat16, "F16": torch.float16}
-    return spec["base"]["format"] != "dense" or wanted.get(spec["base"]["dtype"]) == dtype
+def _value_type(spec: Mapping[str, Any]) -> torch.dtype | None:
+    """The type of 16-bit values, which activations must have lest values be rounded; None for codes."""
+    return {"BF16": torch.bfloat16, "F16": torch.float16}[spec["base"]["dtype"]] if packing.base_type(spec) is Dense else None
 
 
 def instance(template: str, dtype: torch.dtype, layout: str, bits: int, kind: str, tokens: int | None = None) -> _cuda.Kernel:
@@ -137,22 +141,12 @@ def matmul_dense(x: Tensor, packets: Packets) -> Tensor:
     return y.reshape(*x.shape[:-1], outputs)
 
 
-@torch.library.custom_op("compress::masked", mutates_args=())
-def _op(
-    x: Tensor,
-    data: Tensor,
-    offsets: Tensor,
-    order: Tensor | None,
-    addend: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    layout: str,
-    bits: int,
-    kind: str,
-    steps: int,
-    room: int,
-) -> Tensor:
-    packets = Packets(data, offsets, order, (rows, x.shape[-1]), layout, bits, kind, steps, room)
+def _shape(x: Tensor, packets: Packets, addend: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
+    return (*x.shape[:-1], packets.shape[0])
+
+
+@operator("compress::masked", _shape)
+def _op(x: Tensor, packets: Packets, addend: Tensor | None, bias: Tensor | None) -> Tensor:
     if x.is_cuda and x.shape[:-1].numel() < weight_only.CROSSOVER:
         return matmul_packets(x, packets, addend, bias)
     y = matmul_dense(x, packets) if x.is_cuda else torch.nn.functional.linear(x, _packets.decode(packets).to(x.dtype))
@@ -161,32 +155,12 @@ def _op(
     return y if bias is None else y + bias
 
 
-@_op.register_fake
-def _(
-    x: Tensor,
-    data: Tensor,
-    offsets: Tensor,
-    order: Tensor | None,
-    addend: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    layout: str,
-    bits: int,
-    kind: str,
-    steps: int,
-    room: int,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows))
-
-
 def product(x: Tensor, packets: Packets, addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times W^T, plus `addend` (tokens, out) float32, plus bias (out,) -> (..., out); an operator for torch.compile.
 
     Takes the way that suits the number of tokens and the device; on a CPU, plain torch. Raises KernelError.
     """
-    p = packets
-    y: Tensor = _op(x, p.data, p.offsets, p.order, addend, bias, p.shape[0], p.layout, p.bits, p.kind, p.steps, p.room)
-    return y
+    return _op(x, packets, addend, bias)
 
 
 def prepare(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Packets:
@@ -208,7 +182,7 @@ def stored(packets: Packets, spec: Mapping[str, Any]) -> dict[str, Tensor]:
     compact = Stream.of(mask, 1 if packets.bits == VALUE else WORD, "kept" in described).compact(fields)
     tensors = {"values": compact} if packets.bits == VALUE else {"codes": _bits.pack(compact, packets.bits)}
     keep = spec["keep"]
-    if keep["format"] == "pattern":
+    if "of" in keep:  # a pattern
         return {**tensors, "keep_choice": pattern.FORMAT.pack(Pattern.from_mask(mask, keep["kept"], keep["of"]))["choice"]}
     return {**tensors, "keep_bits": bitmask.FORMAT.pack(Bitmask(mask[:, :: keep["size"]], keep["size"]))["bits"]}
 
@@ -216,3 +190,23 @@ def stored(packets: Packets, spec: Mapping[str, Any]) -> dict[str, Tensor]:
 def matmul(x: Tensor, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
     """x (..., in) times base and mask of a site's packed weight, laid out for this product -> (..., out). Raises KernelError."""
     return matmul_packets(x, prepare(spec, tensors))
+
+
+def _why_not(spec: Mapping[str, Any], use: Use) -> str | None:
+    if "keep" not in spec:
+        return "the weight has no mask"
+    if (why := _cuda.why_not(use) or reason(spec)) is not None:
+        return why
+    if use.activation_bits != 16:
+        return f"activations of {use.activation_bits} bits; expected 16"
+    wanted = _value_type(spec)
+    return None if wanted in (None, use.dtype) else f"x is {use.dtype}; expected the type of the weight's values, {wanted}"
+
+
+def _lay_out(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], use: Use) -> OnGpu[Packets]:
+    replaced = tuple(name for name in tensors if name in ("codes", "values", "keep_bits", "keep_choice"))
+    again = partial(stored, spec=spec)
+    return OnGpu(KERNEL, prepare(spec, tensors), product, again, replaced, Added.of(tensors), _value_type(spec))
+
+
+KERNEL = Kernel("masked", 30, ROLES | {"keep"}, _why_not, _lay_out, decodes_from=weight_only.CROSSOVER)

@@ -6,14 +6,20 @@ and the last rounds the result. Everything else is `weight_only`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.checkpoint import packing
 from compress.errors import KernelError
-from compress.kernels import _weights, weight_only
+from compress.kernels import _cuda, _weights, weight_only
+from compress.kernels._on_gpu import ROLES, Added, OnGpu
+from compress.kernels._operator import operator
 from compress.kernels._weights import Tiles
+from compress.kernels.kernel import Kernel, Use
 from compress.weights.mixed import Mixed
 from compress.weights.uniform import Uniform
 
@@ -81,48 +87,67 @@ def _dense(x: Tensor, widths: Sequence[Tiles], addend: Tensor | None, bias: Tens
     return y if bias is None else y + bias
 
 
-@torch.library.custom_op("compress::mixed", mutates_args=())
-def _op(
-    x: Tensor,
-    codes: list[Tensor],
-    metas: list[Tensor],
-    orders: list[Tensor],
-    addend: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    bits: list[int],
-    steps: list[int],
-    kinds: str,
-) -> Tensor:
-    widths = [
-        Tiles(codes[i], metas[i], None, None, orders[i], (rows, orders[i].shape[0]), bits[i], steps[i], kind)
-        for i, kind in enumerate(kinds.split())
-    ]
+@dataclass(frozen=True, eq=False)
+class Widths:
+    """The tiles of all widths, as the operator is given them."""
+
+    codes: tuple[Tensor, ...]
+    meta: tuple[Tensor, ...]
+    order: tuple[Tensor, ...]
+    bits: tuple[int, ...]
+    steps: tuple[int, ...]
+    kinds: str  # with blanks between
+    rows: int
+
+    @classmethod
+    def of(cls, tiles: Sequence[Tiles]) -> Widths:
+        """Bring them together."""
+        codes, meta = tuple(t.codes for t in tiles), tuple(t.meta for t in tiles)
+        order = tuple(t.order for t in tiles if t.order is not None)
+        bits, steps = tuple(t.bits for t in tiles), tuple(t.steps for t in tiles)
+        return cls(codes, meta, order, bits, steps, " ".join(t.kind for t in tiles), tiles[0].shape[0])
+
+    @property
+    def tiles(self) -> list[Tiles]:
+        """The reverse of `of`."""
+        each = zip(self.codes, self.meta, self.order, self.bits, self.steps, self.kinds.split(), strict=True)
+        return [
+            Tiles(codes, meta, None, None, order, (self.rows, len(order)), bits, steps, kind)
+            for codes, meta, order, bits, steps, kind in each
+        ]
+
+
+def _shape(x: Tensor, widths: Widths, addend: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
+    return (*x.shape[:-1], widths.rows)
+
+
+@operator("compress::mixed", _shape)
+def _op(x: Tensor, widths: Widths, addend: Tensor | None, bias: Tensor | None) -> Tensor:
     if x.is_cuda and x.shape[:-1].numel() < weight_only.CROSSOVER:
-        return matmul_tiles(x, widths, addend, bias)
-    return _dense(x, widths, addend, bias)
-
-
-@_op.register_fake
-def _(
-    x: Tensor,
-    codes: list[Tensor],
-    metas: list[Tensor],
-    orders: list[Tensor],
-    addend: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    bits: list[int],
-    steps: list[int],
-    kinds: str,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows))
+        return matmul_tiles(x, widths.tiles, addend, bias)
+    return _dense(x, widths.tiles, addend, bias)
 
 
 def product(x: Tensor, widths: Sequence[Tiles], addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times W^T, plus addend and bias -> (..., out); an operator for torch.compile."""
-    orders = [tiles.order for tiles in widths if tiles.order is not None]
-    numbers = [t.bits for t in widths], [t.steps for t in widths], " ".join(t.kind for t in widths)
-    codes, metas = [t.codes for t in widths], [t.meta for t in widths]
-    y: Tensor = _op(x, codes, metas, orders, addend, bias, widths[0].shape[0], *numbers)
-    return y
+    return _op(x, Widths.of(widths), addend, bias)
+
+
+def _why_not(spec: Mapping[str, Any], use: Use) -> str | None:
+    if packing.base_type(spec) is not Mixed:
+        return "all groups have codes of one width"
+    if (why := _cuda.why_not(use) or _weights.reason(spec)) is not None:
+        return why
+    return None if use.activation_bits == 16 else f"activations of {use.activation_bits} bits; expected 16"
+
+
+def _again(widths: Sequence[Tiles]) -> dict[str, Tensor]:
+    return {f"codes{tiles.bits}": _weights.stored_codes(tiles) for tiles in widths}
+
+
+def _lay_out(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], use: Use) -> OnGpu[Sequence[Tiles]]:
+    widths = prepare(packing.unpack_base(spec, tensors))
+    return OnGpu(KERNEL, widths, product, _again, tuple(f"codes{tiles.bits}" for tiles in widths), Added.of(tensors))
+
+
+KERNEL = Kernel("mixed", 40, ROLES, _why_not, _lay_out, decodes_from=weight_only.CROSSOVER)

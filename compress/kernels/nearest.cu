@@ -1,4 +1,4 @@
-// Which centroid is nearest to each point, see assign in operators.py and calibration.py.
+// Which centroid is nearest to each point, see assign in operators.py and nearest.py.
 
 constexpr int THREADS = 256;
 

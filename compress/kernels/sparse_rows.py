@@ -11,11 +11,12 @@ from torch import Tensor
 
 from compress.errors import KernelError
 from compress.kernels import _cuda
-from compress.kernels.weight_only import CROSSOVER, TYPES
+from compress.kernels._cuda import TYPES
 from compress.weights.sparse import Sparse
 
 _COLUMNS = {torch.uint8: "u8", torch.int16: "u16", torch.int32: "u32"}
 _ROWS = _TOKENS = 8
+_MANY = 129  # tokens from which torch's sparse product is taken to be faster; not measured yet, see docs/kernels.md
 
 
 def instance(dtype: torch.dtype, columns: torch.dtype) -> _cuda.Kernel:
@@ -41,7 +42,7 @@ def product_kernel(x: Tensor, sparse: Sparse) -> Tensor:
 def _op(x: Tensor, pointers: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     sparse = Sparse(pointers, columns, values, x.shape[-1])
     rows = x.reshape(-1, x.shape[-1])
-    if x.is_cuda and len(rows) < CROSSOVER:
+    if x.is_cuda and len(rows) < _MANY:
         return product_kernel(rows, sparse)
     return _by_torch(rows, sparse)
 

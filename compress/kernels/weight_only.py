@@ -24,12 +24,16 @@ from torch import Tensor
 
 from compress.checkpoint import packing
 from compress.errors import KernelError
-from compress.kernels import _cuda, _tiles
-from compress.kernels._weights import RECORD, STEP, Tiles, decode, prepare, reason
+from compress.kernels import _cuda, _tiles, _weights
+from compress.kernels._cuda import TYPES
+from compress.kernels._on_gpu import ROLES, Added, OnGpu
+from compress.kernels._operator import operator
+from compress.kernels._weights import RECORD, STEP, Tiles, decode, prepare
+from compress.kernels.kernel import Kernel, Use
+from compress.weights.mixed import Mixed
 
 # Tokens from which decoding W for a product of torch is taken to be faster; not measured yet, see docs/kernels.md.
 CROSSOVER = 129
-TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 TOKENS = (8, 16, 32, 64)  # of a block
 _WARPS, BLOCKS = 8, 2  # of a block; row-blocks of a warp
 _DENSE = 1 << 27  # numbers of W decoded at a time, 256 MB
@@ -281,22 +285,12 @@ def matmul_dense(x: Tensor, tiles: Tiles) -> Tensor:
     return y.reshape(*x.shape[:-1], tiles.shape[0])
 
 
-@torch.library.custom_op("compress::weight_only", mutates_args=())
-def _op(
-    x: Tensor,
-    codes: Tensor,
-    meta: Tensor,
-    table: Tensor | None,
-    row_scale: Tensor | None,
-    order: Tensor | None,
-    addend: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    bits: int,
-    steps: int,
-    kind: str,
-) -> Tensor:
-    tiles = Tiles(codes, meta, table, row_scale, order, (rows, x.shape[-1]), bits, steps, kind)
+def _shape(x: Tensor, tiles: Tiles, addend: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
+    return (*x.shape[:-1], tiles.shape[0])
+
+
+@operator("compress::weight_only", _shape)
+def _op(x: Tensor, tiles: Tiles, addend: Tensor | None, bias: Tensor | None) -> Tensor:
     if x.is_cuda and x.shape[:-1].numel() < CROSSOVER:
         return matmul_tiles(x, tiles, addend, bias)
     y = matmul_dense(x, tiles) if x.is_cuda else torch.nn.functional.linear(x, decode(tiles).to(x.dtype))
@@ -305,33 +299,12 @@ def _op(
     return y if bias is None else y + bias
 
 
-@_op.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    meta: Tensor,
-    table: Tensor | None,
-    row_scale: Tensor | None,
-    order: Tensor | None,
-    addend: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    bits: int,
-    steps: int,
-    kind: str,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rows))
-
-
 def product(x: Tensor, tiles: Tiles, addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times W^T, plus `addend` (tokens, out) float32, plus bias (out,) -> (..., out); an operator for torch.compile.
 
     Takes the way that suits the number of tokens and the device; on a CPU, plain torch. Raises KernelError.
     """
-    t = tiles
-    rows = t.shape[0]
-    y: Tensor = _op(x, t.codes, t.meta, t.table, t.row_scale, t.order, addend, bias, rows, t.bits, t.steps, t.kind)
-    return y
+    return _op(x, tiles, addend, bias)
 
 
 def matmul(x: Tensor, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
@@ -339,3 +312,29 @@ def matmul(x: Tensor, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     if (why := reason(spec)) is not None:
         raise KernelError(f"weight_only: {why}")
     return matmul_tiles(x, prepare(packing.unpack(dict(spec), tensors).base))
+
+
+def reason(spec: Mapping[str, Any]) -> str | None:
+    """Say why the kernel does not take the base of a site of this description, or None if it does."""
+    if packing.base_type(spec) is Mixed:
+        return "groups have codes of different widths"
+    return _weights.reason(spec)
+
+
+def _why_not(spec: Mapping[str, Any], use: Use) -> str | None:
+    if (why := _cuda.why_not(use) or reason(spec)) is not None:
+        return why
+    return None if use.activation_bits == 16 else f"activations of {use.activation_bits} bits; expected 16"
+
+
+def codes_again(tiles: Tiles) -> dict[str, Tensor]:
+    """Return the codes of tiles as they are stored, by their name."""
+    return {"codes": _weights.stored_codes(tiles)}
+
+
+def _lay_out(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], use: Use) -> OnGpu[Tiles]:
+    base = packing.unpack_base(spec, tensors)
+    return OnGpu(KERNEL, prepare(base), product, codes_again, ("codes",), Added.of(tensors))
+
+
+KERNEL = Kernel("weight_only", 50, ROLES, _why_not, _lay_out, decodes_from=CROSSOVER)

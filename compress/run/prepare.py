@@ -77,7 +77,7 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
     assignments = recipe_assignment.resolve(recipe, claims.sites)
     chosen = pick_device(device)
     if chosen.type == "cuda":
-        from compress.kernels import calibration as _kernels  # noqa: F401  gives methods' operators their kernels
+        from compress.kernels import nearest, round_columns  # noqa: F401  give methods' operators their kernels
     before = recipe_assignment.stages(recipe.transforms, "transforms", assignments)
     after = recipe_assignment.stages(recipe.tuning, "tuning", assignments)
     last = recipe_assignment.stages(recipe.retraining, "retraining", assignments)

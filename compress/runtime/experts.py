@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from compress.errors import KernelError
 from compress.kernels import experts, weight_only
-from compress.kernels._weights import Tiles
+from compress.kernels.kernel import Laid
 from compress.model.expert_loop import ExpertLoop
 from compress.runtime.linear import CompressedLinear
 
@@ -16,7 +17,7 @@ class ExpertProducts:
 
     def __init__(self, loop: ExpertLoop) -> None:
         self.loop = loop
-        self._made: dict[str, tuple[list[Tiles | None], list[experts.Group] | None]] = {}
+        self._made: dict[str, tuple[list[Laid], list[experts.Group] | None]] = {}
 
     def __call__(self, name: str, rows: Tensor, starts: Tensor, most: int) -> Tensor | None:
         """Rows (rows, in) sorted by expert -> (rows, out), or None where experts have to run one by one."""
@@ -24,29 +25,22 @@ class ExpertProducts:
         packed = [linear for linear in linears if isinstance(linear, CompressedLinear)]
         if len(packed) < len(linears) or len(rows) >= weight_only.CROSSOVER * len(linears):
             return None
-        if any(linear.path(rows) != "weight_only" for linear in packed):
+        if any(linear.bias is not None or not experts.takes(linear.kernel(linear.use(rows))) for linear in packed):
             return None
-        for linear in packed:
-            linear.lay_out()
+        laid = [linear.lay_out(linear.use(rows)) for linear in packed]
         known, groups = self._made.get(name, ([], None))
-        tiles = [linear.plain_tiles for linear in packed]
-        if len(known) != len(tiles) or any(a is not b for a, b in zip(known, tiles, strict=True)):
-            groups = self._grouped(packed)
-            self._made[name] = [linear.plain_tiles for linear in packed], groups
+        if len(known) != len(laid) or any(a is not b for a, b in zip(known, laid, strict=True)):
+            laid, groups = self._grouped(packed, laid)
+            self._made[name] = laid, groups
         return None if groups is None else experts.product(rows, starts, groups, most)
 
     @staticmethod
-    def _grouped(linears: list[CompressedLinear]) -> list[experts.Group] | None:
-        """Bring the weights of experts together, or None where they have to run one by one."""
-        tiles = {number: linear.plain_tiles for number, linear in enumerate(linears)}
-        plain = {number: one for number, one in tiles.items() if one is not None}
-        if len(plain) < len(tiles):
-            return None
-        try:
-            groups = experts.group(plain)
-        except KernelError:  # scattered columns
-            return None
-        for one in groups:
-            for number, view in one.tiles.items():
-                linears[number].share(view)
-        return groups
+    def _grouped(linears: Sequence[CompressedLinear], laid: list[Laid]) -> tuple[list[Laid], list[experts.Group] | None]:
+        """Bring the weights of experts together, or no groups where they have to run one by one."""
+        found = experts.together(laid)
+        if found is None:
+            return laid, None
+        groups, views = found
+        for linear, view in zip(linears, views, strict=True):
+            linear.hold(view)  # so that the codes are in memory once
+        return views, groups

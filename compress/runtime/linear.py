@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from compress.checkpoint import packing
 from compress.errors import KernelError
-from compress.kernels import _cuda, _weights, int4_cpu, int8, low_rank, masked, mixed, sparse_rows, torch_reference, weight_only
-from compress.kernels._layouts import Packets
-from compress.weights.mixed import Mixed
+from compress.kernels import int8
+from compress.kernels.kernel import Kernel, KernelChoice, Laid, Use, choose_kernel
 from compress.weights.weight import CompressedWeight
 
 
@@ -21,8 +20,8 @@ class CompressedLinear(nn.Module):
 
     Not an nn.Linear: initialisation and adapters look for those, and there is no dense weight for them to touch.
 
-    On a GPU, the first product lays the codes out for the kernels and lets go of the stored ones, so that they are there once;
-    whoever asks for the packed tensors gets them made again.
+    The first product lays the weight out for a kernel (`kernels/kernel.py` chooses) and frees the packed tensors that this layout
+    replaces, so that codes are in memory once; `tensors` and `state_dict` make them again.
     """
 
     def __init__(self, spec: packing.Spec, bias: nn.Parameter | None = None, device: str = "meta") -> None:
@@ -35,9 +34,7 @@ class CompressedLinear(nn.Module):
         # Models look at a linear's weight for its dtype, or initialise it: an empty one serves.
         self.register_buffer("weight", torch.empty(0, device=device), persistent=False)
         self.bias = bias
-        self._int4: tuple[Tensor, Tensor] | None = None
-        self._tiles: dict[str, _weights.Tiles] | None = None  # by the name of the codes that they take the place of
-        self._packets: Packets | None = None  # of a pruned weight, in the place of codes or values and of the mask
+        self._laid: Laid | None = None  # in the layout of the kernel that multiplied last
         self.activation_bits = 16  # or 8: activations are rounded to integers on the way, see `round_activations`
 
     @classmethod
@@ -52,69 +49,58 @@ class CompressedLinear(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
-        return {leaf: self.get_buffer(leaf) for leaf in self.leaves} | self._stored()
+        return {leaf: self.get_buffer(leaf) for leaf in self.leaves} | self._replaced()
 
-    def _stored(self) -> dict[str, Tensor]:
-        """What was let go of, made again as it is stored."""
-        if self._packets is not None:
-            return masked.stored(self._packets, self.spec)
-        return {leaf: _weights.stored_codes(tiles) for leaf, tiles in (self._tiles or {}).items()}
+    def _replaced(self) -> dict[str, Tensor]:
+        """The packed tensors that were freed, made again."""
+        return {} if self._laid is None else self._laid.stored()
 
     def compressed(self) -> CompressedWeight:
         """The weight as numbers."""
         return packing.unpack(self.spec, self.tensors)
 
-    def obstacle(self, where: torch.device) -> str | None:
-        """Say why no kernel for a GPU multiplies by this weight on a device, or None if one does."""
-        if "input" in self.spec:
-            return "what its input goes through has no kernel"
-        kernel = int8 if self.activation_bits == 8 else masked if "keep" in self.spec else _weights
-        return _cuda.obstacle(where) or kernel.reason(self.spec)
+    def use(self, x: Tensor) -> Use:
+        """Say what a product with x (..., in) asks of a kernel."""
+        return Use.of(x, self.activation_bits)
 
-    @property
-    def laid_out(self) -> bool:
-        """Whether kernels have the weight in their own layout, in the place of what is stored."""
-        return self._tiles is not None or self._packets is not None
+    def kernel(self, use: Use) -> Kernel:
+        """Return the kernel that multiplies: the last one again while it takes what is asked, else the first by rank."""
+        if self._laid is not None and self._laid.takes(use):
+            return self._laid.kernel
+        return choose_kernel(self.spec, use).kernel
 
-    @property
-    def plain_tiles(self) -> _weights.Tiles | None:
-        """The base as the kernels read it, if it has been laid out and is all there is."""
-        if self._tiles is None or self.bias is not None or set(self.spec) != {"shape", "base"}:
-            return None
-        return self._tiles.get("codes")
+    def path(self, x: Tensor) -> str:
+        """Name what multiplies by x (..., in): a file in `compress/kernels`."""
+        return self.kernel(self.use(x)).name
 
-    def share(self, tiles: _weights.Tiles) -> None:
-        """Take the same codes from memory that others share."""
-        assert self._tiles is not None
-        self._tiles = {"codes": tiles}
+    def explain(self, x: Tensor) -> KernelChoice:
+        """Say which kernel is chosen for x (..., in), and why others before it are not."""
+        return choose_kernel(self.spec, self.use(x))
 
-    def lay_out(self) -> None:
-        """Lay the codes out for the kernels, on the device where they are, and let go of the stored ones."""
-        if self.laid_out:
-            return
-        if "keep" in self.spec:
-            self._packets = masked.prepare(self.spec, self.tensors)
-            for leaf in self.leaves:
-                if leaf in ("codes", "values", "keep_bits", "keep_choice"):
-                    self.register_buffer(leaf, self.get_buffer(leaf).new_empty(0))
-        else:
-            base = packing.unpack({"shape": self.spec["shape"], "base": self.spec["base"]}, self._base()).base
-            if isinstance(base, Mixed):
-                self._tiles = {f"codes{tiles.bits}": tiles for tiles in mixed.prepare(base)}
-            else:
-                self._tiles = {"codes": _weights.prepare(base, self.activation_bits)}
-            for leaf, tiles in self._tiles.items():
-                self.register_buffer(leaf, torch.empty(0, dtype=torch.int32, device=tiles.codes.device))
+    def lay_out(self, use: Use) -> Laid:
+        """Return the weight in the layout of the kernel that multiplies, and keep it so if the kernel wants that."""
+        kernel = self.kernel(use)
+        if self._laid is not None and self._laid.kernel.name == kernel.name:
+            return self._laid
+        if not kernel.keeps:
+            return kernel.lay_out(self.spec, self.tensors, use)
+        self.restore()
+        self.hold(kernel.lay_out(self.spec, self.tensors, use))
+        assert self._laid is not None
+        return self._laid
+
+    def hold(self, laid: Laid) -> None:
+        """Keep the weight in this layout, and free the packed tensors that it replaces."""
+        self._laid = laid
+        for leaf in laid.replaces:
+            self.register_buffer(leaf, self.get_buffer(leaf).new_empty(0))
 
     def restore(self) -> None:
         """Take the packed tensors back, as they were stored."""
-        stored = self._stored()
-        self._tiles = self._packets = None
-        for leaf, tensor in stored.items():
+        replaced = self._replaced()
+        self._laid = None
+        for leaf, tensor in replaced.items():
             self.register_buffer(leaf, tensor)
-
-    def _base(self) -> dict[str, Tensor]:
-        return {leaf: self.get_buffer(leaf) for leaf in packing.layout({"shape": self.spec["shape"], "base": self.spec["base"]})}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         """Move with the model, but keep the dtypes of packed tensors: they are part of the format."""
@@ -125,62 +111,25 @@ class CompressedLinear(nn.Module):
             moved = self.get_buffer(leaf)
             if moved.dtype != tensor.dtype:
                 self.register_buffer(leaf, tensor.to(moved.device))
-        self._int4 = None
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for leaf, tensor in self._stored().items():
+        for leaf, tensor in self._replaced().items():
             destination[prefix + leaf] = tensor
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self.restore()
         super()._load_from_state_dict(*arguments)
-        self._int4 = None  # made from what was there before
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        path = self.path(x)
-        if self.activation_bits == 8 and path != "int8":
-            x = int8.rounded(x)
-        if path == "int4_cpu":
-            if self._int4 is None:
-                self._int4 = int4_cpu.prepare(self.spec, self.tensors)
-            y = int4_cpu.matmul(x, self.spec, self._int4)
-        elif path != "torch_reference":
-            self.lay_out()
-            return self._product(x)
-        else:
-            y = torch_reference.matmul(x, self.spec, self.tensors)
-        return y if self.bias is None else y + self.bias
+        return self.product(x, self.lay_out(self.use(x)))
 
-    def path(self, x: Tensor) -> str:
-        """Name what multiplies by x (..., in): a file in `compress/kernels`."""
-        if int4_cpu.pays(x) and int4_cpu.supports(self.spec):
-            return "int4_cpu"
-        fits = x.is_cuda and x.dtype in weight_only.TYPES and not (x.requires_grad and torch.is_grad_enabled())
-        if fits and masked.fits(self.spec, x.dtype) and (self.laid_out or self.obstacle(x.device) is None):
-            return "int8" if self.activation_bits == 8 else "masked" if "keep" in self.spec else "weight_only"
-        return "torch_reference"
-
-    def _product(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out) by kernels: other parts first, as what the base's sums are added to."""
-        addend = None
-        if "outliers" in self.spec:
-            pieces = (self.get_buffer(f"outliers_{name}") for name in ("pointers", "columns", "values"))
-            addend = sparse_rows.product(x, *pieces)
-        if "low_rank" in self.spec:
-            addend = low_rank.product(x, self.get_buffer("low_rank_left"), self.get_buffer("low_rank_right"), addend)
+    def product(self, x: Tensor, laid: Laid) -> Tensor:
+        """x (..., in) times this weight in a kernel's layout, plus the bias -> (..., out)."""
         bias = self.bias if self.bias is not None and self.bias.dtype == x.dtype else None
-        if self._packets is not None:
-            y = masked.product(x, self._packets, addend, bias)
-        elif self._tiles is None:
-            raise KernelError("the weight is not laid out for kernels")
-        elif self.spec["base"]["format"] == "mixed":
-            y = mixed.product(x, list(self._tiles.values()), addend, bias)
-        else:
-            multiply = int8.product if self.activation_bits == 8 else weight_only.product
-            y = multiply(x, self._tiles["codes"], addend, bias)
+        y = laid.product(x, bias)
         return y if self.bias is None or bias is not None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -199,7 +148,7 @@ def round_activations(model: nn.Module, bits: int) -> int:
         raise KernelError(f"activations of {bits} bits; expected 8 or 16")
     count = 0
     for module in model.modules():
-        if isinstance(module, CompressedLinear) and "input" not in module.spec and int8.reason(module.spec) is None:
+        if isinstance(module, CompressedLinear) and int8.rounds(module.spec):
             module.restore()
             module.activation_bits = bits
             count += 1

@@ -10,7 +10,7 @@ import nvrtc
 import pytest
 import torch
 
-from compress.kernels import _cuda, bit_serial, calibration, int8, masked, sparse_rows, weight_only
+from compress.kernels import _cuda, bit_serial, int8, masked, nearest, round_columns, sparse_rows, weight_only
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -28,9 +28,9 @@ FEW: list[tuple[_cuda.Kernel, tuple[str, ...]]] = [
     (weight_only.instance("dequantize", BF16, 8, "ZERO", False), ("sm_80", "sm_90")),
     (weight_only.instance("dequantize", FP16, 3, "SELECT", True), ("sm_80",)),
     (sparse_rows.instance(BF16, torch.int16), ("sm_80", "sm_90")),
-    (calibration.instance(), ("sm_90",)),
-    (calibration.assign_instance(8, False), ("sm_80", "sm_90")),
-    (calibration.assign_instance(16, True), ("sm_90",)),
+    (round_columns.instance(), ("sm_90",)),
+    (nearest.instance(8, False), ("sm_80", "sm_90")),
+    (nearest.instance(16, True), ("sm_90",)),
     (weight_only.instance("wqmm", BF16, 4, "ZERO", False, 64, True), ("sm_80", "sm_90", "sm_120")),
     (weight_only.instance("wqmm", FP16, 8, "SHIFT", False, 8, True), ("sm_90",)),
     (int8.instance(BF16), ("sm_90",)),
@@ -146,7 +146,7 @@ def test_two_of_four_goes_to_sparse_tensor_cores(bits: int, architecture: str) -
 
 def test_a_source_has_no_includes() -> None:
     """CuPy's cache does not look into included files, and NVRTC comes without any."""
-    for stem in ("weight_only", "masked", "sparse_rows", "calibration", "nearest", "int8", "bit_serial"):
+    for stem in ("weight_only", "masked", "sparse_rows", "round_columns", "nearest", "int8", "bit_serial"):
         assert "#include" not in _cuda.source(stem)
 
 

@@ -22,7 +22,19 @@ from torch import Tensor
 
 from compress.calibration.statistics import Hessian
 from compress.evaluate import bench
-from compress.kernels import _cuda, _packets, _weights, bit_serial, experts, int8, masked, mixed, sparse_rows, weight_only
+from compress.kernels import (
+    _activations,
+    _cuda,
+    _packets,
+    _weights,
+    bit_serial,
+    experts,
+    int8,
+    masked,
+    mixed,
+    sparse_rows,
+    weight_only,
+)
 from compress.kernels._layouts import Packets
 from compress.methods.solvers import operators
 from compress.runtime.linear import CompressedLinear
@@ -45,7 +57,8 @@ def gpu() -> torch.device:
     where = torch.device("cuda", torch.cuda.current_device())
     # A machine with a GPU that cannot run kernels must not pass for one that did.
     assert _cuda.obstacle(where) is None, _cuda.obstacle(where)
-    importlib.import_module("compress.kernels.calibration")  # registers the kernels of methods
+    for kernel in ("round_columns", "nearest"):  # registers the kernels of methods
+        importlib.import_module(f"compress.kernels.{kernel}")
     return where
 
 
@@ -238,7 +251,7 @@ def test_the_hessian_of_bfloat16(gpu: torch.device) -> None:
 def test_activations_of_8_bits(bits: int, tokens: int, gpu: torch.device) -> None:
     part, x = uniform(80, 1408, bits, 64, zero=True), activations(tokens, 1408, BF16)
     y = int8.matmul_tiles(x.to(gpu), _weights.prepare(on(part, gpu), 8)).cpu().double()
-    whole, scale = int8.quantize(x)
+    whole, scale = _activations.quantize(x)
     there, their_scale = int8.quantize_kernel(x.to(gpu))
     assert torch.equal(there.cpu(), whole)
     assert torch.equal(their_scale.cpu(), scale)

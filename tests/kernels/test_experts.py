@@ -82,14 +82,8 @@ def test_the_operator() -> None:
     }
     groups, starts = experts.group(several), starts_of([2, 0, 3, 1])
     x = activations(7, 128, torch.float32)
-    recorded: list[tuple[object, ...]] = []
-    op = experts._op
-    try:
-        experts._op = lambda *arguments: recorded.append(arguments) or op(*arguments)  # type: ignore[assignment, func-returns-value]
-        y = experts.product(x, starts, groups, 3)
-    finally:
-        experts._op = op  # type: ignore[assignment]
-    torch.library.opcheck(torch.ops.compress.experts.default, recorded[0])
+    y = experts.product(x, starts, groups, 3)
+    torch.library.opcheck(torch.ops.compress.experts.default, (x, starts, *vars(experts.ExpertGroups.of(groups)).values(), 3))
     begin = 0
     for number, count in enumerate([2, 0, 3, 1]):
         expected = x[begin : begin + count] @ _weights.decode(several[number]).T

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.checkpoint import packing
 from compress.errors import KernelError
-from compress.kernels import _weights, int8, weight_only
+from compress.kernels import _activations, _weights, int8, weight_only
 from compress.weights.two_level import TwoLevel
 from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
@@ -41,7 +41,7 @@ def host(compiled: host_cuda.Host, monkeypatch: pytest.MonkeyPatch) -> host_cuda
 
 def exact(x: Tensor, part: Uniform) -> Tensor:
     """The product of integers with the decoded part in float64, times the scales of rows."""
-    whole, scale = int8.quantize(x)
+    whole, scale = _activations.quantize(x)
     return whole.double() @ part.dequantize().double().T * scale.double().unsqueeze(1)
 
 
@@ -60,7 +60,7 @@ def check(y: Tensor, x: Tensor, part: Uniform) -> None:
 def test_rows_as_bytes(tokens: int, columns: int, dtype: torch.dtype, host: host_cuda.Host) -> None:
     x = activations(tokens, columns, dtype)
     whole, scale = int8.quantize_kernel(x)
-    mine, expected = int8.quantize(x)
+    mine, expected = _activations.quantize(x)
     assert torch.equal(scale, expected)
     assert torch.equal(whole[:, :columns], mine)
     assert not whole[:, columns:].any()
@@ -138,6 +138,5 @@ def test_reasons() -> None:
 def test_the_operator() -> None:
     part, x = PARTS["4 bits, scattered"], activations(4, 192, torch.float32)
     t = _weights.prepare(part, 8)
-    arguments = (x, t.codes, t.meta, t.row_scale, t.order, None, None, t.shape[0], t.bits, t.steps, t.kind)
-    torch.library.opcheck(torch.ops.compress.int8.default, arguments)
-    torch.testing.assert_close(int8.product(x, t), int8.rounded(x) @ part.dequantize().T, rtol=1e-5, atol=1e-4)
+    torch.library.opcheck(torch.ops.compress.int8.default, (x, *vars(t).values(), None, None))
+    torch.testing.assert_close(int8.product(x, t), _activations.rounded(x) @ part.dequantize().T, rtol=1e-5, atol=1e-4)

@@ -17,6 +17,7 @@ from weights import random_weight
 import compress.kernels
 from compress.checkpoint import packing
 from compress.kernels import int4_cpu, torch_reference, weight_only
+from compress.kernels.kernel import Use
 from compress.weights.weight import CompressedWeight
 
 Packed = tuple[dict[str, Tensor], dict[str, Any]]
@@ -34,8 +35,8 @@ KERNELS: dict[str, tuple[Callable[..., Tensor], tuple[torch.dtype, ...], Callabl
     "weight_only": (weight_only.matmul, (torch.bfloat16,), lambda spec: weight_only.reason(spec) is None),
 }
 ON_HOST = ("weight_only",)
-# These multiply by single weights or calibrate; tests of their own cover them.
-OTHERS = {"sparse_rows", "calibration", "int8", "bit_serial", "mixed", "experts", "masked", "low_rank"}
+# Tests of their own cover these.
+OTHERS = {"sparse_rows", "round_columns", "nearest", "int8", "bit_serial", "mixed", "experts", "masked", "low_rank", "kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -194,19 +195,19 @@ def test_int4_takes_fewer_bits_bipolar_integers_and_masks(bits: int) -> None:
 
 def test_int4_pays_for_few_rows_of_bfloat16_on_the_cpu() -> None:
     x = torch.zeros(int4_cpu.MAX_ROWS, 64, dtype=torch.bfloat16)
-    assert int4_cpu.pays(x)
-    assert int4_cpu.pays(x[:1])
-    assert int4_cpu.pays(x.reshape(1, -1, 64))
-    assert not int4_cpu.pays(torch.zeros(int4_cpu.MAX_ROWS + 1, 64, dtype=torch.bfloat16))
-    assert not int4_cpu.pays(torch.zeros(2, int4_cpu.MAX_ROWS, 64, dtype=torch.bfloat16))
-    assert not int4_cpu.pays(x.float())
-    assert not int4_cpu.pays(x.half())
-    assert not int4_cpu.pays(x.to("meta"))
+    assert int4_cpu.pays(Use.of(x))
+    assert int4_cpu.pays(Use.of(x[:1]))
+    assert int4_cpu.pays(Use.of(x.reshape(1, -1, 64)))
+    assert not int4_cpu.pays(Use.of(torch.zeros(int4_cpu.MAX_ROWS + 1, 64, dtype=torch.bfloat16)))
+    assert not int4_cpu.pays(Use.of(torch.zeros(2, int4_cpu.MAX_ROWS, 64, dtype=torch.bfloat16)))
+    assert not int4_cpu.pays(Use.of(x.float()))
+    assert not int4_cpu.pays(Use.of(x.half()))
+    assert not int4_cpu.pays(Use.of(x.to("meta")))
 
 
 def test_int4_leaves_gradients_to_the_reference() -> None:
     """Torch has no derivative of the kernel: what flows through it would be lost."""
     x = torch.zeros(1, 64, dtype=torch.bfloat16, requires_grad=True)
-    assert not int4_cpu.pays(x)
+    assert not int4_cpu.pays(Use.of(x))
     with torch.no_grad():
-        assert int4_cpu.pays(x)
+        assert int4_cpu.pays(Use.of(x))

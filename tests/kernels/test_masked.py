@@ -15,7 +15,6 @@ from torch import Tensor
 from compress.checkpoint import packing
 from compress.errors import KernelError
 from compress.kernels import _cuda, _packets, masked, weight_only
-from compress.kernels._layouts import Packets
 from compress.weights.dense import Dense
 from compress.weights.mask import Bitmask, Pattern
 from compress.weights.uniform import Uniform
@@ -349,17 +348,13 @@ def test_large_weights_are_made_whole_some_rows_at_a_time(host: host_cuda.Host, 
     assert len(host.launched) - before == 3
 
 
-def arguments(x: Tensor, p: Packets, addend: Tensor | None = None) -> tuple[object, ...]:
-    return x, p.data, p.offsets, p.order, addend, None, p.shape[0], p.layout, p.bits, p.kind, p.steps, p.room
-
-
 @pytest.mark.parametrize(
     "name", ["values, 2:4", "4 bits and zeros, single", "3 bits and offsets, runs 16", "4 bits scattered, 2:4"]
 )
 def test_the_operator(name: str) -> None:
     weight = WEIGHTS[name]
     p, x = packets_of(weight), activations(4, 256, torch.float32)
-    torch.library.opcheck(torch.ops.compress.masked.default, arguments(x, p))
+    torch.library.opcheck(torch.ops.compress.masked.default, (x, *vars(p).values(), None, None))
     addend, bias = torch.randn(4, 40), torch.randn(40)
 
     @torch.compile(fullgraph=True, backend="eager")

@@ -76,9 +76,6 @@ def test_what_does_not_fit(host: host_cuda.Host) -> None:
 def test_the_operator(name: str) -> None:
     part = PARTS[name]
     t, x = mixed.prepare(part), activations(4, part.shape[1], torch.float32)
-    orders = [tiles.order for tiles in t]
-    numbers = [tiles.bits for tiles in t], [tiles.steps for tiles in t], " ".join(tiles.kind for tiles in t)
-    arguments = (x, [tiles.codes for tiles in t], [tiles.meta for tiles in t], orders, None, None, part.shape[0], *numbers)
-    torch.library.opcheck(torch.ops.compress.mixed.default, arguments)
+    torch.library.opcheck(torch.ops.compress.mixed.default, (x, *vars(mixed.Widths.of(t)).values(), None, None))
     addend = torch.randn(4, part.shape[0])
     torch.testing.assert_close(mixed.product(x, t, addend), x @ part.dequantize().T + addend, rtol=1e-4, atol=1e-2)

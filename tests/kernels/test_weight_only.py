@@ -295,10 +295,8 @@ def test_the_operator(name: str) -> None:
     """Its schema, its shapes under torch.compile, and on a CPU its values."""
     part = PARTS[name]
     tiles = _weights.prepare(part)
-    t = tiles
     x = activations(4, part.shape[1], torch.float32)
-    arguments = (x, t.codes, t.meta, t.table, t.row_scale, t.order, None, None, t.shape[0], t.bits, t.steps, t.kind)
-    torch.library.opcheck(torch.ops.compress.weight_only.default, arguments)
+    torch.library.opcheck(torch.ops.compress.weight_only.default, (x, *vars(tiles).values(), None, None))
     addend, bias = torch.randn(4, 48), torch.randn(48)
 
     @torch.compile(fullgraph=True, backend="eager")

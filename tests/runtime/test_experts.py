@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import compress as package  # noqa: F401  registers the format
-from compress.kernels import experts
+from compress.kernels import experts, weight_only
 from compress.model.expert_loop import ExpertLoop
 from compress.runtime.experts import ExpertProducts
 from compress.runtime.linear import CompressedLinear
@@ -43,7 +43,7 @@ def test_together_is_one_by_one(family: str, tiny: Callable[..., Path], tmp_path
         assert products(loop.layout.inputs[0], hidden, torch.zeros(1), 1) is None  # on a CPU
         expected = loop(hidden, index, weights)
         host = host_cuda.Host().install(monkeypatch)
-        monkeypatch.setattr(CompressedLinear, "path", lambda self, x: "weight_only")
+        monkeypatch.setattr(CompressedLinear, "kernel", lambda self, use: weight_only.KERNEL)
         monkeypatch.setattr(experts, "product", experts.matmul)
         together = loop.together(hidden, index, weights, products)
         assert together is not None
@@ -72,7 +72,7 @@ def test_experts_are_traced_as_a_whole(
     folder = tmp_path / "out"
     compress(tiny(family), folder, None, steps("quant/rtn", bits=4, group_size=16))
     loop = loops(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))[-1]
-    monkeypatch.setattr(CompressedLinear, "path", lambda self, x: "weight_only")
+    monkeypatch.setattr(CompressedLinear, "kernel", lambda self, use: weight_only.KERNEL)
     width = loop.linear(0, loop.layout.inputs[0]).in_features
     hidden, weights = torch.randn(6, width), torch.rand(6, 2)
     index = torch.tensor([[0, 1], [1, 2], [0, 2], [3, 1], [2, 3], [0, 3]]) % loop.num_experts
@@ -89,7 +89,7 @@ def test_scattered_experts_go_one_by_one(
     folder = tmp_path / "out"
     compress(tiny("mixtral"), folder, ids, steps("quant/gptq", order="desc_act", group_size=16))
     loop = loops(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))[0]
-    monkeypatch.setattr(CompressedLinear, "path", lambda self, x: "weight_only")
+    monkeypatch.setattr(CompressedLinear, "kernel", lambda self, use: weight_only.KERNEL)
     monkeypatch.setattr(experts, "product", lambda *_: pytest.fail("scattered columns need x in an order of their own"))
     assert isinstance(loop.products, ExpertProducts)
     rows = torch.zeros(2, loop.linear(0, loop.layout.inputs[0]).in_features, dtype=torch.bfloat16)  # type: ignore[arg-type]

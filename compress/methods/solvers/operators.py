@@ -1,7 +1,7 @@
 """Steps of methods that kernels may take over: their schemas, and what they compute in plain torch.
 
-Methods import this file and no kernel. `compress.kernels.calibration` registers implementations for CUDA with torch's dispatcher;
-where it was not imported, or a tensor is elsewhere, what stands here runs.
+Methods import this file and no kernel. `round_columns` and `nearest` in `compress/kernels` register implementations for CUDA with
+torch's dispatcher; where they were not imported, or a tensor is elsewhere, what stands here runs.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from options import function_of
 from torch import Tensor
 
 from compress.errors import KernelError
-from compress.kernels import calibration
+from compress.kernels import round_columns
 from compress.methods.solvers import error_feedback as _solver
 from compress.methods.solvers import operators
-from compress.methods.solvers.operators import assign, columns_by_torch, nearest_step, round_columns
+from compress.methods.solvers.operators import columns_by_torch, nearest_step
 from compress.methods.solvers.uniform_grid import nearest
 
 gptq = function_of("quant/gptq")
@@ -22,8 +22,7 @@ gptq = function_of("quant/gptq")
 
 @pytest.fixture(scope="module")
 def compiled() -> host_cuda.Host:
-    each = (calibration.assign_instance(d, weighted) for d in calibration.DIMENSIONS for weighted in (False, True))
-    return host_cuda.Host(calibration.instance(), *each)
+    return host_cuda.Host(round_columns.instance())
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ def test_columns_follow_from_one_another(columns: int, rows: int, host: host_cud
     c = case(columns, rows, seed=columns)
     host.seed = rows
     arguments = c.arguments()
-    calibration.round_columns_kernel(*arguments)
+    round_columns.round_columns_kernel(*arguments)
     check(c, *arguments[:3])
     # Sums in the same order: the same steps, but for weights that lie between two of them to the last bit.
     plain = c.arguments()
@@ -103,29 +102,29 @@ def test_columns_follow_from_one_another(columns: int, rows: int, host: host_cud
 def test_views_of_larger_tensors(host: host_cuda.Host) -> None:
     c = case(40, 33)
     arguments = c.arguments()
-    calibration.round_columns_kernel(*arguments)
+    round_columns.round_columns_kernel(*arguments)
     wide = torch.full((40, 50), torch.nan), torch.full((40, 50), torch.nan)
     wide[0][:, 7:40], wide[1][:, 7:40] = c.target, c.delta
     large = torch.full((90, 77), torch.nan)
     large[5:45, 20:60] = c.feedback
     steps = torch.empty_like(c.steps)
     rest = (c.scale, c.inverse, c.low, c.high, c.groups)
-    calibration.round_columns_kernel(wide[0][:, 7:40], wide[1][:, 7:40], steps, large[5:45, 20:60], *rest)
+    round_columns.round_columns_kernel(wide[0][:, 7:40], wide[1][:, 7:40], steps, large[5:45, 20:60], *rest)
     assert torch.equal(steps, arguments[2])
     assert torch.equal(wide[0][:, 7:40], arguments[0])
     assert all(bool(w[:, :7].isnan().all() and w[:, 40:].isnan().all()) for w in wide)
-    calibration.round_columns_kernel(*c.arguments()[:3], c.feedback.T.contiguous().T, *rest)
+    round_columns.round_columns_kernel(*c.arguments()[:3], c.feedback.T.contiguous().T, *rest)
 
 
 def test_what_does_not_fit() -> None:
     c = case(129, 4)
     with pytest.raises(KernelError, match="up to 128"):
-        calibration.round_columns_kernel(*c.arguments())
+        round_columns.round_columns_kernel(*c.arguments())
     c = case(4, 4)
     with pytest.raises(KernelError, match="float32"):
-        calibration.round_columns_kernel(c.target.double(), *c.arguments()[1:])
+        round_columns.round_columns_kernel(c.target.double(), *c.arguments()[1:])
     with pytest.raises(KernelError, match="contiguous"):
-        calibration.round_columns_kernel(*c.arguments()[:4], c.scale.T.contiguous().T, *c.arguments()[5:])
+        round_columns.round_columns_kernel(*c.arguments()[:4], c.scale.T.contiguous().T, *c.arguments()[5:])
 
 
 def test_nearest_steps_are_those_of_the_grids() -> None:
@@ -141,7 +140,7 @@ def test_the_operator() -> None:
     torch.library.opcheck(torch.ops.compress.round_columns.default, case(5, 4).arguments(), test_utils="test_schema")
     c = case(5, 4)
     arguments = c.arguments()
-    round_columns(*arguments)
+    operators.round_columns(*arguments)
     check(c, *arguments[:3])
 
 
@@ -157,91 +156,8 @@ def test_the_solver_gives_the_same_codes(
     plain = gptq(weight, hessian, bits=int(options.pop("bits", 4)), group_size=64, **options)  # type: ignore[arg-type]
     launched = len(host.launched)
     monkeypatch.setattr(_solver, "_joined", lambda target: True)
-    monkeypatch.setattr(_solver, "round_columns", calibration.round_columns_kernel)
+    monkeypatch.setattr(_solver, "round_columns", round_columns.round_columns_kernel)
     joined = gptq(weight, hessian, bits=plain.weight.base.bits, group_size=64, **options)  # type: ignore[arg-type, attr-defined]
     assert len(host.launched) > launched
     same = plain.weight.base.codes == joined.weight.base.codes  # type: ignore[attr-defined]
     assert float(same.float().mean()) > 0.999
-
-
-# --- the nearest centroids
-
-
-def clouds(count: int, centroids: int, dimensions: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Points far from the origin, and weights over three orders of magnitude, some of them 0."""
-    generator = torch.Generator().manual_seed(count + centroids + dimensions)
-    points = torch.randn(count, dimensions, generator=generator) + 30
-    weights = torch.rand(count, dimensions, generator=generator).pow(6) * 100 if weighted else None
-    if weights is not None:
-        weights[:, 0] *= torch.rand(count, generator=generator) > 0.3
-    return points, torch.randn(centroids, dimensions, generator=generator) + 30, weights
-
-
-def nearest_is(found: Tensor, points: Tensor, centroids: Tensor, weights: Tensor | None) -> None:
-    """No centroid is nearer, but by what float32 rounds."""
-    share = torch.ones_like(points) if weights is None else weights
-    away = (points.double().unsqueeze(1) - centroids.double()).square()
-    distance = (share.double().unsqueeze(1) * away).sum(2)
-    assert found.dtype == torch.int64
-    assert found.shape == (len(points),)
-    chosen = distance.gather(1, found.unsqueeze(1)).squeeze(1)
-    assert bool((chosen - distance.amin(1) <= 1e-5 * distance.amax(1)).all())
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dimensions", [1, 2, 3, 4, 6, 8, 12, 16])
-@pytest.mark.parametrize(("count", "centroids"), [(1, 1), (300, 127), (5, 129), (1025, 300)])
-def test_nearest_centroids(count: int, centroids: int, dimensions: int, weighted: bool, host: host_cuda.Host) -> None:
-    points, centers, weights = clouds(count, centroids, dimensions, weighted)
-    host.seed = count
-    found = calibration.assign_kernel(points, centers, weights)
-    nearest_is(found, points, centers, weights)
-    nearest_is(assign(points, centers, weights), points, centers, weights)  # plain torch on a CPU
-    assert float((found == assign(points, centers, weights)).float().mean()) > 0.99
-
-
-def test_centroids_find_themselves(host: host_cuda.Host) -> None:
-    """And of two that are the same, the first is taken."""
-    _, centers, _ = clouds(1, 300, 8, False)
-    assert torch.equal(calibration.assign_kernel(centers.flip(0), centers), torch.arange(300).flip(0))
-    assert torch.equal(calibration.assign_kernel(centers, torch.cat([centers, centers])), torch.arange(300))
-
-
-def test_points_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    points, centers, weights = clouds(50, 20, 4, True)
-    whole = operators.assigned_by_torch(points, centers, weights)
-    monkeypatch.setattr(operators, "_SCORES", 70)
-    assert torch.equal(operators.assigned_by_torch(points, centers, weights), whole)
-
-
-def test_a_step_of_k_means_lowers_the_error(host: host_cuda.Host) -> None:
-    points, centers, weights = clouds(600, 16, 2, True)
-    assert weights is not None
-    errors = []
-    for _ in range(4):
-        found = calibration.assign_kernel(points, centers, weights)
-        errors.append(float((weights * (points - centers[found]).square()).sum()))
-        total = torch.zeros_like(centers).index_add_(0, found, weights * points)
-        share = torch.zeros_like(centers).index_add_(0, found, weights)
-        centers = torch.where(share > 0, total / share, centers)
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.9 * errors[0]
-
-
-def test_points_and_centroids_that_do_not_fit(host: host_cuda.Host) -> None:
-    points, centers, _ = clouds(4, 3, 2, False)
-    assert calibration.assign_kernel(points[:0], centers).shape == (0,)
-    for wrong in ((points, centers[:0]), (points, centers[:, :1]), (points, centers, points[:2])):
-        with pytest.raises(KernelError, match="expected"):
-            calibration.assign_kernel(*wrong)
-        with pytest.raises(ValueError, match="expected"):
-            operators.assigned_by_torch(*wrong)
-    with pytest.raises(KernelError, match="up to 16"):
-        calibration.assign_kernel(torch.zeros(2, 17), torch.zeros(2, 17))
-    with pytest.raises(KernelError, match="float32"):
-        calibration.assign_kernel(points.double(), centers.double())
-
-
-def test_the_operator_of_assignment() -> None:
-    torch.library.opcheck(torch.ops.compress.assign.default, clouds(5, 3, 2, True))
-    torch.library.opcheck(torch.ops.compress.assign.default, clouds(5, 3, 2, False))

@@ -1,4 +1,4 @@
-// Rounding column after column with feedback of the errors, see compress/operators.py: 8 lanes per row of the weight, each with every
+// Rounding column after column with feedback of the errors, see operators.py: 8 lanes per row of the weight, each with every
 // eighth of up to 128 columns, and the feedback among those columns in shared memory.
 
 constexpr int SPAN = 128, STRIDE = SPAN + 1, LANES = 8, OWN = SPAN / LANES, THREADS = 256, ROWS = THREADS / LANES;
