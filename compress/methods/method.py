@@ -145,7 +145,7 @@ def uniform_described(
 ) -> Described:
     """Describe a weight (out, in) on an affine grid per group of `size` columns; `index`: with the group of each column.
 
-    `words` are those of the description that are true of it beside these.
+    `words` are those of the description that are true of it in addition to these.
     """
     base: dict[str, Any] = {"format": "bitpack", "bits": bits, "group_size": size, "zero": zero}
     base |= dict.fromkeys((*(("offset",) if offset else ()), *words), True)
