@@ -16,8 +16,8 @@ from compress._version import __version__
 from compress.architecture.config import settings
 from compress.checkpoint.packed_source import PackedSource
 from compress.errors import FormatError, OutputError, VerificationError
+from compress.interop import gguf_blocks as blocks
 from compress.interop import llama_cpp as _llama_cpp
-from compress.interop.layouts import gguf as blocks
 from compress.output import seal
 
 FILE = "model.gguf"
@@ -161,7 +161,7 @@ def _data(source: PackedSource, schemes: Mapping[str, blocks.Blocks], member: Me
             try:
                 rows = blocks.pack(wanted, source.compressed(name))
             except FormatError as error:
-                raise FormatError(f"{name}: {error}; gguf holds {blocks.EXPORT.holds}. Export to compressed-tensors") from error
+                raise FormatError(f"{name}: {error}; gguf holds {blocks.HOLDS}. Export to compressed-tensors") from error
         else:
             tensor = source.tensor(name)
             dense = tensor.float() if member.kind == "F32" else tensor

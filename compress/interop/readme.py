@@ -11,16 +11,6 @@ from compress.checkpoint.source import Source
 from compress.report.summary import evaluation
 from compress.report.templating import environment, plain
 
-_LOADERS = {
-    "compressed-tensors": "transformers (with the package compressed-tensors), vLLM, SGLang",
-    "gptq": "vLLM, SGLang, GPTQModel, transformers (with the packages optimum and gptqmodel)",
-    "awq": "vLLM, SGLang, GPTQModel, transformers (with the package gptqmodel)",
-    "native": "transformers, after `import compress`",
-    "dense": "whatever reads the original",
-    "gguf": "llama.cpp and what is built on it; transformers, which decodes it (`gguf_file=`)",
-}
-
-
 _KEPT = ("base_model", "base_model_relation", "license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 
@@ -34,8 +24,8 @@ def _matter(folder: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def text(source: Source, summary: dict[str, Any], name: str) -> str:
-    """Return the README of an export, given its record: with the scores of what it was made from, if there are any."""
+def text(source: Source, summary: dict[str, Any], name: str, readers: str) -> str:
+    """Return the README of an export, given its record and what loads it; with the scores of its source, if there are any."""
     scores = evaluation(source.folder)
     kept = {key: value for key, value in _matter(source.folder).items() if key in _KEPT}
     matter = yaml.safe_dump({**kept, "tags": ["compress", summary["format"], "quantized"]}, sort_keys=False, allow_unicode=True)
@@ -44,7 +34,7 @@ def text(source: Source, summary: dict[str, Any], name: str) -> str:
         name=name,
         model_type=source.model_type,
         s=summary,
-        readers=plain(_LOADERS[summary["format"]]),
+        readers=plain(readers),
         e=scores and scores | {"tokens_per_second": None},  # another runtime is as fast as it is
         whose="source checkpoint",
         left_out=summary.get("left_out", []),

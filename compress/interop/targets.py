@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from compress import registry
 from compress.architecture.config import settings
 from compress.architecture.family import Family, Site
 from compress.architecture.inventory import claim
@@ -18,6 +17,8 @@ from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import FormatError, RecipeError
 from compress.interop import llama_cpp as _llama_cpp
+from compress.interop.exporter import lookup
+from compress.interop.layout import Layout
 from compress.model.detect import find as find_family
 from compress.weights.weight import ROLES
 
@@ -45,14 +46,19 @@ class Stored:
     specs: Mapping[str, Spec | None]  # of compressed sites; None: known only when it is done
 
 
+Rule = Callable[[Stored, Layout[Any], int], Iterable[Finding]]  # what is stored, the layout, GPUs of tensor parallelism
+
+
 @dataclass(frozen=True)
 class Target:
-    """A runtime: the layouts that it reads, in the order of what to take, and its rules by layout."""
+    """A runtime: the layouts that it reads, in the order of what to take, and its rules, for all layouts and for single ones."""
 
     name: str
     reads: tuple[str, ...]
-    rules: tuple[Callable[[Stored, str, int], Iterable[Finding]], ...] = ()
-    widths: Mapping[str, tuple[int, ...]] | None = None  # by layout, those that every build has fast kernels for
+    rules: tuple[Rule, ...] = ()
+    rules_of: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)  # by layout
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by layout, those that every build has fast kernels for
+    slow_zeros: tuple[str, ...] = ()  # layouts whose zero points a slow kernel multiplies
     group_sizes: tuple[int, ...] = ()  # with fast kernels; -1: the row
     plain: bool = True  # whether it reads plain numbers, which are never chosen by themselves
 
@@ -60,7 +66,7 @@ class Target:
 def lint(target: str, stored: Stored, parallel: int = 1, formats: Sequence[str] = ()) -> list[Finding]:
     """Return what a runtime will not like. `formats` are the layouts that are wanted; if none, the best that fits is judged."""
     runtime = find(target)
-    wanted = [name for name in formats if name in runtime.reads or (name == "dense" and runtime.plain)]
+    wanted = [name for name in formats if name in runtime.reads or (runtime.plain and lookup(name).plain)]
     if formats and not wanted:
         what = f"--format {' '.join(formats)}: {runtime.name} reads {', '.join(runtime.reads)}; add --format {runtime.reads[0]}"
         return [Finding("refuse", what)]
@@ -73,12 +79,13 @@ def lint(target: str, stored: Stored, parallel: int = 1, formats: Sequence[str] 
         found.append(Finding("warn", what))
     for name in judged if wanted else judged[:1]:
         found += misfits(stored, name)
-        if name == "dense":
+        form = lookup(name)
+        if form.plain:
             continue  # as the original
-        for rule in runtime.rules:
-            found += rule(stored, name, parallel)
-        if name != "native":
-            found += _kernels(runtime, stored, name)
+        for rule in (*runtime.rules, *runtime.rules_of.get(name, ())):
+            found += rule(stored, form, parallel)
+        if not form.own:
+            found += _kernels(runtime, stored, form)
     return list(dict.fromkeys(found))
 
 
@@ -105,7 +112,7 @@ def of_checkpoint(source: Source) -> Stored:
 
 def misfits(stored: Stored, name: str) -> list[Finding]:
     """Return why a layout cannot hold sites of a checkpoint, one finding per reason."""
-    form = registry.lookup("export", name.replace("-", "_"))
+    form = lookup(name)
     reasons: dict[str, list[str]] = defaultdict(list)
     for site, spec in stored.specs.items():
         if spec is None:
@@ -135,35 +142,50 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(sorted(names)[:_SHOWN]) + more
 
 
-def _scheme(spec: Spec | None) -> str:
-    """What fused weights must have in common, in words."""
-    if spec is None:
-        return "dense"
-    base = spec["base"]
-    zero = "asymmetric" if base.get("zero") else "symmetric"
-    size = "row" if base.get("group_size") == spec["shape"][1] else base.get("group_size")
-    name = base.get("datatype") or f"{base.get('bits', base['format'])} bits"
-    return f"{name}, group {size}, {zero}" + ("".join(f", {role}" for role in ROLES if role in spec and role != "base"))
+@dataclass(frozen=True)
+class Scheme:
+    """What weights must have in common where a runtime joins them."""
+
+    codes: str  # datatype or width
+    group_size: int | Literal["row"] | None
+    zeros: bool  # zero points are stored
+    parts: tuple[str, ...]  # roles of what is added to the base
+
+    @classmethod
+    def of(cls, spec: Spec) -> Scheme:
+        """Take it from the description of a site."""
+        base = spec["base"]
+        size: int | Literal["row"] | None = base.get("group_size")
+        if size == spec["shape"][1]:
+            size = "row"
+        codes = base.get("datatype") or f"{base.get('bits', base['format'])} bits"
+        return cls(codes, size, bool(base.get("zero")), tuple(role for role in ROLES if role in spec and role != "base"))
+
+    def __str__(self) -> str:
+        """Say it in a finding."""
+        zeros = "asymmetric" if self.zeros else "symmetric"
+        return ", ".join((self.codes, f"group {self.group_size}", zeros, *self.parts))
 
 
-def _groups(stored: Stored, key: Callable[[Site], Any]) -> dict[Any, dict[str, str]]:
-    """Scheme by site, for sites of one key; a site that is not compressed is dense, and one that is not known is left out."""
-    result: dict[Any, dict[str, str]] = defaultdict(dict)
+def _groups(stored: Stored, key: Callable[[Site], Any]) -> dict[Any, dict[str, Scheme | None]]:
+    """Schemes by site, for sites of one key: None for a site that stays dense; one that is not known yet is left out."""
+    result: dict[Any, dict[str, Scheme | None]] = defaultdict(dict)
     for site in stored.sites:
-        if (place := key(site)) is not None and stored.specs.get(site.name, {}) is not None:
-            result[place][site.name] = _scheme(stored.specs.get(site.name))
+        spec = stored.specs.get(site.name, {})
+        if (place := key(site)) is not None and spec is not None:
+            result[place][site.name] = Scheme.of(spec) if spec else None
     return result
 
 
-def _unequal(members: Mapping[str, str]) -> str:
+def _unequal(members: Mapping[str, Scheme | None]) -> str:
     """Name one site per scheme."""
-    by: dict[str, str] = {}
+    by: dict[Scheme | None, str] = {}
     for name, scheme in members.items():
         by.setdefault(scheme, name)
-    return "; ".join(f"{name} has {scheme}" for scheme, name in by.items())
+    return "; ".join(f"{name} has {scheme or 'dense'}" for scheme, name in by.items())
 
 
-def siblings(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
+def siblings(stored: Stored, form: Layout[Any], parallel: int) -> Iterable[Finding]:
     """Queries, keys and values, and gate and up, become one matrix when they are loaded: one scheme for all."""
     taps = {linear: number for number, group in enumerate(stored.family.taps) if len(group) > 1 for linear in group}
     fused = _groups(stored, lambda s: (s.block, taps[s.kind]) if s.expert is None and s.kind in taps else None)
@@ -174,7 +196,7 @@ def siblings(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
             yield Finding("refuse", _unequal(members) + what + more)
 
 
-def experts(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
+def experts(stored: Stored, form: Layout[Any], parallel: int) -> Iterable[Finding]:
     """The experts of a block become one tensor when they are loaded."""
     for block, members in _groups(stored, lambda s: s.block if s.expert is not None else None).items():
         if len(set(members.values())) > 1:
@@ -184,31 +206,27 @@ def experts(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
             yield Finding("refuse", f"{what}. Give all experts one step of the recipe, or keep the native format")
 
 
-def experts_everywhere(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
+def experts_everywhere(stored: Stored, form: Layout[Any], parallel: int) -> Iterable[Finding]:
     """transformers takes one scheme for the experts of all blocks, and knows symmetric ones only."""
-    if name != "compressed-tensors":
-        return
     members = _groups(stored, lambda s: "all" if s.expert is not None else None).get("all", {})
     if len(set(members.values())) > 1:
         what = f"{_unequal(members)}; expected one scheme for the experts of all blocks"
         yield Finding(
             "refuse", f"{what}, as transformers decodes them by one. Use one step for all experts, or the native format"
         )
-    asymmetric = [site for site, scheme in members.items() if "asymmetric" in scheme]
+    asymmetric = [site for site, scheme in members.items() if scheme is not None and scheme.zeros]
     if asymmetric:
         what = "experts with zero points; transformers reads none of compressed-tensors"
         yield Finding("refuse", f"{_some(asymmetric)}: {what}. Compress experts symmetric, or keep the native format")
 
 
-def transformers_zeros(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
+def transformers_zeros(stored: Stored, form: Layout[Any], parallel: int) -> Iterable[Finding]:
     """Zero points of pack-quantized are loaded only decoded, and then with one scheme for all linears."""
-    if name != "compressed-tensors":
-        return
     known = {site: spec for site, spec in stored.specs.items() if spec is not None}
     zeros = [site for site, spec in known.items() if spec["base"].get("zero")]
     if not zeros:
         return
-    if len({_scheme(spec) for spec in known.values()}) > 1:
+    if len({Scheme.of(spec) for spec in known.values()}) > 1:
         what = "zero points beside other schemes; transformers loads zero points only decoded (dequantize=True), and then "
         yield Finding(
             "refuse", f"{_some(zeros)}: {what}decodes all linears by one scheme. Use symmetric grids, or the native format"
@@ -218,18 +236,16 @@ def transformers_zeros(stored: Stored, name: str, parallel: int) -> Iterable[Fin
         yield Finding("warn", f"{_some(zeros)}: {what}; use symmetric grids, or the native format, to keep them packed")
 
 
-def transformers_one_scheme(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
+def transformers_one_scheme(stored: Stored, form: Layout[Any], parallel: int) -> Iterable[Finding]:
     """transformers reads GPTQ and AWQ through gptqmodel and has no settings by module."""
-    if name not in ("gptq", "awq"):
-        return
-    members = {site: _scheme(spec) for site, spec in stored.specs.items() if spec is not None}
+    members = {site: Scheme.of(spec) for site, spec in stored.specs.items() if spec is not None}
     if len(set(members.values())) > 1:
-        what = f"{_unequal(members)}; expected one scheme, as transformers has no settings by module for {name}"
+        what = f"{_unequal(members)}; expected one scheme, as transformers has no settings by module for {form.name}"
         yield Finding("refuse", f"{what}. Export to compressed-tensors, or keep the native format")
-    yield Finding("warn", f"{name}: transformers loads it only with the packages gptqmodel and optimum; install them there")
+    yield Finding("warn", f"{form.name}: transformers loads it only with the packages gptqmodel and optimum; install them there")
 
 
-def tensor_parallel(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
+def tensor_parallel(stored: Stored, form: Layout[Any], parallel: int) -> Iterable[Finding]:
     """Shards of a weight need whole groups, and rows in tiles of kernels."""
     if parallel == 1:
         return
@@ -265,9 +281,9 @@ def _outputs(family: Family) -> list[str]:
     return sorted(found | ({family.experts.output} if family.experts is not None else set()))
 
 
-def native_is_not_read(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
+def native_is_not_read(stored: Stored, form: Layout[Any], parallel: int) -> Iterable[Finding]:
     """Families whose names on disk are not those of the model, which only our own reader joins."""
-    if name == "native":
+    if form.own:
         return
     if stored.family.transposed:
         what = "weights are stored (in, out), and readers of other layouts expect (out, in)"
@@ -279,7 +295,7 @@ def native_is_not_read(stored: Stored, name: str, parallel: int) -> Iterable[Fin
         yield Finding("refuse", f"{_some(packed)}: {what}; leave experts out of the recipe, or keep the native format")
 
 
-def llama_cpp(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
+def llama_cpp(stored: Stored, form: Layout[Any], parallel: int) -> Iterable[Finding]:
     """Architecture, and experts of a block as one tensor of one type."""
     try:
         notes = _llama_cpp.check(stored.config)
@@ -288,7 +304,7 @@ def llama_cpp(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
         return
     yield from (Finding("warn", note) for note in notes)
     for block, members in _groups(stored, lambda s: (s.block, s.kind) if s.expert is not None else None).items():
-        dense = [site for site, scheme in members.items() if scheme == "dense"]
+        dense = [site for site, scheme in members.items() if scheme is None]
         if dense and len(dense) < len(members):
             what = f"block {block[0]}: {_some(dense)} dense among {len(members)} experts; expected all or none compressed"
             yield Finding("refuse", f"{what}, as llama.cpp has them as one tensor. Compress all experts of a block")
@@ -296,23 +312,21 @@ def llama_cpp(stored: Stored, name: str, parallel: int) -> Iterable[Finding]:
         yield Finding("warn", "--tensor-parallel: llama.cpp splits by layer or row on its own; the number says nothing to it")
 
 
-def _kernels(runtime: Target, stored: Stored, name: str) -> Iterable[Finding]:
+def _kernels(runtime: Target, stored: Stored, form: Layout[Any]) -> Iterable[Finding]:
     """Widths and group sizes beyond those that every build runs fast."""
     slow: dict[str, list[str]] = defaultdict(list)
-    widths = (runtime.widths or {}).get(name)
+    widths = runtime.widths.get(form.name)
     for site, spec in stored.specs.items():
         if spec is None or spec["base"]["format"] != "bitpack":
             continue
         base = spec["base"]
-        bits, size = base["bits"], base["group_size"]
-        if name == "awq":
-            bits = max(bits, 4)
+        bits, size = max(base["bits"], form.narrowest), base["group_size"]
         if widths and bits not in widths:
-            slow[f"{bits} bits in {name}: only recent builds read it; {', '.join(map(str, widths))} bits work everywhere"].append(
-                site
-            )
-        elif widths and base.get("zero") and name == "gptq":
-            slow["zero points in gptq: a slow kernel runs it, where there is one; use symmetric grids or awq"].append(site)
+            known = ", ".join(map(str, widths))
+            slow[f"{bits} bits in {form.name}: only recent builds read it; {known} bits work everywhere"].append(site)
+        elif base.get("zero") and form.name in runtime.slow_zeros:
+            what = f"zero points in {form.name}: a slow kernel runs it, where there is one; use symmetric grids or awq"
+            slow[what].append(site)
         if runtime.group_sizes and size not in runtime.group_sizes and size != spec["shape"][1]:
             known = ", ".join(map(str, runtime.group_sizes))
             slow[f"group_size={size}: fast kernels have {known} or whole rows; others are slow or not read"].append(site)
@@ -321,28 +335,25 @@ def _kernels(runtime: Target, stored: Stored, name: str) -> Iterable[Finding]:
 
 
 _SERVER_RULES = (native_is_not_read, siblings, experts, tensor_parallel)
+_SERVED = ("compressed-tensors", "gptq", "awq")
+_SERVED_WIDTHS = {"compressed-tensors": (4, 8), "gptq": (4, 8), "awq": (4,)}
+_SLOW_ZEROS = ("gptq",)
 TARGETS = {
     target.name: target
     for target in (
-        Target(
-            "vllm",
-            ("compressed-tensors", "gptq", "awq"),
-            _SERVER_RULES,
-            {"compressed-tensors": (4, 8), "gptq": (4, 8), "awq": (4,)},
-            (32, 64, 128),
-        ),
-        Target(
-            "sglang",
-            ("compressed-tensors", "gptq", "awq"),
-            _SERVER_RULES,
-            {"compressed-tensors": (4, 8), "gptq": (4, 8), "awq": (4,)},
-            (32, 64, 128),
-        ),
+        Target("vllm", _SERVED, _SERVER_RULES, {}, _SERVED_WIDTHS, _SLOW_ZEROS, (32, 64, 128)),
+        Target("sglang", _SERVED, _SERVER_RULES, {}, _SERVED_WIDTHS, _SLOW_ZEROS, (32, 64, 128)),
         Target(
             "transformers",
-            ("native", "compressed-tensors", "gptq", "awq"),
-            (native_is_not_read, experts_everywhere, transformers_zeros, transformers_one_scheme),
+            ("native", *_SERVED),
+            (native_is_not_read,),
+            {
+                "compressed-tensors": (experts_everywhere, transformers_zeros),
+                "gptq": (transformers_one_scheme,),
+                "awq": (transformers_one_scheme,),
+            },
             {"gptq": (2, 3, 4, 8)},
+            _SLOW_ZEROS,
         ),
         Target("llama.cpp", ("gguf",), (llama_cpp,), plain=False),
     )

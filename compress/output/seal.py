@@ -12,10 +12,11 @@ from typing import Any
 from compress.architecture.family import Site
 from compress.architecture.inventory import Claims
 from compress.checkpoint import packing, part_file, site_table
-from compress.checkpoint.source import INDEX, SINGLE, Source
+from compress.checkpoint.source import INDEX, Source
 from compress.checkpoint.tensor_file import Entry, copy_entries, read_header
 from compress.errors import CheckpointError, OutputError
-from compress.system.files import as_json, copy, fsync_folder, write_json, write_text, writing
+from compress.output import shards
+from compress.system.files import copy, fsync_folder, write_json, write_text, writing
 
 SUMMARY = "summary.json"
 
@@ -91,39 +92,13 @@ def _guard(sites: Iterable[Site]) -> str | None:
     return None if first is None else first.tensor
 
 
-def shards(entries: Iterable[Entry], limit: int) -> list[list[Entry]]:
-    """Cut tensors into files of at most `limit` bytes, in order; a tensor above the limit gets a file of its own."""
-    result: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if result[-1] and size + entry.nbytes > limit:
-            result.append([])
-            size = 0
-        result[-1].append(entry)
-        size += entry.nbytes
-    return result
-
-
-def named(cut: list[list[Entry]]) -> dict[str, list[Entry]]:
-    """Give shards their file names."""
-    names = [SINGLE] if len(cut) == 1 else [f"model-{i + 1:05d}-of-{len(cut):05d}.safetensors" for i in range(len(cut))]
-    return dict(zip(names, cut, strict=True))
-
-
-def index(files: Mapping[str, Iterable[Entry]]) -> str:
-    """The text of the index over several files."""
-    weight_map = {entry.name: name for name, members in files.items() for entry in members}
-    sizes = {"total_size": sum(entry.nbytes for members in files.values() for entry in members)}
-    return as_json({"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
-
-
 def write_shards(folder: Path, entries: list[Entry], limit: int) -> dict[str, list[Entry]]:
     """Write the tensors into `folder` and return the files with what they hold; several get an index."""
-    files = named(shards(entries, limit))
+    files = shards.cut_into_files(entries, limit, lambda entry: entry.nbytes)
     for name, members in files.items():
         copy_entries(folder / name, members)
     if len(files) > 1:
-        write_text(folder / INDEX, index(files))
+        write_text(folder / INDEX, shards.index(files))
     return files
 
 

@@ -11,7 +11,7 @@ from compress.checkpoint import packing
 from compress.checkpoint.source import INDEX, Source
 from compress.checkpoint.tensor_file import DTYPE_NAMES, Entry, file_size
 from compress.methods.method import Described
-from compress.output import seal
+from compress.output import seal, shards
 from compress.recipe.assignment import Assignment
 
 
@@ -78,10 +78,10 @@ def sizes(
             parts[f"{name}.{leaf}"] = _entry(f"{name}.{leaf}", DTYPE_NAMES[dtype], shape, _nbytes(dtype, shape), source)
     stand_ins = {name: _entry(f"{name}.codes", "U8", (size,), size, source) for name, size in rough.items()}
     tensors, _ = seal.plan(source, claims, specs, parts, stand_ins)
-    cut = seal.shards(tensors, limit)
-    files = {name: file_size(members) for name, members in seal.named(cut).items()}
+    cut = shards.cut_into_files(tensors, limit, lambda entry: entry.nbytes)
+    files = {name: file_size(members) for name, members in cut.items()}
     if len(files) > 1:
-        files[INDEX] = len(seal.index(seal.named(cut)).encode())
+        files[INDEX] = len(shards.index(cut).encode())
     whole = sum(entry.nbytes for entry in tensors)
     return Sizes(whole, files, exact, whole - -(-below // 8), whole + -(-above // 8))
 

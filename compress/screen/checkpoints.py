@@ -115,6 +115,8 @@ def show_cut(folder: str, made: dict[str, Any]) -> None:
 
 def show_exports(made: list[dict[str, Any]]) -> None:
     """Print what was exported."""
+    from compress.interop.exporter import lookup
+
     out = console()
     for found in made:
         state = " (was there already)" if found.get("resumed") else ""
@@ -127,7 +129,7 @@ def show_exports(made: list[dict[str, Any]]) -> None:
             out.print(f"{count} weights: {how}")
         for how, count in found["widened"].items():
             out.print(f"{count} weights with wider codes: {how}")
-        what = "values" if found["format"] == "dense" else "scales"
+        what = "values" if lookup(found["format"]).plain else "scales"
         out.print(f"{what} in {', '.join(found['scale_dtypes'])}; all values read back as they were")
 
 

@@ -11,18 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import packing
-from compress.checkpoint.packed_source import PackedSource
-from compress.checkpoint.source import Source
-from compress.checkpoint.tensor_file import read_tensor
 from compress.errors import CheckpointError
-from compress.interop import gguf_file
-from compress.interop.foreign import open_any
+from compress.interop.exporter import lookup
 from compress.verify import second_reader as independent
 from compress.verify.checksums import EXPORTED, Listen, changed, refuse
 from compress.verify.raw_files import open_stored
-from compress.weights.dense import Dense
-from compress.weights.weight import CompressedWeight
 
 
 def _recorded(folder: Path) -> tuple[str, dict[str, str], dict[str, str]]:
@@ -45,21 +38,13 @@ def _recorded(folder: Path) -> tuple[str, dict[str, str], dict[str, str]]:
 
 
 def _decoded(folder: Path, layout: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield name and digest of every compressed weight; `names` are those of plain ones. Raises CheckpointError."""
-    if layout == "gguf":
-        yield from gguf_file.digests(folder / gguf_file.FILE)
-    elif layout == "native":
+    """Yield name and digest of every compressed weight, given the names that were recorded. Raises CheckpointError."""
+    form = lookup(layout)
+    if form.own:
         stored = open_stored(folder)
         yield from ((site, independent.digest(stored, site)) for site in stored.sites)
-    elif layout == "dense":
-        entries = Source.open(folder).entries
-        for site in names:
-            if (entry := entries.get(f"{site}.weight")) is not None:
-                yield site, packing.digest(CompressedWeight(Dense(read_tensor(entry))))
     else:
-        source = open_any(folder)
-        assert isinstance(source, PackedSource)
-        yield from ((site, packing.digest(source.compressed(site))) for site in source.table)
+        yield from form.digests(folder, names)
 
 
 def verify(folder: Path, listen: Listen) -> dict[str, Any]:

@@ -88,11 +88,11 @@ def test_the_card_has_the_scores_of_what_was_exported(tiny: Tiny, tmp_path: Path
     assert "tokens per second" not in text, "that is another runtime's business"
     assert "secret" not in text and str(tmp_path) not in text
     record = json.loads((tmp_path / "out" / "export.json").read_text())
-    partial = export_card.text(work.source, {**record, "left_out": ["mtp.*.weight"]}, "name `<b>`")
+    partial = export_card.text(work.source, {**record, "left_out": ["mtp.*.weight"]}, "name `<b>`", work.form)
     assert "leaves out `mtp.*.weight`, for which gptq has no place" in partial and "bit for bit" not in partial
     assert "# name &#96;&lt;b&gt;&#96;" in partial
     (tmp_path / "native" / "evaluation.json").write_text('{"perplexity": 1.0}')
-    assert "not measured" in export_card.text(work.source, record, "name"), "a file that somebody else wrote"
+    assert "not measured" in export_card.text(work.source, record, "name", work.form), "a file that somebody else wrote"
 
 
 def test_several_files_have_an_index(made: Callable[..., Path], tmp_path: Path) -> None:

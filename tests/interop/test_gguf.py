@@ -25,7 +25,8 @@ from compress.errors import FormatError
 from compress.interop import exporter as exporting
 from compress.interop import gguf_file
 from compress.interop import llama_cpp as _llama_cpp
-from compress.interop.layouts.gguf import EXPORT, Blocks, pack, widest
+from compress.interop.gguf_blocks import Blocks, pack, widest
+from compress.interop.layouts.gguf import EXPORT
 from compress.weights.table import DATATYPES, Table, select_bits
 from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight

@@ -49,7 +49,7 @@ ROOMS: dict[str, Room] = {
         "gguf huggingface_hub",
     ),
     "runtime": Room("kernels model architecture checkpoint weights errors", "torch transformers"),
-    "verify": Room("interop blockwise report architecture checkpoint weights system errors", "torch numpy", "transformers"),
+    "verify": Room("interop blockwise report architecture checkpoint system errors", "torch numpy", "transformers"),
     "inspection": Room("interop model architecture checkpoint weights system errors", "torch"),
     "evaluate": Room(
         "verify interop blockwise report runtime kernels calibration model architecture recipe checkpoint weights system errors",
@@ -94,10 +94,10 @@ MODULES: dict[str, Room] = {
     "methods.*": Room("calibration.statistics methods.* weights errors", "torch scipy pydantic"),
     # Planners see numbers alone: what candidates take and cost.
     "planning.planners.*": Room("planning.problem planning.planners._* errors", "numpy scipy"),
-    # Layouts of other tools are pure functions on the parts of a weight, of which they see one at a time.
+    # Layouts of other tools see the parts of a weight, one at a time, and what opens and writes files of their kind.
     "interop.layouts.*": Room(
-        "checkpoint.packing checkpoint.site_table interop.affine_grid interop.llama_cpp interop.config_patterns "
-        "interop.layouts._* weights errors",
+        "interop.layout interop.affine_grid interop.config_patterns interop.gguf_* interop.layouts._* checkpoint weights "
+        "system.files errors",
         "torch",
     ),
 }
@@ -111,7 +111,12 @@ WITHIN: dict[str, tuple[str, ...]] = {
         "methods.quant.* methods.prune.* methods.transform.* methods.tune.* methods.retrain.*",
     ),
     "architecture": ("architecture.family", "architecture.families.*"),
-    "interop": ("interop.affine_grid interop.llama_cpp interop.config_patterns", "interop.layouts.*"),
+    "interop": (
+        "interop.affine_grid interop.llama_cpp interop.config_patterns",
+        "interop.gguf_blocks interop.foreign",
+        "interop.gguf_file interop.layout",
+        "interop.layouts.*",
+    ),
     "planning": ("planning.problem", "planning.planners.*"),
 }
 SAME_FLOOR = ("methods.solvers.*", "methods.block")  # these may import from their own floor

@@ -19,13 +19,13 @@ from compress.errors import FormatError
 from compress.interop import affine_grid as _grid
 from compress.interop import config_patterns as _names
 from compress.interop.affine_grid import Scheme
+from compress.interop.layout import Layout, Tensors
 from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output within a word, by field
 _ALL_EIGHT = 0x88888888 - (1 << 32)  # a word of zero codes in the middle of the grid
 _INVERSE = tuple(ORDER.index(n) for n in range(8))
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def _interleave(codes: Tensor, order: Sequence[int]) -> Tensor:
@@ -34,15 +34,17 @@ def _interleave(codes: Tensor, order: Sequence[int]) -> Tensor:
     return result
 
 
-class Awq:
+class Awq(Layout[Scheme]):
     """The layout of AutoAWQ's gemm kernels."""
 
     name = "awq"
     holds = "codes of up to 4 bits, in groups of one size, without act-order"
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
-    scales: tuple[str, ...] = ("F16",)
+    scales = ("F16",)
+    narrowest = 4
+    readers = "vLLM, SGLang, GPTQModel, transformers (with the package gptqmodel)"
 
-    def scheme(self, spec: Mapping[str, Any], scale: str) -> Scheme:
+    def scheme(self, spec: Mapping[str, Any], scale: str | None) -> Scheme:
         """Return how a described site is stored. Raises FormatError with the reason where it cannot be."""
         found = _grid.scheme(spec, (4,), zeros=True, scattered=False, scale=scale)
         rows, columns = found.shape
@@ -50,7 +52,7 @@ class Awq:
             raise FormatError(f"has shape {rows} x {columns}, which are no multiples of 8")
         return found
 
-    def layout(self, scheme: Scheme) -> Layout:
+    def layout(self, scheme: Scheme) -> Tensors:
         """Return dtype and shape of the tensors of a site."""
         rows, columns = scheme.shape
         return {
@@ -85,10 +87,6 @@ class Awq:
             "version": "gemm",
             "modules_to_not_convert": sorted(dense),
         }
-
-    def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return JSON files beside config.json: none."""
-        return {}
 
     def find(
         self, config: Mapping[str, Any], entries: Mapping[str, tuple[str, tuple[int, ...]]], read: _names.Read

@@ -21,32 +21,32 @@ from compress.errors import FormatError
 from compress.interop import affine_grid as _grid
 from compress.interop import config_patterns as _names
 from compress.interop.affine_grid import Scheme
+from compress.interop.layout import Layout, Tensors
 from compress.weights import bit_stream as _bits
 from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
 
 VERSION = "0.15.0"  # the first that packs every width densely
 PACKED = "pack-quantized"
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-class CompressedTensors:
+class CompressedTensors(Layout[Scheme]):
     """The layout of llm-compressor."""
 
     name = "compressed-tensors"
     holds = "codes of 2 to 8 bits, with or without zero points, without act-order"
     suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-    scales: tuple[str, ...] = ()  # those that a site has
+    readers = "transformers (with the package compressed-tensors), vLLM, SGLang"
     widths = (2, 3, 4, 5, 6, 7, 8)
 
     def scheme(self, spec: Mapping[str, Any], scale: str | None) -> Scheme:
         """Return how a described site is stored. Raises FormatError with the reason where it cannot be."""
         return _grid.scheme(spec, self.widths, zeros=True, scattered=False)
 
-    def layout(self, scheme: Scheme) -> Layout:
+    def layout(self, scheme: Scheme) -> Tensors:
         """Return dtype and shape of the tensors of a site."""
         rows, columns = scheme.shape
-        layout: Layout = {
+        layout: Tensors = {
             "weight_packed": (torch.int32, (rows, _bits.words(columns, scheme.bits))),
             "weight_scale": (_grid.DTYPES[scheme.scale], (rows, scheme.groups)),
             "weight_shape": (torch.int64, (2,)),
@@ -97,10 +97,6 @@ class CompressedTensors:
             "ignore": ignore,
             "config_groups": described,
         }
-
-    def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return JSON files beside config.json: none."""
-        return {}
 
     def find(
         self, config: Mapping[str, Any], entries: Mapping[str, tuple[str, tuple[int, ...]]], read: _names.Read

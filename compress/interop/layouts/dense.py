@@ -9,19 +9,20 @@ configs of most models say, rounds to it, as our own runtime does there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from compress.checkpoint.source import Source
+from compress.checkpoint.tensor_file import read_tensor
 from compress.errors import FormatError
+from compress.interop.layout import Layout, Tensors
 from compress.weights.dense import DENSE_DTYPES
 from compress.weights.dense import Dense as Values
 from compress.weights.weight import CompressedWeight
-
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,13 @@ class Plain:
     scale: str  # dtype of the values: there are no scales
 
 
-class Dense:
-    """The layout of models that nobody has compressed."""
+class Dense(Layout[Plain]):
+    """The layout of models that were never compressed."""
 
     name = "dense"
     holds = "every weight, as plain numbers"
-    scales: tuple[str, ...] = ()
+    readers = "whatever reads the original"
+    plain = True
 
     def scheme(self, spec: Mapping[str, Any], scale: str | None) -> Plain:
         """Return how a described site is stored; a transform is multiplied out. Raises FormatError where inputs are rounded."""
@@ -47,7 +49,7 @@ class Dense:
         plain = spec["base"]["format"] == "dense" and set(spec) <= {"shape", "base", "keep"}
         return Plain((rows, columns), spec["base"].get("dtype", "F32") if plain else "F32")
 
-    def layout(self, scheme: Plain) -> Layout:
+    def layout(self, scheme: Plain) -> Tensors:
         """Return dtype and shape of the tensors of a site."""
         return {"weight": (DENSE_DTYPES[scheme.scale], scheme.shape)}
 
@@ -55,17 +57,12 @@ class Dense:
         """Return the tensors of a site."""
         return {"weight": weight.dequantize().to(DENSE_DTYPES[scheme.scale])}
 
-    def config(self, schemes: Mapping[str, Plain], dense: Sequence[str], head: str) -> dict[str, Any]:
-        """There is no `quantization_config`."""
-        return {}
-
-    def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return JSON files beside config.json: none."""
-        return {}
-
-    def weight(self, tensor: Tensor) -> CompressedWeight:
-        """Return a stored tensor (out, in) as the weight that it is."""
-        return CompressedWeight(Values(tensor))
+    def weights(self, folder: Path, sites: Iterable[str]) -> Iterator[tuple[str, CompressedWeight]]:
+        """Yield those of some sites that a checkpoint has, as the numbers that they are. Raises CheckpointError."""
+        entries = Source.open(folder).entries
+        for site in sites:
+            if (entry := entries.get(f"{site}.weight")) is not None:
+                yield site, CompressedWeight(Values(read_tensor(entry)))
 
 
 EXPORT = Dense()

@@ -23,23 +23,24 @@ from compress.errors import FormatError
 from compress.interop import affine_grid as _grid
 from compress.interop import config_patterns as _names
 from compress.interop.affine_grid import Scheme
+from compress.interop.layout import Layout, Tensors
 from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Settings = tuple[int, int, bool, bool]  # bits, group size, symmetric, act-order
 
 
-class Gptq:
+class Gptq(Layout[Scheme]):
     """The layout of GPTQModel and AutoGPTQ."""
 
     name = "gptq"
     holds = "codes of 2, 3, 4 or 8 bits, with or without zero points and act-order"
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
-    scales: tuple[str, ...] = ("F16", "BF16")
+    scales = ("F16", "BF16")
+    readers = "vLLM, SGLang, GPTQModel, transformers (with the packages optimum and gptqmodel)"
     widths = (2, 3, 4, 8)
 
-    def scheme(self, spec: Mapping[str, Any], scale: str) -> Scheme:
+    def scheme(self, spec: Mapping[str, Any], scale: str | None) -> Scheme:
         """Return how a described site is stored. Raises FormatError with the reason where it cannot be."""
         found = _grid.scheme(spec, self.widths, zeros=True, scattered=True, scale=scale)
         for axis, size in zip(("out", "in"), found.shape, strict=True):
@@ -47,7 +48,7 @@ class Gptq:
                 raise FormatError(f"has {axis}={size}, which is no multiple of 32")
         return found
 
-    def layout(self, scheme: Scheme) -> Layout:
+    def layout(self, scheme: Scheme) -> Tensors:
         """Return dtype and shape of the tensors of a site."""
         rows, columns = scheme.shape
         return {

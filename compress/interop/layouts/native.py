@@ -5,27 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compress.checkpoint import packing, site_table
+from compress.interop.layout import Layout, Tensors
 from compress.weights.weight import CompressedWeight
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
-
-class Native:
-    """The layout of `compress.packed`."""
+class Native(Layout[packing.Spec]):
+    """The layout of checkpoints that `compress` makes."""
 
     name = "native"
     holds = "everything"
-    scales: tuple[str, ...] = ()
+    readers = "transformers, after `import compress`"
+    own = True
 
     def scheme(self, spec: Mapping[str, Any], scale: str | None) -> packing.Spec:
         """Return how a described site is stored: as described."""
         return dict(spec)
 
-    def layout(self, scheme: packing.Spec) -> Layout:
+    def layout(self, scheme: packing.Spec) -> Tensors:
         """Return dtype and shape of the tensors of a site."""
         return packing.layout(scheme)
 
@@ -33,13 +32,17 @@ class Native:
         """Return the tensors of a site."""
         return packing.pack(weight)[0]
 
+    def scale_of(self, scheme: packing.Spec) -> str:
+        """Return the dtype of a site's scales."""
+        return str(scheme["base"].get("scale", "BF16"))
+
     def config(self, schemes: Mapping[str, packing.Spec], dense: Sequence[str], head: str) -> dict[str, Any]:
         """Return `quantization_config`; the guard is the weight of the first site, which is stored empty."""
         return site_table.write_table(schemes, f"{next(iter(schemes))}.weight")
 
-    def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return JSON files beside config.json: none."""
-        return {}
+    def model_config(self, original: Mapping[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+        """Return config.json, which names a file that programs without the package look for in vain."""
+        return site_table.config_with(original, table)
 
 
 EXPORT = Native()
