@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compress.checkpoint.packing import METHOD, Spec, _shape, layout, unpack
-from compress.checkpoint.site_table import FILE_KEY, IMPORT_FIRST, read_table
+from compress.checkpoint.site_table import ABSENT_FILES, FILE_KEY, read_table
 from compress.checkpoint.source import Source, check_finite
 from compress.checkpoint.tensor_file import DTYPE_NAMES, Entry, read_tensor
 from compress.errors import FormatError
@@ -56,7 +56,7 @@ class PackedSource(Source):
                 raise FormatError(
                     f"{folder}: {name} is not described; the config does not belong to these weights. Fetch both again"
                 )
-        ours = {"quantization_config"} | ({FILE_KEY} if plain.config.get(FILE_KEY) == IMPORT_FIRST else set())
+        ours = {"quantization_config"} | ({FILE_KEY} if plain.config.get(FILE_KEY) in ABSENT_FILES else set())
         dense = {key: value for key, value in plain.config.items() if key not in ours}
         everything = {**entries, **virtual}
         return cls(plain.folder, plain.name, dense, everything, plain.revision, table=table, packed=packed)

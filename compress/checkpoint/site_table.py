@@ -19,8 +19,9 @@ from compress.checkpoint.tensor_file import MAX_NAME
 from compress.errors import FormatError
 
 # The weight file that config.json names: there is none, so a loader that does not know the format stops and says this name. Ours
-# takes the entry out before files are looked for.
-IMPORT_FIRST = "import-compress-first.safetensors"
+# takes the entry out before files are looked for; older checkpoints have the older name.
+IMPORT_FIRST = "pip-install-compress-llm-and-import-compress-first.safetensors"
+ABSENT_FILES = (IMPORT_FIRST, "import-compress-first.safetensors")
 FILE_KEY = "transformers_weights"
 _MAX_SITES = 500_000  # what a table may unfold to, so that a hostile one cannot fill the memory
 _DIGITS = 7  # of the longest number that is folded

@@ -57,7 +57,7 @@ def scores(model: str, wanted: Sequence[str], device: torch.device, limit: int |
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise RecipeError(f"--tasks: lm-eval is not installed ({error}); pip install 'compress[eval]'") from error
+        raise RecipeError(f"--tasks: lm-eval is not installed ({error}); pip install 'compress-llm[eval]'") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folders, names = split(wanted)

@@ -208,13 +208,16 @@ def _kind(found: Diagnosis, config: dict[str, Any], source: Source | None, regis
     elif method == packing.METHOD:
         found.kind = "native"
         what = "quant_method is compress, which transformers knows only after `import compress`"
-        advice = "put that line before from_pretrained; without it loading fails, so that no random weights are used"
+        advice = "put that line before from_pretrained (pip install compress-llm); without it loading fails, so that no random"
+        advice += " weights are used"
         found.add("note" if registered else "error", "model", f"config.json: {what}; {advice}")
-        if config.get(site_table.FILE_KEY) != site_table.IMPORT_FIRST:
+        if config.get(site_table.FILE_KEY) not in site_table.ABSENT_FILES:
             guarded = quantization is not None and quantization.get("guard") is not None
             left = "only an empty tensor stops programs" if guarded else "nothing stops programs"
             what = f"no {site_table.FILE_KEY}, so {left} without `import compress` from taking random weights"
-            advice = f'add "{site_table.FILE_KEY}": "{site_table.IMPORT_FIRST}", or write it anew: `compress convert --to native`'
+            advice = (
+                f'add "{site_table.FILE_KEY}": "{site_table.IMPORT_FIRST}", or write it again: `compress convert --to native`'
+            )
             found.add("warning" if guarded else "error", "model", f"config.json: {what}; {advice}")
     elif source is not None and source.coded is not None:
         found.kind = source.coded

@@ -160,7 +160,7 @@ def export(work: Exporting, out: Path, listen: Listen, limit: int = SHARD) -> di
                 listen(_block(site), blocks, what, 0.0)
 
         summary = _summary(work, identity, work.form.write(work, folder, step, limit))
-        write_text(folder / "README.md", export_card.text(work.source, summary, out.name, work.form.readers))
+        write_text(folder / "README.md", export_card.text(work.source, summary, out.name, work.form))
         write_json(folder / RECORD, summary)
         publish(folder, out)
     return _shown(summary)

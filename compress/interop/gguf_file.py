@@ -109,7 +109,7 @@ def library() -> Any:
     try:
         import gguf
     except ImportError:
-        raise OutputError("--format gguf: the package gguf is not installed; pip install 'compress[gguf]'") from None
+        raise OutputError("--format gguf: the package gguf is not installed; pip install 'compress-llm[gguf]'") from None
     return gguf
 
 

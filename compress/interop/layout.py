@@ -116,7 +116,7 @@ class Layout(Generic[Scheme]):
         for name, value in self.files(work.config.get("quantization_config", {})).items():
             write_json(folder / name, value)
         write_json(folder / "config.json", work.config)
-        values = read_back(work, folder, step)
+        values = _read_back(work, folder, step)
         there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         return {
             "bytes": sum(entry.nbytes for members in entries.values() for entry in members),
@@ -177,7 +177,7 @@ def _values(work: Exporting, members: Iterable[Unit], step: Step) -> Iterator[tu
             yield f"{unit.site}.{leaf}", tensor
 
 
-def read_back(work: Exporting, folder: Path, step: Step) -> dict[str, str]:
+def _read_back(work: Exporting, folder: Path, step: Step) -> dict[str, str]:
     """Read every site back with the reader of its layout and compare it, value for value, with the source.
 
     Return the digests of the values, which `compress verify` compares. Raises VerificationError.

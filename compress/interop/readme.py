@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from compress.checkpoint.source import Source
+from compress.interop.layout import Layout
 from compress.report.summary import evaluation
 from compress.report.templating import environment, plain
 
@@ -24,8 +25,8 @@ def _matter(folder: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def text(source: Source, summary: dict[str, Any], name: str, readers: str) -> str:
-    """Return the README of an export, given its record and what loads it; with the scores of its source, if there are any."""
+def text(source: Source, summary: dict[str, Any], name: str, form: Layout[Any]) -> str:
+    """Return the README of an export, given its record and its layout; with the scores of its source, if there are any."""
     scores = evaluation(source.folder)
     kept = {key: value for key, value in _matter(source.folder).items() if key in _KEPT}
     matter = yaml.safe_dump({**kept, "tags": ["compress", summary["format"], "quantized"]}, sort_keys=False, allow_unicode=True)
@@ -34,7 +35,8 @@ def text(source: Source, summary: dict[str, Any], name: str, readers: str) -> st
         name=name,
         model_type=source.model_type,
         s=summary,
-        readers=plain(readers),
+        readers=plain(form.readers),
+        plain=form.plain,
         e=scores and scores | {"tokens_per_second": None},  # another runtime is as fast as it is
         whose="source checkpoint",
         left_out=summary.get("left_out", []),

@@ -70,7 +70,9 @@ def _obstacle(index: int) -> str | None:
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if importlib.util.find_spec("cupy") is None:
-        return "CuPy is not installed; pip install 'compress[cuda13]' or 'compress[cuda12]', as the driver's CUDA version is"
+        return (
+            "CuPy is not installed; pip install 'compress-llm[cuda13]' or 'compress-llm[cuda12]', as the driver's CUDA version is"
+        )
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}; kernels need {OLDEST[0]}.{OLDEST[1]}"

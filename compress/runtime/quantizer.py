@@ -166,7 +166,7 @@ class CompressQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Take out the name of the file that is not there, before files are looked for."""
-        if getattr(config, site_table.FILE_KEY, None) == site_table.IMPORT_FIRST:
+        if getattr(config, site_table.FILE_KEY, None) in site_table.ABSENT_FILES:
             setattr(config, site_table.FILE_KEY, None)
         return super().update_attn_implementation(config)  # type: ignore[no-untyped-call]
 

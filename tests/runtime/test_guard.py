@@ -95,6 +95,16 @@ def test_with_the_package_nothing_is_in_the_way(tiny: Tiny, tmp_path: Path) -> N
     assert site_table.FILE_KEY not in json.loads((tmp_path / "awq" / "config.json").read_text())
 
 
+def test_a_checkpoint_with_the_older_name_of_the_absent_file_loads(tiny: Tiny, tmp_path: Path) -> None:
+    run(tiny("llama"), tmp_path / "out", None, STEPS)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {site_table.FILE_KEY: "import-compress-first.safetensors"}))
+    assert site_table.FILE_KEY not in PackedSource.open_packed(tmp_path / "out").config
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "CompressedLinear"
+
+
 def test_a_name_of_the_users_own_stays(tiny: Tiny, tmp_path: Path) -> None:
     """Only our own entry is taken out."""
     import shutil

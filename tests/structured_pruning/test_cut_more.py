@@ -168,7 +168,7 @@ def test_without_the_package_blocks_of_different_sizes_do_not_load(tiny: Tiny, i
 
     made(tiny("llama"), tmp_path / "out", ids, uneven=True, channels=0.5)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["transformers_weights"] == "import-compress-first.safetensors"
+    assert config["transformers_weights"] == "pip-install-compress-llm-and-import-compress-first.safetensors"
     assert config["quantization_config"]["sites"] == {}
 
 

@@ -17,7 +17,7 @@ class Native(Layout[packing.Spec]):
 
     name = "native"
     holds = "everything"
-    readers = "transformers, after `import compress`"
+    readers = "transformers, after `pip install compress-llm` and `import compress`"
     own = True
 
     def scheme(self, spec: Mapping[str, Any], scale: str | None) -> packing.Spec:

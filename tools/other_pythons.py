@@ -1,0 +1,106 @@
+"""A short run with every other Python on this machine that the package supports: install, the demo and a few tests.
+
+`make test` runs everything with one Python, the one that runs this file. Each other version from pyproject.toml's range gets an
+environment of its own, which is removed afterwards, and six minutes. What was found and how it went is printed. An install that
+is not done in time is reported and is no failure, since the network decides that; all else that goes wrong is one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 360.0  # seconds for each Python
+TESTS = ("tests/checkpoint/test_tensor_file.py", "tests/laws/test_formats.py", "tests/recipe", "tests/runtime/test_guard.py")
+_ASK = "import ensurepip, sys, venv; print(*sys.version_info[:2])"
+
+
+def supported(text: str) -> range:
+    """Return the minor versions of Python 3 that the text of pyproject.toml allows."""
+    found = re.search(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"', text, flags=re.MULTILINE)
+    if found is None:
+        raise SystemExit('pyproject.toml: found no line requires-python = ">=3.A,<3.B"')
+    return range(int(found[1]), int(found[2]))
+
+
+def candidates(minors: range) -> list[str]:
+    """Return commands that may be Pythons: on the path, then those of pyenv, the newest first."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    named = [shutil.which(f"python3.{minor}") for minor in minors]
+    own = [str(path) for minor in minors for path in sorted(versions.glob(f"3.{minor}.*/bin/python"), reverse=True)]
+    return [path for path in named if path] + own
+
+
+def choose(commands: Iterable[str], minors: range, mine: int) -> dict[int, str]:
+    """Return a Python for each other minor version: the first that starts and can make environments."""
+    found: dict[int, str] = {}
+    for command in commands:
+        try:
+            done = subprocess.run([command, "-c", _ASK], capture_output=True, text=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError):
+            continue  # a version manager may list a command that does not run
+        major, minor = (int(number) for number in done.stdout.split())
+        if major == 3 and minor in minors and minor != mine:
+            found.setdefault(minor, command)
+    return dict(sorted(found.items()))
+
+
+def short_run(python: str, folder: Path) -> str:
+    """Install into a new environment, run the demo and a few tests; return how it went.
+
+    Raises CalledProcessError, and TimeoutExpired for what follows the install.
+    """
+    start = time.monotonic()
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment["OMP_NUM_THREADS"] = "1"
+
+    def run(*command: str) -> None:
+        left = LIMIT - (time.monotonic() - start)
+        subprocess.run(command, cwd=ROOT, env=environment, timeout=max(left, 1.0), check=True)
+
+    inside = str(folder / "bin" / "python")
+    try:
+        run(python, "-m", "venv", str(folder))
+        run(inside, "tools/install.py")
+        run(inside, "-m", "pip", "install", "-q", "--constraint", "constraints.txt", "pytest", "hypothesis", "accelerate")
+    except subprocess.TimeoutExpired:
+        return f"NOT RUN: the install was not done within {LIMIT:.0f} s"
+    installed = time.monotonic() - start
+    demo = ("run", "demo", "examples/demo", "-o", str(folder / "demo"), "--evaluate", "examples/demo/evaluation.jsonl")
+    run(inside, "-m", "compress", *demo)
+    run(inside, "-m", "pytest", "-q", *TESTS)
+    return f"passed in {time.monotonic() - start:.0f} s, {installed:.0f} of them for the install"
+
+
+def main() -> None:
+    """Run with each other Python; exit with 1 where one fails."""
+    minors = supported((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    mine = sys.version_info.minor
+    others = choose(candidates(minors), minors, mine)
+    listed = ", ".join(f"3.{minor} ({command})" for minor, command in others.items()) or "none"
+    lacking = ", ".join(f"3.{minor}" for minor in minors if minor != mine and minor not in others) or "none"
+    print(f"Python: tested 3.{mine}; others here: {listed}; supported and not here: {lacking}", flush=True)
+    results = {}
+    for minor, command in others.items():
+        with tempfile.TemporaryDirectory(prefix=f"python3.{minor}-") as folder:
+            try:
+                results[minor] = short_run(command, Path(folder) / "environment")
+            except subprocess.CalledProcessError as error:
+                results[minor] = f"FAILED: exit code {error.returncode} of {' '.join(error.cmd)}"
+            except subprocess.TimeoutExpired as error:
+                results[minor] = f"FAILED: not done within {LIMIT:.0f} s: {' '.join(error.cmd)}"
+    for minor, result in results.items():
+        print(f"Python 3.{minor}: {result}")
+    sys.exit(any(result.startswith("FAILED") for result in results.values()))
+
+
+if __name__ == "__main__":
+    main()
