@@ -12,11 +12,64 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress._version import __version__
+from compress.errors import (
+    CalibrationError,
+    CheckpointError,
+    CompressError,
+    FormatError,
+    KernelError,
+    OutputError,
+    RecipeError,
+    ResumeError,
+    VerificationError,
+)
 
-__all__ = ["__version__", "load"]
+if TYPE_CHECKING:
+    from compress.api import (
+        Budget,
+        DataOptions,
+        Outcome,
+        PlanResult,
+        Pruning,
+        Quality,
+        RunOptions,
+        measure,
+        plan,
+        prune,
+        quantize,
+        retrain,
+        run_recipe,
+    )
+
+__all__ = [
+    "Budget",
+    "CalibrationError",
+    "CheckpointError",
+    "CompressError",
+    "DataOptions",
+    "FormatError",
+    "KernelError",
+    "Outcome",
+    "OutputError",
+    "PlanResult",
+    "Pruning",
+    "Quality",
+    "RecipeError",
+    "ResumeError",
+    "RunOptions",
+    "VerificationError",
+    "__version__",
+    "load",
+    "measure",
+    "plan",
+    "prune",
+    "quantize",
+    "retrain",
+    "run_recipe",
+]
 
 _HOST = "transformers.quantizers.auto"
 
@@ -44,9 +97,8 @@ class _RegisterAfter(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    from compress.runtime.quantizer import register
-
-    register()
+    """Load the module that registers itself. Where it is being loaded already, which is how this hook can be reached, it will."""
+    import compress.runtime.quantizer  # noqa: F401
 
 
 def load(folder: str, **options: Any) -> Any:
@@ -54,6 +106,19 @@ def load(folder: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def __getattr__(name: str) -> Any:
+    """Load the Python API, and torch with it, when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from compress import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__]
 
 
 if _HOST in sys.modules:

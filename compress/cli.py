@@ -26,6 +26,7 @@ from compress.commands.push import push
 from compress.commands.quantize import quantize, run
 from compress.commands.rehearse import rehearse
 from compress.commands.retrain import retrain
+from compress.commands.spread import spread
 from compress.commands.sweep import sweep_command
 from compress.errors import CompressError
 
@@ -51,7 +52,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except CompressError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.message}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -98,4 +99,4 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for _name, _command in _COMMANDS.items():
     _first = re.split(r"[.;:]\s", " ".join((_command.__doc__ or "").split()), maxsplit=1)[0]  # whole, not what fits a line
-    app.command(_name, short_help=_first.rstrip("."))(_command)
+    app.command(_name, short_help=_first.rstrip("."))(spread(_command))

@@ -5,11 +5,38 @@ A message has four parts: the place, what was got, what was expected and what to
 
 from __future__ import annotations
 
+import re
+
+# A command that is spelt out, which stays as it is; an option by itself; the place of a recipe that was made of arguments.
+_WORDS = re.compile(r"compress [a-z]+ [^`;,)]*|(?<![\w-])--([a-z][a-z-]*)|^command line(?=:)")
+_ARGUMENTS = {"set": "changes", "format": "formats", "no-reload": "reload=False", "command line": "arguments"}
+
+
+def in_python(message: str) -> str:
+    """Name the options in a message as Python's arguments: `--group-size 7` as `group_size 7`."""
+
+    def argument(found: re.Match[str]) -> str:
+        option = found[1] or found[0]
+        return _ARGUMENTS.get(option, option.replace("-", "_") if found[1] else option)
+
+    return _WORDS.sub(argument, message)
+
 
 class CompressError(Exception):
-    """Something the user can act on; everything else is a bug and keeps its traceback."""
+    """Something the user can act on; everything else is a bug and keeps its traceback.
+
+    A message names options as the command line has them. `str`, which is what Python shows, names them as arguments.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return in_python(self.message)
+
+    @property
+    def message(self) -> str:
+        """The message as the command line has it."""
+        return super().__str__()
 
 
 class RecipeError(CompressError):

@@ -14,9 +14,10 @@ from options import bits_known
 from places import ROOT
 from written import compress, less, python, short_demo
 
+import compress as compress_package
 from compress import cli
 
-PAGES = ("quickstart", "choosing", "commands", "adding-a-method", "all-methods")
+PAGES = ("quickstart", "choosing", "commands", "python", "adding-a-method", "all-methods")
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
 
@@ -26,6 +27,24 @@ def text(page: str) -> str:
 
 def blocks(page: str, language: str) -> list[str]:
     return [found[2] for found in re.finditer(r"```(\w+)\n(.*?)```", text(page), flags=re.DOTALL) if found[1] == language]
+
+
+def test_python_runs_as_written(tmp_path: Path) -> None:
+    """On a shorter model, to take seconds."""
+    short_demo(tmp_path)
+    for snippet in blocks("python", "python"):
+        python(snippet.replace("/tmp/", f"{tmp_path}/"), tmp_path)
+    assert (tmp_path / "python" / "planned" / "config.json").exists()
+
+
+def test_the_table_of_functions_is_complete() -> None:
+    functions = {name for name in compress_package.__all__ if name[0].islower()}
+    assert set(re.findall(r"`compress\.([a-z_]+)\(", text("python"))) == functions
+    assert all(
+        f"`{name}`" in text("python") or f"{name}(" in text("python")
+        for name in compress_package.__all__
+        if name[0].isupper() and name != "FormatError"
+    )
 
 
 @pytest.mark.parametrize("page", ["quickstart", "choosing", "commands"])

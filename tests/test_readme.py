@@ -62,8 +62,9 @@ def test_commands_run_as_written_and_the_result_loads(folder: Path, monkeypatch:
         else:
             assert words[0] == "compress"
             compress(less(words[1:], drawn))
-    snippet = next(text for text in blocks("python") if "from_pretrained" in text)
-    python(snippet + "\nassert type(model.model.layers[0].mlp.up_proj).__name__ == 'CompressedLinear'", folder)
+    loaded, called = blocks("python")
+    python(loaded + "\nassert type(model.model.layers[0].mlp.up_proj).__name__ == 'CompressedLinear'", folder)
+    python(called + "\nassert 0 < outcome.summary['bytes_after'] < outcome.summary['bytes_before']", folder)
 
 
 def test_make_targets_exist() -> None:

@@ -1,11 +1,21 @@
-"""Options that commands of the command line share. Nothing heavy is imported here."""
+"""Options that commands of the command line share, one by one and in groups. Nothing heavy is imported here.
+
+A command takes a group as one parameter; `spread` shows typer the options in it, in the group's place.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from compress.recipe.build import DataOptions
+
+if TYPE_CHECKING:
+    from compress.planning.budget import Budget
+    from compress.run.prepared import RunOptions
 
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a Hub id.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]
@@ -58,3 +68,111 @@ Target = Annotated[
     str | None, typer.Option("--target", help="Check that vllm, sglang, transformers or llama.cpp will load it, before any work.")
 ]
 TensorParallel = Annotated[int, typer.Option("--tensor-parallel", min=1, help="GPUs that share each weight on the target.")]
+
+
+@dataclass(frozen=True)
+class TextFlags:
+    """A text, and how much of it is drawn."""
+
+    data: DataName = None
+    samples: Samples = None
+    length: Length = None
+    seed: Seed = None
+
+    def options(self) -> DataOptions:
+        """The same for the Python API."""
+        return DataOptions(self.data, self.samples, self.length, self.seed)
+
+
+@dataclass(frozen=True)
+class DataFlags(TextFlags):
+    """A text, how much of it is drawn, and how messages are written."""
+
+    chat_template: ChatTemplate = None
+
+    def options(self) -> DataOptions:
+        """The same for the Python API."""
+        return DataOptions(self.data, self.samples, self.length, self.seed, self.chat_template)
+
+
+@dataclass(frozen=True)
+class BudgetFlags:
+    """What a plan may spend."""
+
+    bpw: Bpw = None
+    size: Size = None
+    max_kl: MaxKl = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a budget."""
+        return any(value is not None for value in (self.bpw, self.size, self.max_kl))
+
+    def budget(self) -> Budget:
+        """The same for the Python API. Raises RecipeError."""
+        from compress.planning.budget import Budget
+
+        return Budget.of(self.bpw, self.size, self.max_kl)
+
+
+@dataclass(frozen=True)
+class DeliveryFlags:
+    """Who the result is for."""
+
+    format_: Formats = None
+    target: Target = None
+    tensor_parallel: TensorParallel = 1
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """What changes a recipe for once, how it is run, and what is said of it."""
+
+    settings: Settings = None
+    watch: Watch = None
+    cache: CacheFolder = None
+    dry_run: DryRun = False
+    json_: Json = False
+    device: Device = "auto"
+    dtype: Dtype = None
+    offload: Offload = False
+    memory: Memory = "4GB"
+    job: JobFolder = None
+    keep_job: KeepJob = False
+    no_reload: NoReload = False
+    revision: Revision = None
+    evaluate: Evaluate = None
+
+    def options(self, delivery: DeliveryFlags | None = None) -> RunOptions:
+        """How the run is done, for the Python API. Raises RecipeError for names of a target or a format that are not known."""
+        from compress.run.prepared import RunOptions
+
+        given = delivery or DeliveryFlags()
+        options = RunOptions(
+            device=self.device,
+            revision=self.revision,
+            memory=self.memory,
+            offload=self.offload,
+            job=self.job,
+            keep_job=self.keep_job,
+            reload=not self.no_reload,
+            cache=self.cache,
+            evaluate=self.evaluate,
+            target=given.target,
+            tensor_parallel=given.tensor_parallel,
+            formats=tuple(given.format_ or ()),
+        )
+        options.delivery()
+        return options
+
+
+@dataclass(frozen=True)
+class PlanningFlags:
+    """Where and how a model is looked at to plan, and what is said of it."""
+
+    json_: Json = False
+    device: Device = "auto"
+    dtype: Dtype = None
+    memory: Memory = "4GB"
+    revision: Revision = None
+    quiet: Quiet = False

@@ -69,9 +69,9 @@ def bench_command(
     else:
         assert model is not None
         weights = benchmark.of_model(model)
-    with progress(quiet or json_) as listen:
+    with progress(quiet or json_) as shown:
         timed = model if generate else None
-        result = benchmark.bench(weights, counts, where, DTYPES[dtype], timed, original, rounded, listen)
+        result = benchmark.bench(weights, counts, where, DTYPES[dtype], timed, original, rounded, shown)
     found = {"command": shlex.join(["compress", *sys.argv[1:]]), **result.plain()}
     if output is not None:
         write_json(output, found)

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from compress.commands._options import Device, Json, Length, Quiet, Samples, Seed
-from compress.commands._shared import data_values, progress
+from compress.commands._shared import progress
 from compress.errors import RecipeError
+from compress.recipe.build import DataOptions
 
 
 def bisect(
@@ -40,9 +41,9 @@ def bisect(
 
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    values = data_values(data, samples, length, seed, None)
+    values = DataOptions(data, samples, length, seed).values()
     if data is None and values:
         raise RecipeError(f"--{next(iter(values))}: means nothing without --data; give a text")
-    with progress(quiet or json_) as listen:
-        found = search(checkpoint, original, parse_data(values) if data else None, device, dtype, listen)
+    with progress(quiet or json_) as shown:
+        found = search(checkpoint, original, parse_data(values) if data else None, device, dtype, shown)
     print(json.dumps(found.plain(), indent=2)) if json_ else show_bisection(found.plain())

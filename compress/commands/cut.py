@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from compress.commands._options import DataName, Device, Json, Length, Model, NoReload, Output, Quiet, Revision, Samples, Seed
-from compress.commands._shared import data_values, progress
+from compress.commands._options import Device, Json, Model, NoReload, Output, Quiet, Revision, TextFlags
+from compress.commands._shared import progress
 from compress.errors import RecipeError
 
 
 def cut(
     model: Model,
     output: Output,
+    *,
     heads: Annotated[float, typer.Option(help="Share of the heads to cut, as many of each KV group.")] = 0.0,
     kv_groups: Annotated[float, typer.Option("--kv-groups", help="Share of the KV groups to cut, with all their heads.")] = 0.0,
     channels: Annotated[float, typer.Option(help="Share of the channels between the layers of an MLP to cut.")] = 0.0,
@@ -28,10 +29,7 @@ def cut(
         int, typer.Option(min=1, help="Let heads and channels go bit by bit, the others scored anew after each round.")
     ] = 1,
     repair: Annotated[bool, typer.Option("--repair/--no-repair", help="Least squares on what reads the rest.")] = True,
-    data: DataName = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = None,
+    text: TextFlags,
     json_: Json = False,
     device: Device = "auto",
     no_reload: NoReload = False,
@@ -55,9 +53,9 @@ def cut(
     if score not in get_args(Score):
         raise RecipeError(f"--score {score}: expected one of {', '.join(get_args(Score))}")
     wish = Wish(heads, kv_groups, channels, blocks, experts, cast(Any, score), repair, uneven, rounds)
-    values = data_values(data, samples, length, seed, None)
+    values = text.options().values()
     if "name" not in values:
         raise RecipeError("--data: missing; give a text to find out what is needed least: a file, a preset or a dataset's name")
-    with progress(quiet or json_) as listen:
-        made = cutting.cut(model, output, wish, parse_data(values), device, listen, not no_reload, revision)
+    with progress(quiet or json_) as shown:
+        made = cutting.cut(model, output, wish, parse_data(values), device, shown, not no_reload, revision)
     print(json.dumps(made, indent=2)) if json_ else show_cut(str(output), made)

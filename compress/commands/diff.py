@@ -25,8 +25,8 @@ def diff(
     from compress.inspection.diff import difference
     from compress.screen.checkpoints import show_difference
 
-    with progress(quiet or json_) as listen:
-        found = difference(first, second, listen)
+    with progress(quiet or json_) as shown:
+        found = difference(first, second, shown)
     print(json.dumps(found.plain(), indent=2)) if json_ else show_difference(found)
     if not found.same:
         raise typer.Exit(9)

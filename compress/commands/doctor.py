@@ -30,8 +30,8 @@ def doctor(
     from compress.inspection.doctor import diagnose
     from compress.screen.checkpoints import show_diagnosis
 
-    with progress(quiet or json_) as listen:
-        found = diagnose(folder, target, tensor_parallel, listen, registered=not without_import)
+    with progress(quiet or json_) as shown:
+        found = diagnose(folder, target, tensor_parallel, shown, registered=not without_import)
     print(json.dumps(found.plain(), indent=2)) if json_ else show_diagnosis(found)
     if not found.healthy:
         raise typer.Exit(9)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from compress.commands._options import Device, Json, Length, Model, Quiet, Samples, Seed
-from compress.commands._shared import data_values, progress
-from compress.errors import RecipeError
+from compress.commands._shared import progress
+from compress.recipe.build import DataOptions
 
 
 def evaluate_command(
@@ -36,16 +35,20 @@ def evaluate_command(
 
     Perplexity, and against the original KL divergence and top-1 agreement; tokens per second of generation.
     """
-    from compress.evaluate import quality
-    from compress.recipe.reading import parse_data
+    from compress import api
     from compress.screen.results import show_quality
-    from compress.system.device import DTYPES
 
-    if dtype not in DTYPES:
-        raise RecipeError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    values = data_values(data, samples, length, seed, None)
-    with progress(quiet or json_) as listen:
-        result = quality.evaluate(model, original, parse_data(values), device, dtype, speed, listen, tasks or [], limit)
-    if save:
-        quality.save(Path(model), result)
+    with progress(quiet or json_) as shown:
+        result = api.measure(
+            model,
+            DataOptions(data, samples, length, seed),
+            original=original,
+            device=device,
+            dtype=dtype,
+            speed=speed,
+            tasks=tasks or (),
+            limit=limit,
+            save=save,
+            progress=shown,
+        )
     print(json.dumps(result.plain(), indent=2)) if json_ else show_quality(result)

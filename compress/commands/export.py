@@ -7,17 +7,16 @@ from typing import Annotated
 
 import typer
 
-from compress.commands._options import Formats, Json, Model, Output, Quiet, Target, TensorParallel
-from compress.commands._shared import Delivery, export_to, progress
+from compress.commands._options import DeliveryFlags, Json, Model, Output, Quiet
+from compress.commands._shared import progress
 from compress.errors import RecipeError
 
 
 def export(
     model: Model,
     output: Output,
-    format_: Formats = None,
-    target: Target = None,
-    tensor_parallel: TensorParallel = 1,
+    *,
+    wanted: DeliveryFlags,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -28,15 +27,18 @@ def export(
     Several formats get a folder each below the one that is given. What a layout cannot hold exactly is refused before anything
     is written; what was written is read back and compared.
     """
-    from compress.screen.checkpoints import show_exports
+    from compress.interop.delivery import Delivery, Exports
+    from compress.screen.checkpoints import show_exports, show_findings
 
-    if not format_:
+    if not wanted.format_:
         raise RecipeError("--format: missing; expected one of " + ", ".join(_formats()))
-    delivery = Delivery.of(target, tensor_parallel, format_)
+    delivery = Delivery(wanted.target, wanted.tensor_parallel, tuple(wanted.format_))
     names = delivery.formats
-    places = {name: output / name for name in names} if len(names) > 1 else {names[0]: output}
-    with progress(quiet or json_) as listen:
-        made = export_to(model, places, target, tensor_parallel, listen)
+    exports = Exports.of(model, delivery, {name: output / name for name in names} if len(names) > 1 else {names[0]: output})
+    if delivery.target is not None:
+        show_findings(delivery.target, exports.findings)
+    with progress(quiet or json_) as shown:
+        made = exports.write(shown)
     print(json.dumps(made, indent=2)) if json_ else show_exports(made)
 
 
@@ -51,10 +53,11 @@ def convert(
 
     compress convert MODEL-GPTQ -o OUT --to native
     """
+    from compress.interop.delivery import Delivery, Exports
     from compress.screen.checkpoints import show_exports
 
-    with progress(quiet or json_) as listen:
-        made = export_to(source, {to: output}, None, 1, listen)
+    with progress(quiet or json_) as shown:
+        made = Exports.of(source, Delivery(), {to: output}).write(shown)
     print(json.dumps(made[0], indent=2)) if json_ else show_exports(made)
 
 

@@ -29,8 +29,8 @@ def verify(model: Model, device: Device = "cpu", json_: Json = False, quiet: Qui
     from compress.screen.checkpoints import show_verified
     from compress.verify.verify import verify as check
 
-    with progress(quiet or json_) as listen:
-        found = check(Path(model), device, listen)
+    with progress(quiet or json_) as shown:
+        found = check(Path(model), device, shown)
     print(json.dumps(found, indent=2)) if json_ else show_verified(found)
 
 

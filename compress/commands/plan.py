@@ -8,32 +8,16 @@ from typing import Annotated
 
 import typer
 
-from compress.commands._options import (
-    Bpw,
-    ChatTemplate,
-    DataName,
-    Device,
-    Dtype,
-    Json,
-    Length,
-    MaxKl,
-    Memory,
-    Model,
-    Quiet,
-    Revision,
-    Samples,
-    Seed,
-    Size,
-)
-from compress.commands._shared import data_values, method_lines, parse_room, progress
+from compress.commands._options import BudgetFlags, DataFlags, Model, PlanningFlags
+from compress.commands._shared import progress
+from compress.recipe.build import memory_budget, method_lines
 
 
 def plan_command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write, a .yaml file.")],
-    bpw: Bpw = None,
-    size: Size = None,
-    max_kl: MaxKl = None,
+    *,
+    budget: BudgetFlags,
     planner: Annotated[str, typer.Option(help="milp: the best there is; lim, zd: whole layers by a score; uniform.")] = "milp",
     method: Annotated[
         list[str] | None,
@@ -49,47 +33,58 @@ def plan_command(
     plot: Annotated[
         Path | None, typer.Option(help="Bits by layer and the front, .svg .png or .pdf; beside the recipe if not given.")
     ] = None,
-    data: DataName = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = None,
-    chat_template: ChatTemplate = None,
+    text: DataFlags,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read headers alone, print which budgets are possible, and stop.")
     ] = False,
-    json_: Json = False,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    memory: Memory = "4GB",
-    revision: Revision = None,
-    quiet: Quiet = False,
+    flags: PlanningFlags,
 ) -> None:
     """Find the best bits for every weight within a budget, and write them as a recipe.
 
     compress plan MODEL --bpw 3.0 -o recipe.yaml --data text.jsonl
     """
-    from compress.planning import planner as planning
+    from compress import api
     from compress.planning import plots
-    from compress.planning.budget import Budget
-    from compress.screen.plans import show_outlook, show_planned
+    from compress.planning.planner import write
+    from compress.screen.plans import show_feasibility, show_plan
 
-    budget = Budget.of(bpw, size, max_kl)
-    values = data_values(data, samples, length, seed, chat_template)
-    transforms, methods = method_lines(method, candidates)
+    limit, data = budget.budget(), text.options()
     if dry_run:
-        from compress.planning.feasibility import outlook
+        from compress.planning.feasibility import feasibility
 
-        room, given = parse_room(memory), (methods, candidates or [], transforms)
-        seen = outlook(model, values, budget, dtype, device, revision, *given, room)
-        print(json.dumps(seen, indent=2)) if json_ else show_outlook(seen)
+        transforms, methods = method_lines(method or (), candidates or ())
+        seen = feasibility(
+            model=model,
+            data=data.values(),
+            budget=limit,
+            dtype=flags.dtype,
+            device=flags.device,
+            revision=flags.revision,
+            methods=methods,
+            texts=candidates or (),
+            transforms=transforms,
+            room=memory_budget(flags.memory),
+        )
+        print(json.dumps(seen, indent=2)) if flags.json_ else show_feasibility(seen)
         return
-    with progress(quiet or json_) as listen:
-        made = planning.command(
-            model, values, budget, output.parent, listen, dtype, device, revision, parse_room(memory), planner, methods,
-            candidates or [], uniform_siblings, check, transforms,
-        )  # fmt: skip
-    planning.write(made.recipe, output)
+    options = api.RunOptions(device=flags.device, revision=flags.revision, memory=flags.memory)
+    with progress(flags.quiet or flags.json_) as shown:
+        made = api.plan(
+            model,
+            limit,
+            data=data,
+            planner=planner,
+            methods=method or (),
+            candidates=candidates or (),
+            uniform_siblings=uniform_siblings,
+            check=check,
+            dtype=flags.dtype,
+            folder=output.parent,
+            options=options,
+            progress=shown,
+        )
+    write(made.recipe, output)
     drawn = plot or output.with_suffix(".svg")
     plots.plot(made.planned, drawn)
     found = {"recipe": str(output), "plot": str(drawn), **made.planned.plain()}
-    print(json.dumps(found, indent=2)) if json_ else show_planned(found)
+    print(json.dumps(found, indent=2)) if flags.json_ else show_plan(found)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from compress.commands._options import Device, Dtype, Formats, Json, Model, Quiet, Revision, Settings
-from compress.commands._shared import made_recipe, progress
+from compress.commands._shared import progress
 
 
 def rehearse(
@@ -32,12 +32,14 @@ def rehearse(
     with --format exports. Of a Hub id only
     config and headers are fetched. Exit code 2 where something would fail.
     """
+    from compress.recipe.build import DataOptions, with_changes
+    from compress.recipe.reading import read
     from compress.run.rehearsal import rehearse as run
     from compress.screen.plans import show_rehearsal
 
-    made = made_recipe(recipe, None, {}, {}, dtype, settings)
-    with tempfile.TemporaryDirectory(prefix="compress-rehearsal-") as folder, progress(quiet or json_) as listen:
-        found = run(model, made, Path(folder) / "rehearsal", device, listen, revision, format_ or [])
+    made = with_changes(read(recipe), DataOptions(), dtype, settings or (), recipe)
+    with tempfile.TemporaryDirectory(prefix="compress-rehearsal-") as folder, progress(quiet or json_) as shown:
+        found = run(model, made, Path(folder) / "rehearsal", device, shown, revision, format_ or [])
     print(json.dumps(found.plain(), indent=2)) if json_ else show_rehearsal(found.plain())
     if found.problem is not None:
         raise typer.Exit(2)

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from compress.commands._options import (
-    DataName,
-    Device,
-    JobFolder,
-    Json,
-    KeepJob,
-    Length,
-    Model,
-    NoReload,
-    Output,
-    Quiet,
-    Samples,
-    Seed,
-)
-from compress.commands._shared import data_values, progress
-from compress.errors import RecipeError
+from compress.commands._options import Device, JobFolder, Json, KeepJob, Model, NoReload, Output, Quiet, TextFlags
+from compress.commands._shared import progress
 
 
 def retrain(
     model: Model,
     output: Output,
+    *,
     original: Annotated[str | None, typer.Option(help="The model it was made from; if not given, the one it names.")] = None,
     method: Annotated[str, typer.Option(help="retrain/perp or another of `compress methods`.")] = "retrain/perp",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")] = 200,
@@ -38,10 +24,7 @@ def retrain(
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of both models' predictions.")] = 1.0,
     labels: Annotated[float, typer.Option(min=0, help="How much the text counts beside the original's predictions.")] = 0.0,
-    data: DataName = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = None,
+    text: TextFlags,
     json_: Json = False,
     device: Device = "auto",
     job: JobFolder = None,
@@ -55,36 +38,19 @@ def retrain(
 
     Both models are in memory as a whole. It goes on after an interruption; what was pruned stays pruned.
     """
-    from compress.checkpoint.packed_source import PackedSource
-    from compress.evaluate.quality import base_of
-    from compress.recipe import reading as recipe_reading
-    from compress.run import prepare as run_prepare
-    from compress.run import run as run_module
-    from compress.screen.results import plain_summary, show_summary
+    from compress import api
+    from compress.recipe.reading import change
+    from compress.screen.results import show_outcome
 
-    start = PackedSource.open_packed(Path(model))
-    base = original or base_of(model)
-    if base is None:
-        raise RecipeError("--original: missing, and the model that OUT names is not on this machine; give its folder or Hub id")
-    given: dict[str, Any] = recipe_reading.change({}, [f"options.{option}" for option in options or []])
-    stage = {
+    stage: dict[str, Any] = {
         "method": method if "/" in method else f"retrain/{method}",
         "steps": steps,
         "batch": batch,
         "temperature": temperature,
         "labels": labels,
-        **given,
+        **change({}, [f"options.{option}" for option in options or ()]),
     }
-    values = recipe_reading.read(str(start.folder / "recipe.yaml"))
-    text = data_values(data, samples, length, seed, None)
-    if "name" in text:
-        stage["data"] = text
-    elif text or not values.get("data"):
-        raise RecipeError("--data: missing; give the text to train on: a file, a preset or a dataset's name")
-    values["retraining"] = [*(values.get("retraining") or []), stage]
-    plan = run_prepare.prepare(base, recipe_reading.parse(values, str(start.folder)), device)
-    last = plan.recipe.retraining[-1]
-    ids = run_prepare.calibration(plan, last.data) if last.data is not None else run_prepare.calibration(plan)
-    with progress(quiet or json_) as listen:
-        summary = run_module.retrain(plan, ids, start, output, listen, job, keep_job, not no_reload)
-    print(json.dumps(plain_summary(summary, None), indent=2)) if json_ else show_summary(summary, None)
+    run = api.RunOptions(device=device, job=job, keep_job=keep_job, reload=not no_reload)
+    with progress(quiet or json_) as shown:
+        outcome = api.retrain(model, output, original=original, stage=stage, data=text.options(), options=run, progress=shown)
+    print(json.dumps(outcome.plain(), indent=2)) if json_ else show_outcome(outcome)

@@ -8,26 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.commands._options import (
-    ChatTemplate,
-    DataName,
-    Device,
-    Dtype,
-    Json,
-    Length,
-    Memory,
-    Model,
-    Quiet,
-    Revision,
-    Samples,
-    Seed,
-)
-from compress.commands._shared import data_values, parse_room, progress
+from compress.commands._options import DataFlags, Model, PlanningFlags
+from compress.commands._shared import progress
 from compress.errors import RecipeError
+from compress.recipe.build import memory_budget
 
 
 def sweep_command(
     model: Model,
+    *,
     method: Annotated[str, typer.Option(help="Any method that compresses one weight at a time: magnitude, alps, gptq, ...")],
     sparsity: Annotated[str | None, typer.Option(help="Sweep: START:STOP:STEP, or numbers with commas; or one number.")] = None,
     bits: Annotated[str | None, typer.Option(help="The same, of bits per code: 2:8:1.")] = None,
@@ -40,17 +29,8 @@ def sweep_command(
     evaluate: Annotated[
         str | None, typer.Option("--evaluate", help="Text to measure on; if not given, windows of --data that are kept aside.")
     ] = None,
-    data: DataName = None,
-    samples: Samples = None,
-    length: Length = None,
-    seed: Seed = None,
-    chat_template: ChatTemplate = None,
-    json_: Json = False,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    memory: Memory = "4GB",
-    revision: Revision = None,
-    quiet: Quiet = False,
+    text: DataFlags,
+    flags: PlanningFlags,
 ) -> None:
     """Measure a method over a range of settings, in one go and without writing a checkpoint.
 
@@ -71,7 +51,7 @@ def sweep_command(
 
     option, values, fixed = _settings(sparsity, bits, pattern, settings or [])
     methods = sweeps.variants(_path(method), option, values, fixed)
-    plan = planner.prepared(model, data_values(data, samples, length, seed, chat_template), dtype, device, revision)
+    plan = planner.prepared(model, text.options().values(), flags.dtype, flags.device, flags.revision)
     for one in methods:
         for site in sites_of(plan):
             if problem := one.build.check(site.shape):
@@ -79,17 +59,17 @@ def sweep_command(
     ids = run_prepare.calibration(plan)
     fit, probes = split(ids)
     if evaluate is not None:
-        text, source = parse_data({"name": evaluate}), plan.source
-        fit, probes = ids, load_ids(text, source.folder, vocabulary(source), context_length(source), fewer=True)
-    with progress(quiet or json_) as listen:
-        curve = sweeps.sweep(plan, fit, probes, option, values, methods, parse_room(memory), listen)
+        held_out, source = parse_data({"name": evaluate}), plan.source
+        fit, probes = ids, load_ids(held_out, source.folder, vocabulary(source), context_length(source), fewer=True)
+    with progress(flags.quiet or flags.json_) as shown:
+        curve = sweeps.sweep(plan, fit, probes, option, values, methods, memory_budget(flags.memory), shown)
     if output is not None:
         write_json(output, curve.plain())
     drawn = plot or (output.with_suffix(".svg") if output is not None else None)
     if drawn is not None:
         plots.curve(curve, drawn)
     found = {**curve.plain(), "plot": drawn and str(drawn)}
-    print(json.dumps(found, indent=2)) if json_ else show_curve(found)
+    print(json.dumps(found, indent=2)) if flags.json_ else show_curve(found)
 
 
 def _path(method: str) -> str:

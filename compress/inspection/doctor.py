@@ -343,7 +343,7 @@ def _values(source: Source, found: Diagnosis, listen: Callable[[float], None]) -
             try:
                 source.compressed(site)
             except CompressError as error:
-                found.add("error", "values", f"{site}: cannot be decoded ({error})")
+                found.add("error", "values", f"{site}: cannot be decoded ({error.message})")
                 break
 
 

@@ -14,7 +14,7 @@ from compress.run import prepare as run_prepare
 from compress.run.sizes import sizes
 
 
-def outlook(
+def feasibility(
     model: str,
     data: dict[str, Any],
     budget: plan_budget.Budget,
@@ -53,7 +53,7 @@ def outlook(
                 "exact": size.exact,
                 "least": size.least,
                 "most": size.most,
-                "memory": estimate.estimate(given, samples, length, room, False).memory,
+                "memory": estimate.estimate(given, samples=samples, length=length, room=room, offload=False).memory,
             }
         )
     rows.sort(key=lambda row: row["bytes"])

@@ -183,8 +183,8 @@ def recipe_of(planned: Planned, plan: Plan, ids: Tensor) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What `command` gives."""
+class PlanResult:
+    """A plan, and the recipe that does it."""
 
     planned: Planned
     recipe: Recipe
@@ -217,14 +217,14 @@ def command(
     siblings: bool = False,
     checked: bool = False,
     transforms: Sequence[str] = (),
-) -> Made:
+) -> PlanResult:
     """Do what `compress plan` asks for but for writing the recipe. Raises CompressError."""
     registry.lookup("plan", planner)  # before the long part
     plan = prepared(model, data, dtype, device, revision, transforms=transforms)
     candidates = candidates_of(plan, methods, texts)
     ids = run_prepare.calibration(plan)
     planned = make(plan, ids, candidates, budget, folder, listen, planner, siblings, room, checked)
-    return Made(planned, recipe_of(planned, plan, ids))
+    return PlanResult(planned, recipe_of(planned, plan, ids))
 
 
 def write(recipe: Recipe, path: Path) -> None:

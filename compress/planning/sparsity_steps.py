@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from compress.planning.sparsity import by_magnitude, by_outliers, steps_of
 from compress.planning.store import Kept
 from compress.recipe import reading as recipe_reading
 from compress.run import prepare as run_prepare
+from compress.system.progress import Progress
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities that a measured plan may give
-Listen = Callable[[int, int, str, float], None]
 
 
 def steps(
@@ -28,7 +27,7 @@ def steps(
     device: str,
     revision: str | None,
     room: int,
-    listen: Listen,
+    listen: Progress,
 ) -> list[dict[str, Any]]:
     """Return steps that give every weight taken by a recipe of one step its own sparsity, `sparsity` in the mean.
 

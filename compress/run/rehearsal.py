@@ -196,7 +196,7 @@ def rehearse(
         try:
             found[name] = work()
         except CompressError as error:
-            problem = str(error)
+            problem = error.message
         except Exception as error:  # a bug in a method, or code of a model: what the rehearsal is for
             problem = f"{type(error).__name__}: {error}"
         stages.append(Stage(name, time.perf_counter() - start, problem))

@@ -1,5 +1,6 @@
 """Loading with transformers, by `from_pretrained` of `AutoModelForCausalLM` and its like, after `import compress`.
 
+The format is registered with transformers when this module has been loaded.
 Modules are built on meta with packed buffers of the right shapes, and transformers fills them: no dense copy of the model.
 """
 
@@ -202,8 +203,6 @@ class CompressQuantizer(HfQuantizer):
         return False
 
 
-def register() -> None:
-    """Make the format known to transformers; a second call does nothing."""
-    if packing.METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(packing.METHOD)(CompressConfig)
-        register_quantizer(packing.METHOD)(CompressQuantizer)
+if packing.METHOD not in AUTO_QUANTIZER_MAPPING:  # a module that is loaded a second time finds itself there
+    register_quantization_config(packing.METHOD)(CompressConfig)
+    register_quantizer(packing.METHOD)(CompressQuantizer)

@@ -113,7 +113,7 @@ def show_cut(folder: str, made: dict[str, Any]) -> None:
     out.print(f'load with  {first}AutoModelForCausalLM.from_pretrained("{folder}")', soft_wrap=True, markup=False)
 
 
-def show_exports(made: list[dict[str, Any]]) -> None:
+def show_exports(made: Sequence[dict[str, Any]]) -> None:
     """Print what was exported."""
     from compress.interop.exporter import lookup
 

@@ -16,8 +16,9 @@ _NUMBERS = (
 
 
 def console() -> Console:
+    """The console of standard output."""
     console = Console(highlight=False)
-    # What reads a pipe wants a row of a table on a line.
+    # A program that reads a pipe expects each row of a table on a line of its own.
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_PIPED)
 
 
@@ -29,12 +30,13 @@ def table_of(title: str, *columns: str) -> Table:
     return table
 
 
-def measured(seen: tuple[float, float | None] | None) -> str:
-    if seen is None:
+def with_error(value: tuple[float, float | None] | None) -> str:
+    """A KL divergence with its standard error, if that is known; empty for None."""
+    if value is None:
         return ""
-    return f"{seen[0]:.5f}" + ("" if seen[1] is None else f" ± {seen[1]:.5f}")
+    return f"{value[0]:.5f}" + ("" if value[1] is None else f" ± {value[1]:.5f}")
 
 
-def between(interval: tuple[float, float] | None, form: str) -> str:
-    """A 95 % interval, as it stands behind a value."""
+def interval_text(interval: tuple[float, float] | None, form: str) -> str:
+    """A 95 % interval as text that follows its value; empty for None."""
     return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"

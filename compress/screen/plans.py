@@ -1,27 +1,27 @@
-"""What will be done: dry runs, budgets, plans of bits, rehearsals."""
+"""Before a run: dry runs, feasible budgets, plans of bits, rehearsals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.screen.console import console, measured, table_of
+from compress.screen.console import console, table_of, with_error
 from compress.system.files import duration, human_bytes
 
 if TYPE_CHECKING:
-    from compress.run.estimate import Estimate
-    from compress.run.prepare import Plan
+    from compress.run.prepared import PreparedRun
 
 
-def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[str, Any]:
+def describe_dry_run(run: PreparedRun) -> dict[str, Any]:
     """What a dry run says, as JSON values."""
     from compress.run import estimate
 
+    plan, expected, ids = run.plan, run.estimate, run.ids.shape
     devices = [] if expected.on_host else [estimate.free_on(plan.device)]
     kinds: dict[tuple[str, str, str], list[Any]] = {}
     for a in plan.assignments:
         shape = f"{a.site.shape[0]} x {a.site.shape[1]}"
-        options = ", ".join(f"{key}={value}" for key, value in _shown(a.method.model_dump()).items())
+        options = ", ".join(f"{key}={value}" for key, value in _main_options(a.method.model_dump()).items())
         kinds.setdefault((a.site.kind, shape, f"{a.method.path} {options}"), []).append(a)
     rows = []
     for (kind, shape, method), members in kinds.items():
@@ -60,7 +60,8 @@ def describe_plan(plan: Plan, expected: Estimate, ids: tuple[int, int]) -> dict[
         "statistics": expected.statistics,
         "disk": expected.disk,
         "seconds": expected.seconds,
-        "warnings": estimate.shortfall(expected, devices),
+        "warnings": estimate.shortfall(expected, devices) + [finding.message for finding in run.findings],
+        **({} if run.options.target is None else {"target": run.options.target}),
     }
 
 
@@ -68,8 +69,8 @@ _OPTIONS = ("sparsity", "pattern", "group", "within", "datatype", "bits", "group
 _OF_CODES = ("group_size", "symmetric")  # that mean nothing where values stay as they are
 
 
-def _shown(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a method that a table has room for."""
+def _main_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method that fit into a table."""
     dense = "bits" in options and options["bits"] is None
     if "sparsity" in options and options["sparsity"] is None and options["pattern"] is None:
         options = {**options, "sparsity": 0.5}
@@ -78,8 +79,8 @@ def _shown(options: dict[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in _OPTIONS if options.get(key) is not None and key not in hidden}
 
 
-def show_plan(found: dict[str, Any]) -> None:
-    """Print a plan as a table."""
+def show_dry_run(found: dict[str, Any]) -> None:
+    """Print what a run would do, and what it would take."""
     out = console()
     table = table_of(f"{found['model']} ({found['model_type']})", "kind", "count", "out x in", "bits", "method")
     for row in found["sites"]:
@@ -92,7 +93,7 @@ def show_plan(found: dict[str, Any]) -> None:
         out.print(f"before     {', '.join(found['transforms'])}")
     about = "" if found["bytes_after_exact"] else "about "
     size = human_bytes(found["bytes_before"])
-    out.print(f"size       {size} -> {about}{human_bytes(found['bytes_after'])}{within(found['bytes_after_range'])}")
+    out.print(f"size       {size} -> {about}{human_bytes(found['bytes_after'])}{size_range(found['bytes_after_range'])}")
     out.print(f"files      {about}{found['files_after']:,} bytes of weight files")
     copied, dropped = found["copied_tensors"], len(found["dropped_tensors"])
     out.print(f"untouched  {found['untouched_linears']} linears, {copied} other tensors copied, {dropped} dropped")
@@ -116,13 +117,13 @@ def show_plan(found: dict[str, Any]) -> None:
         out.print(f"warning    {warning}", soft_wrap=True)
 
 
-def within(ends: Sequence[int]) -> str:
-    """Between which sizes one lies that depends on the values, as text that follows it."""
+def size_range(ends: Sequence[int]) -> str:
+    """The range of a size that depends on the values of weights, as text that follows the size; empty where it is known."""
     least, most = map(human_bytes, ends)
     return "" if least == most else f", between {least} and {most} by what the weights are"
 
 
-def show_outlook(found: dict[str, Any]) -> None:
+def show_feasibility(found: dict[str, Any]) -> None:
     """Print which budgets are possible."""
     out = console()
     table = table_of(f"{found['model']}: every weight by one candidate", "bits", "size", "weights", "memory", "all weights by")
@@ -138,7 +139,7 @@ def show_outlook(found: dict[str, Any]) -> None:
         out.print("warning    the budget is below what any candidate takes; ask for more, or give smaller --candidates")
 
 
-def show_planned(found: dict[str, Any]) -> None:
+def show_plan(found: dict[str, Any]) -> None:
     """Print a plan of bits, what it was chosen from, and how far its predictions can be trusted."""
     out = console()
     seen_by = {r["candidate"]: (r["measured"], r["standard_error"]) for r in found["references"]}
@@ -147,7 +148,7 @@ def show_planned(found: dict[str, Any]) -> None:
     rows += [(u["bits_per_weight"], u["bytes"], u["kl"], u["candidate"], seen_by.get(u["candidate"])) for u in found["uniform"]]
     table = table_of("divergence against size", "bits", "size", "predicted KL", "measured KL", "all weights by")
     for bits, size, kl, what, seen in sorted(rows, key=lambda row: (row[0], row[3])):
-        table.add_row(f"{bits:.4f}", human_bytes(size), f"{kl:.5f}", measured(seen), what)
+        table.add_row(f"{bits:.4f}", human_bytes(size), f"{kl:.5f}", with_error(seen), what)
     out.print(table)
     counts: dict[str, int] = {}
     for label in found["choices"].values():
@@ -160,7 +161,7 @@ def show_planned(found: dict[str, Any]) -> None:
         "" if found["sizes_exact"] else " or about that: a method's size depends on the values"
     )
     out.print(f"plan         {found['bits_per_weight']:.4f} bits per weight, checkpoint {whole}, by {found['planner']}")
-    check = "" if found["measured_kl"] is None else measured((found["measured_kl"], found["measured_kl_standard_error"]))
+    check = "" if found["measured_kl"] is None else with_error((found["measured_kl"], found["measured_kl_standard_error"]))
     out.print(f"KL           {found['kl']:.5f} predicted{', ' + check + ' measured' if check else ''}")
     if found["planner"] == "milp":
         out.print(f"optimality   {'proven' if found['exact'] else 'best found'}, gap {found['gap']:.1e} of what is minimised")

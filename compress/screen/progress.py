@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as LiveProgress
 from rich.text import Text
 
 from compress.system import memory
 from compress.system.files import duration, human_bytes
+from compress.system.progress import Progress
 
-Listen = Callable[[int, int, str, float], None]
 _SECONDS = 0.5  # between lines of one kind
 # Where a step of a block begins and how much of the block's time it is likely to take.
 _STEPS = {
@@ -59,7 +60,7 @@ class _TimeLeft(ProgressColumn):
 
 
 @contextmanager
-def show_progress(quiet: bool, predicted: float | None = None) -> Iterator[Listen]:
+def show_progress(quiet: bool, predicted: float | None = None) -> Iterator[Progress]:
     """Yield what a run reports to: a live line on a terminal, a line per block elsewhere, nothing when quiet.
 
     `predicted` is the seconds that the whole of it was said to take.
@@ -78,11 +79,11 @@ def show_progress(quiet: bool, predicted: float | None = None) -> Iterator[Liste
         TimeElapsedColumn(),
         _TimeLeft(),
     ]
-    with Progress(*columns, TextColumn("{task.fields[memory]}"), console=console, transient=True) as bar:
+    with LiveProgress(*columns, TextColumn("{task.fields[memory]}"), console=console, transient=True) as bar:
         task = bar.add_task("starting", total=1.0, begun=0.0, blocks=1, memory="", predicted=None)
         first: list[float] = []
 
-        def listen(block: int, blocks: int, step: str, share: float) -> None:
+        def show(block: int, blocks: int, step: str, share: float) -> None:
             start, size = _STEPS.get(step, (0.0, 1.0))
             done = block + start + size * share
             first.append(done) if not first else None
@@ -92,16 +93,16 @@ def show_progress(quiet: bool, predicted: float | None = None) -> Iterator[Liste
             bar.update(task, description=name, total=float(blocks), completed=done, begun=first[0])
             bar.update(task, blocks=blocks, memory=peak, predicted=each)
 
-        yield listen
+        yield show
 
 
-def _plain_lines(predicted: float | None) -> Listen:
+def _plain_lines(predicted: float | None) -> Progress:
     said: set[tuple[int, str]] = set()
     start = last = time.monotonic()
     current = ""
     first: list[int] = []
 
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def show(block: int, blocks: int, step: str, share: float) -> None:
         nonlocal last, current
         key = (block, step if step not in ("calibrating", "compressing", "running") else "block")
         now = time.monotonic()
@@ -116,4 +117,4 @@ def _plain_lines(predicted: float | None) -> Listen:
         more = "" if left is None else f", about {duration(left)} left"
         print(f"{now - start:8.1f} s  {what}  ({human_bytes(memory.peak())} peak{more})", file=sys.stderr, flush=True)
 
-    return listen
+    return show

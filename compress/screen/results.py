@@ -7,47 +7,32 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from compress.screen.console import between, console, measured, table_of
+from compress.screen.console import console, interval_text, table_of, with_error
 from compress.system import memory
 from compress.system.files import duration, human_bytes
 
 if TYPE_CHECKING:
     from compress.evaluate.bench import Bench
     from compress.evaluate.quality import Quality
-    from compress.run.finish import Summary
+    from compress.run.prepared import Outcome
 
 
-def plain_summary(summary: Summary, quality: Quality | None) -> dict[str, Any]:
-    """What a run gave, as JSON values."""
-    from compress.report import same_size
-
-    values = {k: v for k, v in summary.values.items() if k not in ("identity", "check")}
-    evaluation = quality.plain() if quality else None
-    pruned = same_size.compare(summary.rows)
-    return {
-        "output": str(summary.out),
-        **values,
-        "pruned": pruned and pruned.plain(),
-        "evaluation": evaluation,
-    }
-
-
-def show_summary(summary: Summary, quality: Quality | None) -> None:
+def show_outcome(outcome: Outcome) -> None:
     """Print what a run gave."""
     from compress.report import same_size
-    from compress.report import summary as facts
+    from compress.report.summary import reused
 
-    v, out = summary.values, console()
-    if summary.resumed:
-        out.print(f"{summary.out} is there already, made by the same job", soft_wrap=True)
-    table = table_of(str(summary.out), "", "before", "after")
+    v, quality, out = outcome.summary, outcome.quality, console()
+    if outcome.resumed:
+        out.print(f"{outcome.path} is there already, made by the same job", soft_wrap=True)
+    table = table_of(str(outcome.path), "", "before", "after")
     table.add_row("size", human_bytes(v["bytes_before"]), human_bytes(v["bytes_after"]))
     table.add_row("bits per weight, whole file", f"{v['bytes_before'] * 8 / v['weights']:.3f}", f"{v['bits_per_weight']:.3f}")
     table.add_row(f"bits per weight, {v['sites']} compressed", "", f"{v['bits_per_compressed_weight']:.3f}")
     if quality is not None:
         _quality_rows(table, quality)
     out.print(table)
-    if (pruned := same_size.compare(summary.rows)) is not None:
+    if (pruned := same_size.compare(outcome.rows)) is not None:
         for place, sentence in zip(("pruned", ""), pruned.sentences, strict=False):
             out.print(f"{place:10} {sentence}", soft_wrap=True)
     fallbacks = f", {v['fallbacks']} weights by a fallback (see the report)" if v["fallbacks"] else ""
@@ -55,7 +40,7 @@ def show_summary(summary: Summary, quality: Quality | None) -> None:
     if quality is not None and (more := memory.peak()) > v["peak_memory"]:
         out.print(f"measuring  took more: {human_bytes(more)} peak memory")
     if (said := v.get("predicted")) and said["seconds"] is not None:
-        files = sum(path.stat().st_size for path in summary.out.glob("model*.safetensors*"))
+        files = sum(path.stat().st_size for path in outcome.path.glob("model*.safetensors*"))
         right = (
             f"{files:,} bytes of weight files, as predicted"
             if files == said["files_after"]
@@ -63,10 +48,10 @@ def show_summary(summary: Summary, quality: Quality | None) -> None:
         )
         out.print(f"predicted  {duration(said['seconds'])}, {human_bytes(said['memory'])} peak memory; {right}")
     if v.get("cache"):
-        out.print(f"cache      {facts.reused(v['cache'])}", soft_wrap=True)
+        out.print(f"cache      {reused(v['cache'])}", soft_wrap=True)
     out.print(f"checked    {_checked(v)}", soft_wrap=True)
-    out.print(f"report     {summary.out / 'report.html'}", soft_wrap=True)
-    out.print(f'load with  import compress; AutoModelForCausalLM.from_pretrained("{summary.out}")', soft_wrap=True)
+    out.print(f"report     {outcome.path / 'report.html'}", soft_wrap=True)
+    out.print(f'load with  import compress; AutoModelForCausalLM.from_pretrained("{outcome.path}")', soft_wrap=True)
 
 
 def _checked(values: dict[str, Any]) -> str:
@@ -85,14 +70,14 @@ def _quality_rows(table: Table, q: Quality) -> None:
     table.add_row(
         "perplexity",
         "" if q.perplexity_before is None else f"{q.perplexity_before:.3f}",
-        f"{q.perplexity:.3f}{between(q.perplexity_interval, '.3f')}",
+        f"{q.perplexity:.3f}{interval_text(q.perplexity_interval, '.3f')}",
     )
     if q.perplexity_ratio is not None:
-        ratio = f"{q.perplexity_ratio:.4f}{between(q.perplexity_ratio_interval, '.4f')}"
+        ratio = f"{q.perplexity_ratio:.4f}{interval_text(q.perplexity_ratio_interval, '.4f')}"
         table.add_row("perplexity over the original's", "", ratio)
     if q.kl is not None:
-        table.add_row("KL divergence (nats)", "", f"{q.kl:.5f}{between(q.kl_interval, '.5f')}")
-        table.add_row("top-1 agreement", "", f"{q.agreement:.2%}{between(q.agreement_interval, '.2%')}")
+        table.add_row("KL divergence (nats)", "", f"{q.kl:.5f}{interval_text(q.kl_interval, '.5f')}")
+        table.add_row("top-1 agreement", "", f"{q.agreement:.2%}{interval_text(q.agreement_interval, '.2%')}")
     for name, score in (q.tasks or {}).items():
         before = "" if score["before"] is None else f"{score['before']:.3f}"
         error = "" if score["standard_error"] is None else f" ± {score['standard_error']:.3f}"
@@ -163,7 +148,7 @@ def show_curve(found: dict[str, Any]) -> None:
             f"{p['setting']:g}" if isinstance(p["setting"], float | int) else p["setting"],
             f"{p['sparsity']:.2%}",
             f"{p['bits_per_weight']:.3f}",
-            measured((p["kl"], p["kl_standard_error"])),
+            with_error((p["kl"], p["kl_standard_error"])),
             f"{p['perplexity']:.3f}",
             f"{p['perplexity'] / found['perplexity']:.3f}",
         )
@@ -182,7 +167,7 @@ def show_comparison(found: dict[str, Any]) -> None:
     out = console()
     table = table_of("divergence against size", "checkpoint", "size", "bits", "measured KL", "agreement", "stored")
     for entry in found["checkpoints"]:
-        kl = "" if entry["kl"] is None else f"{entry['kl']:.5f}{between(entry['kl_interval'], '.5f')}"
+        kl = "" if entry["kl"] is None else f"{entry['kl']:.5f}{interval_text(entry['kl_interval'], '.5f')}"
         agreement = "" if entry["agreement"] is None else f"{entry['agreement']:.2%}"
         name, bits = entry["name"] + (" *" if entry["best"] else ""), f"{entry['bits_per_compressed_weight']:.3f}"
         table.add_row(name, human_bytes(entry["bytes"]), bits, escape(kl), agreement, ", ".join(entry["methods"]))

@@ -4,4 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-Listen = Callable[[int, int, str, float], None]
+Progress = Callable[[int, int, str, float], None]
+"""Called with the number of the block in work, the number of blocks, what is being done, and the share of it that is done."""
+
+Listen = Progress

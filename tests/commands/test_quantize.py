@@ -9,7 +9,7 @@ from command_line import Run, header, specs, summary, tree
 from runs import ids_file
 from transformers import AutoModelForCausalLM
 
-import compress.checkpoint
+import compress.checkpoint.source
 
 
 def test_quantize_gives_a_checkpoint_and_a_table(quantize: Run, model: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_revision_reaches_the_hub_and_the_model_card(
     quantize: Run, run: Run, model: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(compress.checkpoint, "_fetch", lambda name, revision: asked.append((name, revision)) or (model, "c0ffee"))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(compress.checkpoint.source, "_fetch", lambda name, revision: asked.append((name, revision)) or (model, "c0ffee"))  # type: ignore[func-returns-value]
     text = ids_file(tmp_path / "text.npy", samples=2)
     common = ["--device", "cpu", "--data", ids, "--group-size", 16]
     done = run("quantize", "some/model", "-o", tmp_path / "out", *common, "--revision", "v2", "--evaluate", text, "--json")

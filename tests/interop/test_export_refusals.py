@@ -33,7 +33,7 @@ def test_a_refusal_names_site_reason_and_way_out(made: Callable[..., Path], tmp_
 def test_dense_checkpoints_and_unknown_formats(tiny: Tiny, made: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="is dense; give a compressed checkpoint"):
         export(tiny("llama", **SIZES), "gptq", tmp_path / "out")
-    with pytest.raises(RecipeError, match="--format exl2: no such format; known are awq, compressed-tensors"):
+    with pytest.raises(RecipeError, match="formats exl2: no such format; known are awq, compressed-tensors"):
         export(made("symmetric"), "exl2", tmp_path / "out")
 
 

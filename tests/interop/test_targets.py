@@ -196,7 +196,7 @@ def test_families_of_other_names() -> None:
 
 
 def test_an_unknown_runtime() -> None:
-    with pytest.raises(RecipeError, match=r"--target ollama: no such runtime; known are vllm, sglang, transformers, llama\.cpp"):
+    with pytest.raises(RecipeError, match=r"target ollama: no such runtime; known are vllm, sglang, transformers, llama\.cpp"):
         lint("ollama", dense_model())
 
 

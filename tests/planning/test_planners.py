@@ -67,11 +67,11 @@ def test_milp_finds_the_fewest_bits(seed: int) -> None:
 
 def test_an_impossible_budget_is_an_error() -> None:
     p = problem(0)
-    with pytest.raises(RecipeError, match="--planner milp"):
+    with pytest.raises(RecipeError, match="planner milp"):
         milp(p, 1, None)
-    with pytest.raises(RecipeError, match="--planner uniform"):
+    with pytest.raises(RecipeError, match="planner uniform"):
         uniform(p, 1, None)
-    with pytest.raises(RecipeError, match="--planner lim"):
+    with pytest.raises(RecipeError, match="planner lim"):
         lim(p, 1, None)
 
 

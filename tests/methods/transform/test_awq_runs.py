@@ -236,7 +236,7 @@ def test_two_processes_choose_the_scales_of_one(forks: Any, tiny: Tiny, ids: Pat
 
 
 def test_a_method_on_the_command_line_may_have_transforms_before_it() -> None:
-    from compress.commands._shared import method_line
+    from compress.recipe.build import method_line
 
     assert method_line("awq") == (["transform/awq"], "quant/rtn")
     assert method_line("awq+gptq") == (["transform/awq"], "quant/gptq")
