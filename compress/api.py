@@ -22,8 +22,7 @@ from compress.evaluate.quality import Quality
 from compress.planning import planner as planners
 from compress.planning.budget import Budget
 from compress.planning.planner import PlanResult
-from compress.planning.pruning import Pruning, Surveying
-from compress.planning.pruning import pruning_recipe as make_pruning_recipe
+from compress.planning.pruning import PruningOptions, Surveying, make_pruning_recipe
 from compress.recipe import build, reading
 from compress.recipe.build import DataOptions
 from compress.recipe.schema import Recipe
@@ -38,7 +37,7 @@ __all__ = [
     "DataOptions",
     "Outcome",
     "PlanResult",
-    "Pruning",
+    "PruningOptions",
     "Quality",
     "RunOptions",
     "measure",
@@ -67,7 +66,7 @@ def run_recipe(
 ) -> Outcome:
     """Run a recipe: a file, the name of one that is shipped, the values of one, or one that was made. Raises CompressError."""
     if not isinstance(recipe, Recipe):
-        recipe = recipe_of(recipe, data=data, dtype=dtype, changes=changes)
+        recipe = read_recipe(recipe, data=data, dtype=dtype, changes=changes)
     elif data is not None or dtype is not None or changes:
         raise RecipeError("recipe: is made already; make it with other data, dtype or changes, or give its file or values")
     prepared = prepare_run(build.watched(recipe, watch), model, out, options)
@@ -78,7 +77,7 @@ def run_recipe(
     return prepared.outcome(summary, quality, exports.write(listen))
 
 
-def recipe_of(
+def read_recipe(
     recipe: str | Path | Mapping[str, Any], *, data: Text = None, dtype: str | None = None, changes: Changes = ()
 ) -> Recipe:
     """Read a recipe, a file, the name of one that is shipped or its values, and change it. Raises RecipeError."""
@@ -146,7 +145,7 @@ def quantization_recipe(
 def prune(
     model: str | Path,
     out: str | Path,
-    pruning: Pruning,
+    pruning: PruningOptions,
     *,
     data: Text = None,
     dtype: str | None = None,
@@ -161,7 +160,7 @@ def prune(
 
 
 def pruning_recipe(
-    pruning: Pruning,
+    pruning: PruningOptions,
     model: str | Path,
     out: str | Path,
     *,
@@ -305,4 +304,4 @@ def data_options(data: Text) -> DataOptions:
 
 
 def _ignore(block: int, blocks: int, step: str, share: float) -> None:
-    """Progress that nobody asked for."""
+    """Progress without a callback."""

@@ -94,7 +94,7 @@ def test_quantize_within_a_budget(command: Run, model: Path, ids: Path, tmp_path
 def test_prune_gives_the_bytes_of_the_command(command: Run, model: Path, ids: Path, tmp_path: Path) -> None:
     common = ("--data", ids, "--device", "cpu", "--json")
     said = command("prune", model, "-o", tmp_path / "theirs", "--pattern", "2:4", "--method", "magnitude", *common).json
-    pruning = compress.Pruning(pattern="2:4", method="magnitude")
+    pruning = compress.PruningOptions(pattern="2:4", method="magnitude")
     outcome = compress.prune(model, tmp_path / "mine", pruning, data=ids, options=OPTIONS)
     assert digests(outcome.path) == digests(tmp_path / "theirs")
     assert through_json(outcome.plain())["pruned"] == said["pruned"]
@@ -104,7 +104,7 @@ def test_prune_gives_the_bytes_of_the_command(command: Run, model: Path, ids: Pa
 def test_prune_with_a_sparsity_for_every_weight(command: Run, model: Path, ids: Path, tmp_path: Path) -> None:
     common = ("--data", ids, "--device", "cpu", "--json")
     command("prune", model, "-o", tmp_path / "theirs", "--distribute", "global", "--method", "magnitude", *common)
-    pruning = compress.Pruning(method="magnitude", distribute="global")
+    pruning = compress.PruningOptions(method="magnitude", distribute="global")
     outcome = compress.prune(model, tmp_path / "mine", pruning, data=ids, options=OPTIONS)
     assert digests(outcome.path) == digests(tmp_path / "theirs")
 
@@ -116,7 +116,7 @@ def test_run_recipe_gives_the_bytes_of_the_command(given: str, command: Run, mod
     file.write_text(yaml.safe_dump(values))
     export = ("--format", "compressed-tensors", "--target", "vllm")
     command("run", file, model, "-o", tmp_path / "theirs", "--data", ids, "--device", "cpu", "--watch", 1, "--json", *export)
-    recipe = {"file": file, "values": values, "recipe": api.recipe_of(file, data=ids)}[given]
+    recipe = {"file": file, "values": values, "recipe": api.read_recipe(file, data=ids)}[given]
     options = dataclasses.replace(OPTIONS, formats=("compressed-tensors",), target="vllm")
     data = None if given == "recipe" else ids
     outcome = compress.run_recipe(recipe, model, tmp_path / "mine", data=data, watch=1, options=options)
@@ -128,7 +128,7 @@ def test_run_recipe_gives_the_bytes_of_the_command(given: str, command: Run, mod
 
 
 def test_a_recipe_that_is_made_is_not_changed(model: Path, tmp_path: Path) -> None:
-    made = api.recipe_of({"steps": [{"match": "*", "method": "quant/rtn"}]})
+    made = api.read_recipe({"steps": [{"match": "*", "method": "quant/rtn"}]})
     with pytest.raises(compress.RecipeError, match="recipe: is made already"):
         compress.run_recipe(made, model, tmp_path / "out", changes=["steps.0.options.bits=3"])
 
@@ -148,7 +148,7 @@ def test_plan_gives_the_recipe_of_the_command(command: Run, model: Path, ids: Pa
         folder=tmp_path,
         options=OPTIONS,
     )
-    assert result.recipe.model_dump() == api.recipe_of(file).model_dump()
+    assert result.recipe.model_dump() == api.read_recipe(file).model_dump()
     found = result.planned.plain()
     assert {key: found[key] for key in ("choices", "bits_per_weight", "kl", "measured_kl")} == {
         key: said[key] for key in ("choices", "bits_per_weight", "kl", "measured_kl")
@@ -244,7 +244,7 @@ def test_results_and_options_cannot_be_changed() -> None:
         compress.RunOptions,
         compress.DataOptions,
         compress.Budget,
-        compress.Pruning,
+        compress.PruningOptions,
         compress.Quality,
     ):
         assert dataclasses.is_dataclass(kind)

@@ -13,7 +13,7 @@ from compress.commands._shared import progress, run_and_show
 
 @dataclass(frozen=True)
 class PruningFlags:
-    """What is removed, how, and from which weights: fields of `Pruning`."""
+    """What is removed, how, and from which weights: fields of `PruningOptions`."""
 
     sparsity: Annotated[float | None, typer.Option(help="Share of the weights to remove; 0.5 if nothing is said.")] = None
     pattern: Annotated[str | None, typer.Option(help="Instead, N:M as 2:4: N kept of every M neighbouring columns.")] = None
@@ -57,7 +57,7 @@ def prune(model: Model, output: Output, *, pruned: PruningFlags, text: DataFlags
     options = flags.options()  # no other layout has masks; `compress export --format dense` writes what was kept
     with progress(quiet or flags.json_ or pruned.distribute == "uniform") as shown:
         made = api.pruning_recipe(
-            api.Pruning(**values),
+            api.PruningOptions(**values),
             model,
             output,
             data=text.options(),

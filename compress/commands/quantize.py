@@ -55,7 +55,7 @@ def quantize(
         flag = "--method" if method else "--" + next(iter(given)).replace("_", "-")
         raise RecipeError(f"{flag}: not with --recipe; change the recipe with --set, as in --set steps.0.options.bits=3")
     else:
-        made = api.recipe_of(recipe, data=data, dtype=flags.dtype, changes=changes)
+        made = api.read_recipe(recipe, data=data, dtype=flags.dtype, changes=changes)
     run_and_show(made, model, output, options, flags, quiet)
 
 
@@ -76,5 +76,5 @@ def run(
     from compress import api
 
     options = flags.options(delivery)
-    made = api.recipe_of(recipe, data=text.options(), dtype=flags.dtype, changes=flags.settings or ())
+    made = api.read_recipe(recipe, data=text.options(), dtype=flags.dtype, changes=flags.settings or ())
     run_and_show(made, model, output, options, flags, quiet)

@@ -21,7 +21,7 @@ _METHOD = ("sparsity", "pattern", "group", "within", "bits", "group_size", "symm
 
 
 @dataclass(frozen=True)
-class Pruning:
+class PruningOptions:
     """What is removed, how, and from which weights; what is None is left to the method. Raises RecipeError.
 
     `sparsity`, or `pattern` N:M; `group` neighbouring columns go together; `within` a row or a matrix; `distribute`: how the
@@ -62,9 +62,9 @@ class Surveying:
     memory: str = "4GB"
 
 
-def pruning_recipe(
+def make_pruning_recipe(
     model: str,
-    pruning: Pruning,
+    pruning: PruningOptions,
     data: DataOptions,
     dtype: str | None,
     changes: Sequence[str],
@@ -94,7 +94,7 @@ def _training(method: str) -> dict[str, Any]:
 
 
 def _steps(
-    model: str, pruning: Pruning, path: str, values: dict[str, Any], survey: Surveying, progress: Progress
+    model: str, pruning: PruningOptions, path: str, values: dict[str, Any], survey: Surveying, progress: Progress
 ) -> list[dict[str, Any]]:
     """Return the steps of the recipe: one, or several where the sparsity is distributed."""
     method, options = registry.method(path), pruning.options()

@@ -101,7 +101,7 @@ def names_of_entries(module: str, text: str) -> set[str]:
 
 def test_no_entry_of_the_registry_is_named_outside_of_its_file() -> None:
     found = {name for module, text in MODULES.items() for name in names_of_entries(module, text)}
-    defaults = {name for name in found if name.startswith("commands.")}
+    defaults = {name for name in found if name.startswith(("commands.", "api: ", "recipe.build: ", "planning.pruning: "))}
     compare(defaults, "defaults of the command line")
     compare(found - defaults, "names of entries")
 
@@ -131,9 +131,9 @@ def sizes(module: str, text: str) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("what", ["files", "functions", "classes", "parameters"])
 def test_sizes(what: str) -> None:
-    """Parameters of a command are its options, and those of an operator of torch its tensors: they have lists of their own."""
+    """Parameters of a command or of the Python API are options, and those of an operator of torch its tensors: other lists."""
     found = {place for module, text in MODULES.items() for place in sizes(module, text)[what]}
-    apart = {place for place in found if place.startswith("commands.")}
+    apart = {place for place in found if place.startswith(("commands.", "api: "))}
     if what == "parameters":
         operators = {place for place in found if place.startswith("kernels.") and place.endswith(("_op", ": _", "_kernel"))}
         compare(operators, "parameters of operators")
