@@ -76,7 +76,12 @@ def test_a_revision_reaches_the_hub_and_the_model_card(
     quantize: Run, run: Run, model: Path, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(compress.checkpoint.source, "_fetch", lambda name, revision: asked.append((name, revision)) or (model, "c0ffee"))  # type: ignore[func-returns-value]
+
+    def fetch(name: str, revision: str | None) -> tuple[Path, str]:
+        asked.append((name, revision))
+        return model, "c0ffee"
+
+    monkeypatch.setattr(compress.checkpoint.source, "_fetch", fetch)
     text = ids_file(tmp_path / "text.npy", samples=2)
     common = ["--device", "cpu", "--data", ids, "--group-size", 16]
     done = run("quantize", "some/model", "-o", tmp_path / "out", *common, "--revision", "v2", "--evaluate", text, "--json")
