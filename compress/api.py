@@ -24,7 +24,7 @@ from compress.planning.budget import Budget
 from compress.planning.planner import PlanResult
 from compress.planning.pruning import PruningOptions, Surveying, make_pruning_recipe
 from compress.recipe import build, reading
-from compress.recipe.build import DataOptions
+from compress.recipe.data_options import DataOptions
 from compress.recipe.schema import Recipe
 from compress.run import prepare as run_prepare
 from compress.run import run as runs

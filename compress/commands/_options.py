@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.recipe.build import DataOptions
+from compress.recipe.data_options import DataOptions
 
 if TYPE_CHECKING:
     from compress.planning.budget import Budget

@@ -11,7 +11,7 @@ import typer
 from compress.commands._options import Device, Json, Length, Quiet, Samples, Seed
 from compress.commands._shared import progress
 from compress.errors import RecipeError
-from compress.recipe.build import DataOptions
+from compress.recipe.data_options import DataOptions
 
 
 def bisect(

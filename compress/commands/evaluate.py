@@ -9,7 +9,7 @@ import typer
 
 from compress.commands._options import Device, Json, Length, Model, Quiet, Samples, Seed
 from compress.commands._shared import progress
-from compress.recipe.build import DataOptions
+from compress.recipe.data_options import DataOptions
 
 
 def evaluate_command(

@@ -10,7 +10,6 @@ import typer
 
 from compress.commands._options import BudgetFlags, DataFlags, Model, PlanningFlags
 from compress.commands._shared import progress
-from compress.recipe.build import memory_budget, method_lines
 
 
 def plan_command(
@@ -51,6 +50,7 @@ def plan_command(
     limit, data = budget.budget(), text.options()
     if dry_run:
         from compress.planning.feasibility import feasibility
+        from compress.recipe.build import memory_budget, method_lines
 
         transforms, methods = method_lines(method or (), candidates or ())
         seen = feasibility(

@@ -32,7 +32,8 @@ def rehearse(
     with --format exports. Of a Hub id only
     config and headers are fetched. Exit code 2 where something would fail.
     """
-    from compress.recipe.build import DataOptions, with_changes
+    from compress.recipe.build import with_changes
+    from compress.recipe.data_options import DataOptions
     from compress.recipe.reading import read
     from compress.run.rehearsal import rehearse as run
     from compress.screen.plans import show_rehearsal

@@ -11,7 +11,6 @@ import typer
 from compress.commands._options import DataFlags, Model, PlanningFlags
 from compress.commands._shared import progress
 from compress.errors import RecipeError
-from compress.recipe.build import memory_budget
 
 
 def sweep_command(
@@ -44,6 +43,7 @@ def sweep_command(
     from compress.planning import planner, plots
     from compress.planning import sweep as sweeps
     from compress.planning.sensitivity import sites_of, split
+    from compress.recipe.build import memory_budget
     from compress.recipe.reading import parse_data
     from compress.run import prepare as run_prepare
     from compress.screen.results import show_curve

@@ -11,7 +11,7 @@ from compress import registry
 from compress.errors import RecipeError
 from compress.planning import sparsity_steps
 from compress.recipe import build, reading
-from compress.recipe.build import DataOptions
+from compress.recipe.data_options import DataOptions
 from compress.recipe.schema import Recipe
 from compress.system.progress import Progress
 

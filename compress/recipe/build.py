@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from compress import registry
 from compress.errors import RecipeError
 from compress.recipe import reading
+from compress.recipe.data_options import DataOptions
 from compress.recipe.schema import Recipe, Watch, parse_size
 
 PLACE = "command line"  # where such a recipe comes from, in messages
 EVERY_BLOCK = "*.*"  # names of linears in blocks have a dot; the head's has none and stays as it is
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """A text, and how much of it is drawn. What is None is left to the recipe, or to the text's own defaults.
-
-    `name`: a .txt, .jsonl, .parquet or .npy file, a preset (c4, wikitext2, ...) or a dataset of the Hub; `samples` windows of
-    `length` tokens, drawn by `seed`; `chat_template`: whether messages are written with the tokenizer's template.
-    """
-
-    name: str | None = None
-    samples: int | None = None
-    length: int | None = None
-    seed: int | None = None
-    chat_template: bool | None = None
-
-    def values(self) -> dict[str, Any]:
-        """The `data:` section of a recipe, as far as it is given."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def method_line(method: str, kind: str = "quant") -> tuple[list[str], str]:
