@@ -224,7 +224,7 @@ def check_place(out: Path) -> None:
 
 @contextmanager
 def _building(out: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `out` under a temporary name; what an interrupted export left there is removed first."""
+    """Yield an empty folder next to `out` under a temporary name; what an interrupted export left there is removed first."""
     folder = out.with_name(out.name + ".exporting")
     with writing(folder):
         if folder.exists() and not (folder / MARKER).exists() and any(folder.iterdir()):
