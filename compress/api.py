@@ -200,7 +200,7 @@ def plan(
         data=data_options(data).values(),
         budget=budget,
         folder=Path(folder),
-        listen=progress or _ignore,
+        progress=progress or _ignore,
         dtype=dtype,
         device=options.device,
         revision=options.revision,

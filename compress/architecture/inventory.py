@@ -16,7 +16,7 @@ from compress.errors import CheckpointError
 
 
 @dataclass
-class Claims:
+class Inventory:
     """What becomes of every tensor of a source: a site is made of it, it is copied, or it is dropped by a rule."""
 
     family: Family
@@ -92,12 +92,12 @@ def _missing(source: Source, family: Family, block: int, sites: list[Site]) -> N
         )
 
 
-def claim(source: Source, family: Family, copy: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> Claims:
+def take_inventory(source: Source, family: Family, copy: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> Inventory:
     """Give every tensor of a source its disposition; one that no rule or two rules claim raises CheckpointError.
 
     `copy` and `drop` are a recipe's own globs over disk names, and win over the family's.
     """
-    claims = Claims(family)
+    inventory = Inventory(family)
     by_block: dict[int, set[str]] = {block: set() for block in range(number_of_blocks(source))}
     pattern = re.compile(re.escape(family.blocks) + r"\.(\d+)\.(.+)")
     for name in source.entries:
@@ -106,18 +106,18 @@ def claim(source: Source, family: Family, copy: tuple[str, ...] = (), drop: tupl
     for block, names in by_block.items():
         sites = _linear_sites(source, family, block, names) + _expert_sites(source, family, block, names)
         _missing(source, family, block, sites)
-        claims.sites += sites
+        inventory.sites += sites
     head = f"{family.head}.weight"
     if head in source.entries and not tied(source, family):
         shape = _shape(source, source.entries[head], transposed=False, fused=False)
-        claims.sites.append(Site(family.head, shape, None, family.head, family.head, head))
-    _dispose(source, claims, copy, drop)
-    return claims
+        inventory.sites.append(Site(family.head, shape, None, family.head, family.head, head))
+    _dispose(source, inventory, copy, drop)
+    return inventory
 
 
-def _dispose(source: Source, claims: Claims, copy: tuple[str, ...], drop: tuple[str, ...]) -> None:
-    family = claims.family
-    made = {site.tensor for site in claims.sites}
+def _dispose(source: Source, inventory: Inventory, copy: tuple[str, ...], drop: tuple[str, ...]) -> None:
+    family = inventory.family
+    made = {site.tensor for site in inventory.sites}
     blocks = number_of_blocks(source)
     pattern = re.compile(re.escape(family.blocks) + r"\.(\d+)\.(.+)")
     unknown: list[str] = []
@@ -135,13 +135,13 @@ def _dispose(source: Source, claims: Claims, copy: tuple[str, ...], drop: tuple[
         rules += [matches(name, family.drop)]
         if matches(name, drop) or matches(name, copy):
             rules = [False, matches(name, copy), matches(name, drop)]
-            claims.sites = [site for site in claims.sites if site.tensor != name]
+            inventory.sites = [site for site in inventory.sites if site.tensor != name]
         if sum(rules) != 1:
             (twice if any(rules) else unknown).append(name)
         elif rules[1]:
-            claims.copied.append(name)
+            inventory.copied.append(name)
         elif rules[2]:
-            claims.dropped.append(name)
+            inventory.dropped.append(name)
     if unknown or twice:
         what = "no rule claims" if unknown else "two rules claim"
         names = unknown or twice
@@ -151,10 +151,10 @@ def _dispose(source: Source, claims: Claims, copy: tuple[str, ...], drop: tuple[
         )
 
 
-def describe(claims: Claims) -> dict[str, Any]:
+def describe(inventory: Inventory) -> dict[str, Any]:
     """Count sites by kind, for tables: {kind: (sites, weights)}."""
     kinds: dict[str, tuple[int, int]] = {}
-    for site in claims.sites:
+    for site in inventory.sites:
         count, weights = kinds.get(site.kind, (0, 0))
         kinds[site.kind] = (count + 1, weights + site.numel)
     return kinds

@@ -15,35 +15,37 @@ from compress.calibration.cache import BlockCache
 from compress.calibration.statistics import Hessian, Stats
 from compress.errors import CalibrationError
 from compress.methods.method import Result
-from compress.model.streamed import Skeleton
+from compress.model.streamed import StreamedModel
 from compress.recipe.assignment import Assignment
 from compress.report.rows import SiteRow
 from compress.system import memory
 from compress.weights.weight import CompressedWeight, relative_error
 
-Done = tuple[CompressedWeight, SiteRow]
+CompressedSite = tuple[CompressedWeight, SiteRow]
 
 
 def compress_block(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     assignments: Sequence[Assignment],
     run: Callable[[], None],
     budget: int,
-    listen: Callable[[str, float], None],
+    progress: Callable[[str, float], None],
     read: Callable[[Site], Tensor] | None = None,
     cache: BlockCache | None = None,
-) -> Iterator[tuple[str, Done]]:
+) -> Iterator[tuple[str, CompressedSite]]:
     """Compress the sites of one filled block that are this rank's, and yield each with its report row; see `observed`.
 
     `read` gives the weight (out, in) of a site in float32: the source's if None.
     """
-    read = read or (lambda site: skeleton.weight(site).to(skeleton.device).float())
-    for unit, stats, pooled in observed(skeleton, assignments, run, budget, listen, cache):
+    read = read or (lambda site: streamed.weight(site).to(streamed.device).float())
+    for unit, stats, pooled in observed(streamed, assignments, run, budget, progress, cache):
         memory.give_back()  # holes that the calibration or the last weight has left, before others are torn beside them
         yield from _compress_unit(read, unit, stats, pooled)
 
 
-def _compress_unit(read: Callable[[Site], Tensor], unit: Unit, stats: Stats, pooled: Stats) -> Iterator[tuple[str, Done]]:
+def _compress_unit(
+    read: Callable[[Site], Tensor], unit: Unit, stats: Stats, pooled: Stats
+) -> Iterator[tuple[str, CompressedSite]]:
     """Compress the sites of one tap: those of one step in one call where the method treats rows independently."""
     by_step: dict[int, list[Assignment]] = {}
     for position, assignment in enumerate(unit.assignments):

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from compress.architecture.family import Scaling, Site
-from compress.architecture.inventory import Claims
+from compress.architecture.inventory import Inventory
 from compress.methods.block import Scalable
 
 
-def resolve(claims: Claims, config: Mapping[str, Any], block: int, taken: Collection[str]) -> list[Scalable]:
+def resolve(inventory: Inventory, config: Mapping[str, Any], block: int, taken: Collection[str]) -> list[Scalable]:
     """Find every scaling of the family in a block; `taken` are the names of the sites whose weights may change.
 
     Scales can move only where every reader takes part. Where one does not, the result names the obstacle.
     """
-    base = f"{claims.family.blocks}.{block}."
-    sites = {site.name.removeprefix(base): site for site in claims.sites if site.block == block}
-    copied = {name.removeprefix(base) for name in claims.copied if name.startswith(base)}
+    base = f"{inventory.family.blocks}.{block}."
+    sites = {site.name.removeprefix(base): site for site in inventory.sites if site.block == block}
+    copied = {name.removeprefix(base) for name in inventory.copied if name.startswith(base)}
     found = []
-    for scaling in claims.family.scalings:
+    for scaling in inventory.family.scalings:
         for single in _singles(scaling, sites):
-            place = _Place(claims, single, sites, copied, base, taken)
+            place = _Place(inventory, single, sites, copied, base, taken)
             if place.readers:  # a block may lack them: dense ones have no experts
                 found.append(place.scalable(config))
     return found
@@ -48,7 +48,7 @@ class _Place:
 
     def __init__(
         self,
-        claims: Claims,
+        inventory: Inventory,
         scaling: Scaling,
         sites: Mapping[str, Site],
         copied: Collection[str],
@@ -56,7 +56,7 @@ class _Place:
         taken: Collection[str],
     ) -> None:
         self.family, self.scaling, self.sites, self.copied, self.base, self.taken = (
-            claims.family,
+            inventory.family,
             scaling,
             sites,
             copied,

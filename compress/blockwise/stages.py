@@ -6,29 +6,29 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from compress.blockwise.compress import Done, site_row
-from compress.blockwise.view import Surroundings, View
+from compress.blockwise.compress import CompressedSite, site_row
+from compress.blockwise.view import BlockRun, MethodView
 from compress.errors import CalibrationError
 from compress.recipe.assignment import Assignment, StageAssignment
 from compress.weights.weight import CompressedWeight, relative_error
 
 
-def transform(around: Surroundings, stages: Sequence[StageAssignment]) -> dict[str, dict[str, Any]]:
+def transform(around: BlockRun, stages: Sequence[StageAssignment]) -> dict[str, dict[str, Any]]:
     """Rewrite a filled block before it is calibrated; return notes by site."""
     notes: dict[str, dict[str, Any]] = {}
     for stage in stages:
-        view = View(around, stage.members, stage.method.path)
+        view = MethodView(around, stage.members, stage.method.path)
         changed = stage.method(view)
         for site, weight in changed.weights.items():
             around.weights[site] = weight
-            around.skeleton.put(view._sites[site], weight)
+            around.streamed.set_weight(view._sites[site], weight)
         around.replace_others(changed.others)
         for site in view.sites:
             notes.setdefault(site, {})[stage.method.path] = changed.notes.get(site, changed.notes.get("", {}))
     return notes
 
 
-def together(around: Surroundings, assignments: Sequence[Assignment]) -> Iterator[tuple[str, Done]]:
+def together(around: BlockRun, assignments: Sequence[Assignment]) -> Iterator[tuple[str, CompressedSite]]:
     """Compress the sites of steps whose methods see a block, step by step; the same on every rank."""
     by_step: dict[int, list[Assignment]] = {}
     for assignment in assignments:
@@ -36,12 +36,12 @@ def together(around: Surroundings, assignments: Sequence[Assignment]) -> Iterato
     for members in by_step.values():
         method = members[0].method
         start = time.perf_counter()
-        results = method(View(around, members, method.path))
+        results = method(MethodView(around, members, method.path))
         seconds = (time.perf_counter() - start) / len(members)
         for assignment in members:
             site, result = assignment.site, results[assignment.site.name]
             row = site_row(site, method.path, result.weight, around.weight(site), None, result.notes, seconds=seconds)
-            around.skeleton.put(site, result.weight.dequantize())
+            around.streamed.set_weight(site, result.weight.dequantize())
             yield site.name, (result.weight, row)
 
 
@@ -49,14 +49,12 @@ def _without_low_rank(weight: CompressedWeight) -> int:
     return weight.stored_bits - (0 if weight.low_rank is None else weight.low_rank.stored_bits)
 
 
-def tune(
-    around: Surroundings, stages: Sequence[StageAssignment], weights: dict[str, CompressedWeight]
-) -> dict[str, dict[str, Any]]:
+def tune(around: BlockRun, stages: Sequence[StageAssignment], weights: dict[str, CompressedWeight]) -> dict[str, dict[str, Any]]:
     """Adjust the compressed weights of a block in place, on every rank alike; return notes by site."""
     notes: dict[str, dict[str, Any]] = {}
     for stage in stages:
         members = [a for a in stage.members if a.site.name in weights]
-        view = View(around, members, stage.method.path)
+        view = MethodView(around, members, stage.method.path)
         tuned = stage.method(view, {name: weights[name] for name in view.sites})
         errors: dict[str, float] = {}
         for name, weight in tuned.weights.items():
@@ -66,7 +64,7 @@ def tune(
             if not bool(decoded.isfinite().all()):
                 raise CalibrationError(f"{name}: is not finite after {stage.method.path}; check the calibration data")
             weights[name] = weight
-            around.skeleton.put(view._sites[name], decoded)
+            around.streamed.set_weight(view._sites[name], decoded)
             errors[name] = relative_error(view.weight(name), decoded)
         around.replace_others(tuned.others)
         for name in view.sites:

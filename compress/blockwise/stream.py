@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.blockwise.hidden_states import HiddenStates
 from compress.calibration.observe import batches
-from compress.model.streamed import Skeleton
+from compress.model.streamed import StreamedModel
 from compress.system import distributed
 
 ORIGINAL, COMPRESSED = "original", "compressed"
@@ -38,7 +38,7 @@ class Stream:
     @classmethod
     def begin(
         cls,
-        model: Skeleton,
+        model: StreamedModel,
         ids: Tensor,
         cuts: Sequence[slice],
         name: str,
@@ -46,7 +46,7 @@ class Stream:
         folder: Path | None = None,
         lazy: bool = False,
     ) -> Stream:
-        """Run the embeddings, which `outer` has filled; in memory, or in a file in `folder`.
+        """Run the embeddings, which `embeddings_and_head` has filled; in memory, or in a file in `folder`.
 
         Every batch size is seen, so that blocks know their masks and positions.
         """
@@ -65,24 +65,24 @@ class Stream:
     def _after(self, block: int) -> str:
         return self._file(f"after-{block:05d}")
 
-    def forward(self, model: Skeleton, block: int, progress: Callable[[float], None] | None = None) -> Iterator[Tensor]:
+    def forward(self, model: StreamedModel, block: int, progress: Callable[[float], None] | None = None) -> Iterator[Tensor]:
         """Yield the outputs (samples, length, width) of a filled block, batch by batch, on the model's device."""
         for batch in range(len(self.cuts)):
             if progress is not None and len(self.cuts) > 1:
                 progress(batch / len(self.cuts))
             yield model.forward(block, self.states.read(batch).to(model.device))
 
-    def send(self, model: Skeleton, block: int, progress: Callable[[float], None] | None = None) -> None:
+    def send(self, model: StreamedModel, block: int, progress: Callable[[float], None] | None = None) -> None:
         """Run a filled block for the hooks on its modules alone."""
         for _ in self.forward(model, block, progress):
             pass
 
-    def peek(self, model: Skeleton, block: int, progress: Callable[[float], None] | None = None) -> None:
+    def peek(self, model: StreamedModel, block: int, progress: Callable[[float], None] | None = None) -> None:
         """Run a filled block and keep both its inputs and its outputs, until `advance`."""
         if not self._stops(block):
             self.outputs = self.states.after(self.forward(model, block, progress), self._after(block))
 
-    def advance(self, model: Skeleton, block: int, progress: Callable[[float], None] | None = None) -> None:
+    def advance(self, model: StreamedModel, block: int, progress: Callable[[float], None] | None = None) -> None:
         """Let the outputs of a filled block take the place of its inputs."""
         if self._stops(block):
             return
@@ -112,8 +112,8 @@ class Stream:
         self.states.restore(folder / self._after(block))
         self.position = block + 1
 
-    def logs(self, model: Skeleton) -> Iterator[Tensor]:
-        """Yield the log probabilities (length - 1, vocabulary) of each window's next tokens; needs `outer`."""
+    def logs(self, model: StreamedModel) -> Iterator[Tensor]:
+        """Yield the log probabilities (length - 1, vocabulary) of each window's next tokens; needs `embeddings_and_head`."""
         for number, cut in enumerate(self.cuts):
             for ids, hidden in zip(self.ids[cut], self.states.read(number), strict=True):
                 logits = model.logits(ids[None], hidden[None].to(model.device))

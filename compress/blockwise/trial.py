@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from compress.blockwise import stages as block_stages
 from compress.blockwise.compress import compress_block
 from compress.blockwise.stream import COMPRESSED, Stream
-from compress.blockwise.view import Surroundings
+from compress.blockwise.view import BlockRun
 from compress.blockwise.walk import walk
-from compress.model.streamed import Skeleton, Weights
+from compress.model.streamed import StreamedModel, Weights
 from compress.recipe.assignment import Assignment, StageAssignment, within
 from compress.report.rows import SiteRow
-from compress.system.progress import Listen
+from compress.system.progress import Progress
 
 
 @dataclass
@@ -26,12 +26,12 @@ class Before:
 
 
 def compress_in_memory(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     assignments: Sequence[Assignment],
     fit: Stream | None,
     others: Sequence[Stream],
     memory_budget: int,
-    listen: Listen,
+    progress: Progress,
     before: Before | None = None,
 ) -> list[SiteRow]:
     """Compress all blocks and send streams through them; return the report rows.
@@ -39,31 +39,31 @@ def compress_in_memory(
     As a run does it, the calibration `fit` goes on through the compressed weights; None for methods that need none, unless
     there is something to do `before`. `others` follow the original or the compressed weights, as they say.
     """
-    blocks = len(skeleton.blocks)
+    blocks = len(streamed.blocks)
     rows = []
 
     def visit(block: int) -> Iterator[tuple[str, Weights]]:
         def observe() -> None:
             if fit is not None:
-                fit.send(skeleton, block)
+                fit.send(streamed, block)
 
         def say(step: str, share: float) -> None:
-            listen(block, blocks, step, share)
+            progress(block, blocks, step, share)
 
         read = None
         if before is not None:
             assert fit is not None
             entering = before.untouched.states
-            around = Surroundings(skeleton, block, fit.states, entering, None, observe, memory_budget, before.seed, say)
+            around = BlockRun(streamed, block, fit.states, entering, None, observe, memory_budget, before.seed, say)
             block_stages.transform(around, within(before.stages, block))
             read = around.weight
         mine = [a for a in assignments if a.site.block == block]
         decoded = {}
-        for name, (weight, row) in compress_block(skeleton, mine, observe, memory_budget, say, read):
+        for name, (weight, row) in compress_block(streamed, mine, observe, memory_budget, say, read):
             decoded[name] = weight.dequantize()
             rows.append(row)
         yield COMPRESSED, Weights(decoded)
 
     streams = [*others, *([fit] if fit is not None else []), *([before.untouched] if before is not None else [])]
-    walk(skeleton, streams, range(blocks), visit, lambda block, step, share: listen(block, blocks, step, share))
+    walk(streamed, streams, range(blocks), visit, lambda block, step, share: progress(block, blocks, step, share))
     return rows

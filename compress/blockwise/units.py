@@ -9,7 +9,7 @@ from typing import Any
 from compress.calibration.cache import BlockCache
 from compress.calibration.observe import Tap, observe, passes
 from compress.calibration.statistics import Hessian, Statistics, Stats
-from compress.model.streamed import Skeleton
+from compress.model.streamed import StreamedModel
 from compress.recipe.assignment import Assignment
 from compress.system import distributed
 
@@ -56,7 +56,7 @@ def units(assignments: Sequence[Assignment]) -> list[Unit]:
     return [Unit(tap, tuple(members)) for tap, members in by_tap.items()]
 
 
-def taps(skeleton: Skeleton, work: Sequence[Unit]) -> list[Tap]:
+def taps(streamed: StreamedModel, work: Sequence[Unit]) -> list[Tap]:
     """The taps to watch, pooled ones first, because every expert may need them."""
     pooled: dict[str, list[Unit]] = {}
     for unit in work:
@@ -64,11 +64,11 @@ def taps(skeleton: Skeleton, work: Sequence[Unit]) -> list[Tap]:
             pooled.setdefault(unit.pool, []).append(unit)
     result = []
     for name, members in pooled.items():
-        modules = tuple(skeleton.linear(unit.assignments[0].site) for unit in members)
+        modules = tuple(streamed.linear(unit.assignments[0].site) for unit in members)
         result.append(Tap(name, modules, members[0].columns, (Hessian,), tuple(unit.tap for unit in members)))
     for unit in work:
         if unit.kinds:
-            result.append(Tap(unit.tap, (skeleton.linear(unit.assignments[0].site),), unit.columns, unit.kinds))
+            result.append(Tap(unit.tap, (streamed.linear(unit.assignments[0].site),), unit.columns, unit.kinds))
     return result
 
 
@@ -84,11 +84,11 @@ def _reduce(collected: dict[str, Stats], owners: dict[str, int]) -> None:
 
 
 def observed(
-    skeleton: Skeleton,
+    streamed: StreamedModel,
     assignments: Sequence[Assignment],
     run: Callable[[], None],
     budget: int,
-    listen: Callable[[str, float], None],
+    progress: Callable[[str, float], None],
     cache: BlockCache | None = None,
 ) -> Iterator[tuple[Unit, Stats, Stats]]:
     """Yield the units of one filled block that are this rank's, each with its statistics and those pooled over experts.
@@ -97,14 +97,14 @@ def observed(
     """
     work = units(assignments)
     owner = dict(zip([u.tap for u in work], distributed.assign([u.cost for u in work], distributed.world()), strict=True))
-    watched = taps(skeleton, work)
+    watched = taps(streamed, work)
     pooled: dict[str, Stats] = {}
     left = {unit.tap: unit for unit in work}
     schedule = passes(watched, budget) or [[]]
     for number, group in enumerate(schedule):
-        listen("calibrating", number / len(schedule))
+        progress("calibrating", number / len(schedule))
         kept = cache.read(group) if cache is not None and group else None
-        collected = kept if kept is not None else observe(group, run, skeleton.device) if group else {}
+        collected = kept if kept is not None else observe(group, run, streamed.device) if group else {}
         _reduce(collected, owner)
         if cache is not None and group and kept is None:
             cache.write(group, collected)
@@ -113,7 +113,7 @@ def observed(
         for index, tap in enumerate(ready):
             unit = left.pop(tap)
             if owner[tap] == distributed.rank():
-                listen("compressing", index / len(ready))
+                progress("compressing", index / len(ready))
                 yield unit, collected.pop(tap, {}), pooled.get(unit.pool or "", {})
 
 

@@ -19,15 +19,15 @@ from compress.calibration.statistics import Drift, Statistics, Stats
 from compress.errors import CalibrationError
 from compress.methods.block import Permutable, Scalable
 from compress.methods.method import Method
-from compress.model.streamed import Skeleton
+from compress.model.streamed import StreamedModel
 from compress.system import distributed, memory
 
 
 @dataclass
-class Surroundings:
+class BlockRun:
     """A filled block and the calibration around it: what all views of it share."""
 
-    skeleton: Skeleton
+    streamed: StreamedModel
     number: int
     inputs: States  # behind compressed blocks
     originals: States | None  # behind original blocks, where a method compares
@@ -35,35 +35,35 @@ class Surroundings:
     send: Callable[[], None]  # sends the calibration through the block, for hooks on it
     budget: int  # bytes of statistics at a time
     seed: int
-    listen: Callable[[str, float], None]
+    progress: Callable[[str, float], None]
     weights: dict[str, Tensor] = field(default_factory=dict)  # (out, in) float32, of sites that a transform has changed
     others: dict[str, Tensor] = field(default_factory=dict)  # tensors that are stored instead of the source's, by disk name
 
     def weight(self, site: Any) -> Tensor:
         """Return a site's weight (out, in) in float32, as transforms have left it."""
         changed = self.weights.get(site.name)
-        return self.skeleton.weight(site).to(self.skeleton.device).float() if changed is None else changed
+        return self.streamed.weight(site).to(self.streamed.device).float() if changed is None else changed
 
     def replace_others(self, others: Mapping[str, Tensor]) -> None:
         """Store other tensors in the dtype that the source has them in, and let the block run with them."""
         for name, value in others.items():
             if not bool(value.isfinite().all()):
                 raise CalibrationError(f"{name}: is not finite after a transform or tuning; check the calibration data")
-            self.others[name] = value.detach().to("cpu", self.skeleton.source.dtype(name)).contiguous()
-        self.skeleton.put_others(self.number, {name: self.others[name] for name in others})
+            self.others[name] = value.detach().to("cpu", self.streamed.source.dtype(name)).contiguous()
+        self.streamed.set_tensors(self.number, {name: self.others[name] for name in others})
 
 
-class View:
+class MethodView:
     """A block as one method sees it: `compress.method.Block`."""
 
-    def __init__(self, around: Surroundings, assignments: Sequence[Any], step: str) -> None:
+    def __init__(self, around: BlockRun, assignments: Sequence[Any], step: str) -> None:
         self._around, self._step = around, step
         self._sites = {a.site.name: a.site for a in assignments}
         self.sites = {name: site.shape for name, site in self._sites.items()}
         self._rounding = {a.site.name: a.method for a in assignments}
         self.batches = len(around.inputs.shapes)
         counts = distributed.gather(self.batches)
-        self.first, self.everyones = sum(counts[: distributed.rank()]), sum(counts)
+        self.first, self.total_batches = sum(counts[: distributed.rank()]), sum(counts)
 
     def weight(self, site: str) -> Tensor:
         """Return the weight of a site (out, in) in float32, as transforms have left it."""
@@ -71,22 +71,22 @@ class View:
 
     def others(self) -> dict[str, Tensor]:
         """Return the block's other floating-point tensors by disk name, in float32."""
-        around, source = self._around, self._around.skeleton.source
-        names = around.skeleton.others(around.number)  # the model may compute in less precision than the source is stored in
+        around, source = self._around, self._around.streamed.source
+        names = around.streamed.others(around.number)  # the model may compute in less precision than the source is stored in
         values = {name: around.others[name] if name in around.others else source.tensor(name) for name in names}
-        return {name: value.to(around.skeleton.device).float() for name, value in values.items()}
+        return {name: value.to(around.streamed.device).float() for name, value in values.items()}
 
     @property
     def scalables(self) -> list[Scalable]:
         """Where scales can move between tensors of the block, and where they could but for an obstacle."""
-        skeleton = self._around.skeleton
-        return scalings.resolve(skeleton.claims, settings(skeleton.source), self._around.number, self._sites)
+        streamed = self._around.streamed
+        return scalings.resolve(streamed.inventory, settings(streamed.source), self._around.number, self._sites)
 
     @property
     def permutables(self) -> list[Permutable]:
         """Where channels can change places between tensors of the block, and where they could but for an obstacle."""
-        skeleton = self._around.skeleton
-        return orders.resolve(skeleton.claims, settings(skeleton.source), self._around.number, self._sites)
+        streamed = self._around.streamed
+        return orders.resolve(streamed.inventory, settings(streamed.source), self._around.number, self._sites)
 
     def rounding(self, site: str) -> Method:
         """Return the method that will compress a site, or has."""
@@ -95,7 +95,7 @@ class View:
 
     def stored(self, name: str, value: Tensor) -> Tensor:
         """Return a value of one of the other tensors as it comes back from where it is stored, in float32."""
-        return value.to(self._around.skeleton.source.dtype(name)).float()
+        return value.to(self._around.streamed.source.dtype(name)).float()
 
     def observe(self, kinds: Sequence[type[Statistics]]) -> dict[str, Stats]:
         """Return statistics of the inputs of every site, over the calibration of all ranks."""
@@ -105,21 +105,21 @@ class View:
         """Yield the same tensor by tensor, with the sites that read it, observed in passes within the budget."""
         by_tap = self._by_tap()
         for group in passes(self._taps(by_tap, tuple(kinds)), self._around.budget):
-            found = observe(group, self._around.send, self._around.skeleton.device)
+            found = observe(group, self._around.send, self._around.streamed.device)
             for tap in [tap.name for tap in group]:
                 stats = found.pop(tap)
                 for statistic in stats.values():
-                    _everyones(statistic)
+                    _sum_over_ranks(statistic)
                 yield tuple(site.name for site in by_tap[tap]), stats
 
     def drift_in_turn(self) -> Iterator[tuple[tuple[str, ...], Drift]]:
         """Yield, tensor by tensor, how it differs from the original model's, with the sites that read it, as the block is now."""
-        by_tap, skeleton = self._by_tap(), self._around.skeleton
+        by_tap, streamed = self._by_tap(), self._around.streamed
         for group in passes(self._taps(by_tap, (Drift,)), self._around.budget):
-            found = observe_drift(group, skeleton.expert_loops(self._around.number), self._both, skeleton.device)
+            found = observe_drift(group, streamed.expert_loops(self._around.number), self._both, streamed.device)
             for tap in [tap.name for tap in group]:
                 drift = found.pop(tap)
-                _everyones(drift)
+                _sum_over_ranks(drift)
                 memory.give_back()
                 yield tuple(site.name for site in by_tap[tap]), drift
 
@@ -129,10 +129,10 @@ class View:
         if around.originals is None:
             raise RuntimeError(f"{self._step} does not say that it compares")
         for batch in range(self.batches):
-            self._around.listen("calibrating", batch / self.batches)
+            self._around.progress("calibrating", batch / self.batches)
             for original, hidden in ((False, around.inputs), (True, around.originals)):
                 yield original
-                around.skeleton.forward(around.number, hidden.read(batch).to(around.skeleton.device))
+                around.streamed.forward(around.number, hidden.read(batch).to(around.streamed.device))
 
     def _by_tap(self) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {}
@@ -141,23 +141,23 @@ class View:
         return found
 
     def _taps(self, by_tap: Mapping[str, list[Any]], kinds: tuple[type[Statistics], ...]) -> list[Tap]:
-        linear = self._around.skeleton.linear
+        linear = self._around.streamed.linear
         return [Tap(tap, (linear(sites[0]),), sites[0].shape[1], kinds) for tap, sites in by_tap.items()]
 
     def inputs(self, batch: int) -> Tensor:
         """Return one batch of hidden states (samples, length, width) that enter the block behind compressed ones."""
-        return self._around.inputs.read(batch).to(self._around.skeleton.device)
+        return self._around.inputs.read(batch).to(self._around.streamed.device)
 
     def targets(self, batch: int) -> Tensor:
         """Return what the original model's block gives for this batch of the original model (samples, length, width)."""
         if self._around.targets is None:
             raise RuntimeError(f"{self._step} does not say that it compares")
-        return self._around.targets.read(batch).to(self._around.skeleton.device)
+        return self._around.targets.read(batch).to(self._around.streamed.device)
 
     def run(self, hidden: Tensor, weights: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the block's output for a batch with these weights (out, in) and other tensors; gradients pass through."""
         given = {self._sites[name]: weight for name, weight in weights.items()}
-        return self._around.skeleton.differentiable(self._around.number, hidden, given, others or {})
+        return self._around.streamed.differentiable(self._around.number, hidden, given, others or {})
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over ranks."""
@@ -172,10 +172,10 @@ class View:
 
     def say(self, share: float) -> None:
         """Tell how much of the work is done, from 0 to 1."""
-        self._around.listen("tuning", share)
+        self._around.progress("tuning", share)
 
 
-def _everyones(statistic: Statistics) -> None:
+def _sum_over_ranks(statistic: Statistics) -> None:
     """Make a rank's statistic that of all ranks."""
     distributed.reduce_to(statistic.tensors(), None)
     statistic.tokens = sum(distributed.gather(statistic.tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from compress.blockwise.stream import ORIGINAL, Stream
-from compress.model.streamed import Skeleton, Weights
+from compress.model.streamed import StreamedModel, Weights
 
 # Sees a filled block and yields weights for it, each with the name of the streams that go through them.
 Visit = Callable[[int], Iterable[tuple[str, Weights]]]
@@ -22,7 +22,7 @@ def quiet(block: int, step: str, share: float) -> None:
 
 
 def walk(
-    model: Skeleton,
+    model: StreamedModel,
     streams: Sequence[Stream],
     blocks: Iterable[int],
     visit: Visit = nothing,
@@ -49,17 +49,17 @@ def walk(
         for follows, weights in visit(block):
             _advance(originals, model, block, progress)
             originals = []
-            model.replace(block, weights)
+            model.set_weights(block, weights)
             _advance([stream for stream in streams if stream.follows == follows], model, block, progress)
         _advance(originals, model, block, progress)
         model.release(block)
 
 
-def _advance(streams: Iterable[Stream], model: Skeleton, block: int, progress: Callable[[float], None]) -> None:
+def _advance(streams: Iterable[Stream], model: StreamedModel, block: int, progress: Callable[[float], None]) -> None:
     for stream in streams:
         stream.advance(model, block, progress)
 
 
-def catch_up(model: Skeleton, stream: Stream, block: int, tell: Tell = quiet) -> None:
+def catch_up(model: StreamedModel, stream: Stream, block: int, tell: Tell = quiet) -> None:
     """Send a stream that follows the original through the blocks that it was left behind at, up to this one."""
     walk(model, [stream], range(stream.position, block), tell=tell)

@@ -28,6 +28,7 @@ from compress.evaluate.speed import tokens_per_second
 from compress.interop.foreign import open_any
 from compress.kernels import bit_serial, int8
 from compress.runtime.linear import CompressedLinear, round_activations
+from compress.system.progress import Progress
 from compress.weights.dense import Dense
 from compress.weights.mask import Bitmask, Pattern
 from compress.weights.uniform import Uniform
@@ -38,7 +39,6 @@ _REPEATS, _LEAST = 21, 0.05  # calls or replays of a measurement, and seconds
 _COPIES = 16  # of a weight, at most
 Calls = Sequence[Callable[[], Tensor]]
 Median = Callable[[Sequence[float]], float]
-Listen = Callable[[int, int, str, float], None]
 
 
 @dataclass(frozen=True)
@@ -326,18 +326,18 @@ def bench(
     model: str | None,
     original: str | None,
     activation_bits: Sequence[int],
-    listen: Listen,
+    progress: Progress,
 ) -> Bench:
     """Time products with some weights and, where a model is given, its generation against the original's."""
     machine = rates(device, dtype)
     rows: list[Row] = []
     for number, weight in enumerate(weights):
-        listen(number, len(weights), f"{weight.shape[0]} x {weight.shape[1]}", 0.0)
+        progress(number, len(weights), f"{weight.shape[0]} x {weight.shape[1]}", 0.0)
         rows += measure(weight, tokens, device, dtype, machine, activation_bits)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     speed: list[float | None] = [None, None]
     if model is not None:
-        listen(len(weights), len(weights), "generation", 0.0)
+        progress(len(weights), len(weights), "generation", 0.0)
         before = original or base_of(model)
         folders = [str(open_any(of).folder) if of is not None else None for of in (model, before)]
         speed = [None if folder is None else tokens_per_second(folder, device) for folder in folders]

@@ -16,20 +16,19 @@ from torch import Tensor
 
 from compress.architecture.config import context_length, vocabulary
 from compress.architecture.family import Site
-from compress.architecture.inventory import claim
-from compress.blockwise.forward import open_skeleton, through_all_blocks
+from compress.architecture.inventory import take_inventory
+from compress.blockwise.forward import open_streamed, through_all_blocks
 from compress.calibration.data import load_ids
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import CheckpointError
 from compress.evaluate.quality import TOKENS
 from compress.interop.foreign import open_any
-from compress.model.detect import find
+from compress.model.detect import find_family
 from compress.recipe.data import Data
 from compress.system.device import DTYPES, pick_device
+from compress.system.progress import Progress
 from compress.verify.verify import recorded_ids
-
-Listen = Callable[[int, int, str, float], None]
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,9 @@ class Found:
 
 def _logs(source: Source, ids: Tensor, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Log probabilities (length - 1, vocabulary) of each window, on the CPU."""
-    model = open_skeleton(source, dtype, device)
+    model = open_streamed(source, dtype, device)
     stream = through_all_blocks(model, ids, TOKENS)
-    with model.outer():
+    with model.embeddings_and_head():
         return [logs.cpu() for logs in stream.logs(model)]
 
 
@@ -99,13 +98,13 @@ def halve(
     return items[0]
 
 
-def bisect(folder: Path, original: str, data: Data | None, device: str, dtype: str, listen: Listen) -> Found:
+def bisect(folder: Path, original: str, data: Data | None, device: str, dtype: str, progress: Progress) -> Found:
     """Find the block and the weight of a compressed checkpoint that hurt most. Raises CheckpointError, CalibrationError."""
     packed = PackedSource.open_packed(folder)
     source = open_any(original)
     if vocabulary(source) != vocabulary(packed):
         raise CheckpointError(f"{original}: has another vocabulary than {folder}; give the model it was made from")
-    sites = {site.name: site for site in claim(source, find(source)).sites}
+    sites = {site.name: site for site in take_inventory(source, find_family(source)).sites}
     if unknown := [name for name in packed.table if name not in sites or list(sites[name].shape) != packed.table[name]["shape"]]:
         raise CheckpointError(f"{original}: has no weight {unknown[0]} of this shape; give the model that {folder} was made from")
     if data is None:
@@ -113,12 +112,12 @@ def bisect(folder: Path, original: str, data: Data | None, device: str, dtype: s
     else:
         ids = load_ids(data, packed.folder, vocabulary(packed), context_length(packed), fewer=True)
     where, kind = pick_device(device), DTYPES[dtype]
-    listen(1, 1, "the original", 0.0)
+    progress(1, 1, "the original", 0.0)
     expected = _logs(source, ids, kind, where)
     trials: list[Trial] = []
 
     def measure(names: list[str], what: str) -> float:
-        listen(1, 1, f"evaluation {len(trials) + 1}: {what}", 0.0)
+        progress(1, 1, f"evaluation {len(trials) + 1}: {what}", 0.0)
         dense = {name: sites[name] for name in names}
         fields = {key: getattr(packed, key) for key in PackedSource.__dataclass_fields__}
         found = divergence(expected, _logs(HalfDense(**fields, original=source, dense=dense), ids, kind, where))

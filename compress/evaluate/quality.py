@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.architecture.config import context_length, vocabulary
-from compress.blockwise.forward import open_skeleton, through_all_blocks
+from compress.blockwise.forward import open_streamed, through_all_blocks
 from compress.blockwise.stream import Stream
 from compress.calibration.data import fingerprint, load_ids
 from compress.checkpoint.source import Source
@@ -30,9 +30,9 @@ from compress.recipe.data import Data
 from compress.report.redaction import LOCAL, cleaned, data_name
 from compress.system.device import DTYPES, pick_device
 from compress.system.files import write_json
+from compress.system.progress import Progress
 
 FILE = "evaluation.json"
-Listen = Callable[[int, int, str, float], None]
 TOKENS = 8192  # that pass through a block at a time
 
 
@@ -81,26 +81,26 @@ def base_of(model: str) -> str | None:
 
 
 def compare(
-    source: Source, original: Source | None, ids: Tensor, dtype: torch.dtype, device: torch.device, listen: Listen
+    source: Source, original: Source | None, ids: Tensor, dtype: torch.dtype, device: torch.device, progress: Progress
 ) -> dict[str, Any]:
     """Measure a model over windows of ids (windows, length), position by position, against the original if there is one."""
-    models = [open_skeleton(one, dtype, device) for one in (source, original) if one is not None]
+    models = [open_streamed(one, dtype, device) for one in (source, original) if one is not None]
     total = sum(len(model.blocks) for model in models)
     streams: list[Stream] = []
     for model in models:
         before = sum(len(done.blocks) for done in models[: len(streams)])
 
         def tell(block: int, step: str, share: float, before: int = before) -> None:
-            listen(before + block, total, "evaluating", 0.0)
+            progress(before + block, total, "evaluating", 0.0)
 
         streams.append(through_all_blocks(model, ids, TOKENS, tell))
     losses: list[list[float]] = [[] for _ in models]
     divergences, agreements = [], []
     with ExitStack() as filled:
         for model in models:
-            filled.enter_context(model.outer())
+            filled.enter_context(model.embeddings_and_head())
         for index, logs in enumerate(zip(*(s.logs(m) for s, m in zip(streams, models, strict=True)), strict=True)):
-            listen(total, total, "comparing", index / ids.shape[0])
+            progress(total, total, "comparing", index / ids.shape[0])
             target = ids[index, 1:].to(device)
             for number, log in enumerate(logs):
                 losses[number].append(float(-log.gather(1, target.unsqueeze(1)).double().mean()))
@@ -143,7 +143,7 @@ def evaluate(
     device: str,
     dtype: str,
     speed: bool,
-    listen: Listen,
+    progress: Progress,
     wanted: Sequence[str] = (),
     limit: int | None = None,
 ) -> Quality:
@@ -156,9 +156,9 @@ def evaluate(
     if before is not None and vocabulary(before) != vocabulary(source):
         raise CheckpointError(f"{original}: has another vocabulary than {model}; give the model it was made from")
     ids = load_ids(data, source.folder, vocabulary(source), context_length(source), fewer=True)
-    values = compare(source, before, ids, kind, where, listen)
+    values = compare(source, before, ids, kind, where, progress)
     if wanted:
-        listen(1, 1, "tasks", 0.0)
+        progress(1, 1, "tasks", 0.0)
         mine = tasks.scores(str(source.folder), wanted, where, limit)
         theirs = tasks.scores(str(before.folder), wanted, where, limit) if before is not None else {}
         values["tasks"] = {
@@ -173,7 +173,7 @@ def evaluate(
             for name, score in mine.items()
         }
     if speed:
-        listen(1, 1, "timing", 0.0)
+        progress(1, 1, "timing", 0.0)
         values["tokens_per_second"] = tokens_per_second(str(source.folder), where)
         values["tokens_per_second_before"] = None if before is None else tokens_per_second(str(before.folder), where)
     return Quality(

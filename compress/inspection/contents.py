@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.checkpoint import packing
 from compress.checkpoint.packed_source import PackedSource
 from compress.interop.foreign import open_any
-from compress.model.detect import find
+from compress.model.detect import find_family
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ def _bytes(source: Any, name: str, tensor: str, numel: int) -> int:
 def contents(model: str) -> Contents:
     """Read the headers of a checkpoint and add up. Raises CheckpointError."""
     source = open_any(model)
-    claims = claim(source, find(source))
+    inventory = take_inventory(source, find_family(source))
     groups: dict[tuple[str, str], list[Any]] = {}
     blocks: dict[str, tuple[int, int]] = {}
     seen = 0
-    for site in claims.sites:
+    for site in inventory.sites:
         size = _bytes(source, site.name, site.tensor, site.numel)
         groups.setdefault((site.kind, _how(source, site.name, site.tensor)), []).append((site, size))
         label = "head" if site.block is None else str(site.block)
@@ -97,7 +97,7 @@ def contents(model: str) -> Contents:
         source.numel,
         source.stored_nbytes,
         kinds,
-        len(claims.copied),
+        len(inventory.copied),
         source.stored_nbytes - seen,
         [(label, weights, size) for label, (weights, size) in blocks.items()],
     )

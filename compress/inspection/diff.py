@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,16 +10,15 @@ import torch
 from torch import Tensor
 
 from compress.architecture.family import Site
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.checkpoint import packing
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import CheckpointError
 from compress.interop.foreign import open_any
-from compress.model.detect import find
+from compress.model.detect import find_family
+from compress.system.progress import Progress
 from compress.weights.uniform import Uniform
-
-Listen = Callable[[int, int, str, float], None]
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,12 @@ class _Side:
     def open(cls, model: str) -> _Side:
         source = open_any(model)
         try:
-            claims = claim(source, find(source))
+            inventory = take_inventory(source, find_family(source))
         except CheckpointError:  # an architecture or a set of tensors that is not known: names on disk will do
             return cls(source, {name: name for name in source.entries})
-        made = {site.tensor for site in claims.sites}
+        made = {site.tensor for site in inventory.sites}
         others: dict[str, Site | str] = {name: name for name in source.entries if name not in made}
-        return cls(source, others | {f"{site.name}.weight": site for site in claims.sites})
+        return cls(source, others | {f"{site.name}.weight": site for site in inventory.sites})
 
     def stored(self, name: str) -> str:
         place = self.places[name]
@@ -96,13 +94,13 @@ class _Side:
         return part if isinstance(part, Uniform) else None
 
 
-def difference(first: str, second: str, listen: Listen) -> Difference:
+def difference(first: str, second: str, progress: Progress) -> Difference:
     """Compare two checkpoints. Raises CheckpointError where one of them cannot be read."""
     a, b = _Side.open(first), _Side.open(second)
     names = sorted({*a.places, *b.places}, key=_natural)
     rows = []
     for number, name in enumerate(names):
-        listen(number * 20 // len(names), 20, "comparing", 0.0)
+        progress(number * 20 // len(names), 20, "comparing", 0.0)
         rows.append(_row(name, a, b))
     keys = sorted({*a.source.config, *b.source.config} - {"quantization_config", "transformers_version"})
     settings = {k: (a.source.config.get(k), b.source.config.get(k)) for k in keys}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from compress.architecture.config import tied, vocabulary
-from compress.architecture.inventory import Claims, claim
+from compress.architecture.inventory import Inventory, take_inventory
 from compress.architecture.names import matches, parameter_name
 from compress.checkpoint import packing, site_table
 from compress.checkpoint.packed_source import PackedSource
@@ -24,11 +24,11 @@ from compress.checkpoint.tensor_file import Entry, read_header, read_tensor
 from compress.errors import CheckpointError, CompressError
 from compress.interop import gguf_file, targets
 from compress.interop.foreign import ForeignSource, importer, open_any
-from compress.model.detect import find
-from compress.model.streamed import Skeleton
+from compress.model.detect import find_family
+from compress.model.streamed import StreamedModel
 from compress.system.files import sha256
+from compress.system.progress import Progress
 
-Listen = Callable[[int, int, str, float], None]
 Severity = Literal["error", "warning", "note"]
 _STAGES = ("files", "checksums", "tensors", "model", "values", "tokenizer", "runtimes")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
@@ -67,14 +67,14 @@ class Diagnosis:
         self.problems.append(Problem(severity, stage, message))
 
 
-def diagnose(folder: Path, target: str | None, parallel: int, listen: Listen, registered: bool = True) -> Diagnosis:
+def diagnose(folder: Path, target: str | None, parallel: int, progress: Progress, registered: bool = True) -> Diagnosis:
     """Examine a folder; nothing in it can make this fail. `target` makes what that runtime refuses an error, and not `registered`
     what a program meets that does not import this package.
     """
     found = Diagnosis(str(folder))
     if target is not None:
-        targets.find(target)
-    listen(0, len(_STAGES), "files", 0.0)
+        targets.find_target(target)
+    progress(0, len(_STAGES), "files", 0.0)
     if not folder.is_dir():
         found.add("error", "files", f"{folder}: no such folder; give the folder of a checkpoint")
         return found
@@ -82,15 +82,15 @@ def diagnose(folder: Path, target: str | None, parallel: int, listen: Listen, re
         found.kind = "gguf"
         _checksums(folder, found)
         for path in files:
-            listen(4, len(_STAGES), "values", 0.0)
+            progress(4, len(_STAGES), "values", 0.0)
             for message in gguf_file.examine(path):
                 found.add("error", "tensors", f"{path.name}: {message}")
         return found
     config = _config(folder, found)
     _files(folder, found)
-    listen(1, len(_STAGES), "checksums", 0.0)
+    progress(1, len(_STAGES), "checksums", 0.0)
     _checksums(folder, found)
-    listen(2, len(_STAGES), "tensors", 0.0)
+    progress(2, len(_STAGES), "tensors", 0.0)
     source = None
     try:
         source = open_any(str(folder))
@@ -101,12 +101,12 @@ def diagnose(folder: Path, target: str | None, parallel: int, listen: Listen, re
     if source is None:
         return found
     _config_and_weights(source, found)
-    listen(3, len(_STAGES), "model", 0.0)
+    progress(3, len(_STAGES), "model", 0.0)
     _model(source, found)
-    _values(source, found, lambda share: listen(4, len(_STAGES), "values", share))
-    listen(5, len(_STAGES), "tokenizer", 0.0)
+    _values(source, found, lambda share: progress(4, len(_STAGES), "values", share))
+    progress(5, len(_STAGES), "tokenizer", 0.0)
     _tokenizer(source, found)
-    listen(6, len(_STAGES), "runtimes", 0.0)
+    progress(6, len(_STAGES), "runtimes", 0.0)
     _runtimes(source, found, target, parallel)
     return found
 
@@ -257,37 +257,37 @@ def _model(source: Source, found: Diagnosis) -> None:
         else:
             return
     try:
-        claims = claim(bare, find(bare))
+        inventory = take_inventory(bare, find_family(bare))
     except CheckpointError as error:
         found.add("error", "model", str(error))
         return
     try:
-        skeleton = Skeleton(bare, claims, torch.float32, torch.device("cpu"))
+        streamed = StreamedModel(bare, inventory, torch.float32, torch.device("cpu"))
     except (CheckpointError, AttributeError, KeyError) as error:
         found.add("error", "model", f"{error}; config.json may be that of another model than the weights: fetch both again")
         return
-    wrong = list(_wrong_shapes(bare, claims, skeleton))
+    wrong = list(_wrong_shapes(bare, inventory, streamed))
     if wrong:
         name, got, expected = wrong[0]
         what = f"{name} has shape {got}, but config.json makes a model with {expected}"
         more = f" ({len(wrong)} tensors have other shapes)" if len(wrong) > 1 else ""
         advice = "config.json of one model with weights of another? Fetch both from one place"
         found.add("error", "model", f"{source.folder}: {what}{more}; {advice}")
-    if extra := _extra(claims, skeleton):
+    if extra := _extra(inventory, streamed):
         what = f"{len(extra)} tensors have no place in the model of config.json, such as {', '.join(extra[:_SHOWN])}"
         advice = "they are kept byte for byte and never loaded; prediction heads and towers are such, others should not be there"
         found.add("note", "model", f"{source.folder}: {what}; {advice}")
-    missing = _missing(bare, claims, skeleton)
+    missing = _missing(bare, inventory, streamed)
     if missing:
         what = f"{len(missing)} parameters of the model have no tensor, such as {', '.join(missing[:_SHOWN])}"
         found.add("error", "model", f"{source.folder}: {what}; loaders would fill them at random. Fetch the checkpoint again")
 
 
-def _wrong_shapes(source: Source, claims: Claims, skeleton: Skeleton) -> Iterator[tuple[str, list[int], list[int]]]:
-    known = {**dict(skeleton.model.named_parameters()), **dict(skeleton.model.named_buffers())}
-    for site in claims.sites:
+def _wrong_shapes(source: Source, inventory: Inventory, streamed: StreamedModel) -> Iterator[tuple[str, list[int], list[int]]]:
+    known = {**dict(streamed.model.named_parameters()), **dict(streamed.model.named_buffers())}
+    for site in inventory.sites:
         try:
-            module: Any = skeleton.linear(site)
+            module: Any = streamed.linear(site)
         except AttributeError:
             yield site.name, list(site.shape), []
             continue
@@ -296,43 +296,43 @@ def _wrong_shapes(source: Source, claims: Claims, skeleton: Skeleton) -> Iterato
             expected.reverse()
         if expected != list(site.shape):
             yield site.name, list(site.shape), expected
-    for name in claims.copied:
-        parameter = known.get(parameter_name(claims.family, name))
+    for name in inventory.copied:
+        parameter = known.get(parameter_name(inventory.family, name))
         if parameter is not None and list(parameter.shape) != list(source.entries[name].shape):
             yield name, list(source.entries[name].shape), list(parameter.shape)
 
 
-def _extra(claims: Claims, skeleton: Skeleton) -> list[str]:
+def _extra(inventory: Inventory, streamed: StreamedModel) -> list[str]:
     """Copied tensors that no parameter or buffer of the model takes."""
-    known = {name for name, _ in (*skeleton.model.named_parameters(), *skeleton.model.named_buffers())}
-    aside = claims.family.aside
-    return [n for n in claims.copied if parameter_name(claims.family, n) not in known and not matches(n, aside)]
+    known = {name for name, _ in (*streamed.model.named_parameters(), *streamed.model.named_buffers())}
+    aside = inventory.family.aside
+    return [n for n in inventory.copied if parameter_name(inventory.family, n) not in known and not matches(n, aside)]
 
 
-def _missing(source: Source, claims: Claims, skeleton: Skeleton) -> list[str]:
-    have = {parameter_name(claims.family, name) for name in claims.copied}
-    filled = {id(parameter) for site in claims.sites for parameter in _weight_of(skeleton, site)}
-    head = skeleton.model.get_output_embeddings()
-    if head is not None and tied(source, claims.family):
+def _missing(source: Source, inventory: Inventory, streamed: StreamedModel) -> list[str]:
+    have = {parameter_name(inventory.family, name) for name in inventory.copied}
+    filled = {id(parameter) for site in inventory.sites for parameter in _weight_of(streamed, site)}
+    head = streamed.model.get_output_embeddings()
+    if head is not None and tied(source, inventory.family):
         filled.add(id(head.weight))
-    return [name for name, p in skeleton.model.named_parameters() if name not in have and id(p) not in filled]
+    return [name for name, p in streamed.model.named_parameters() if name not in have and id(p) not in filled]
 
 
-def _weight_of(skeleton: Skeleton, site: Any) -> list[Any]:
+def _weight_of(streamed: StreamedModel, site: Any) -> list[Any]:
     try:
-        return [getattr(skeleton.linear(site), "weight", None)]
+        return [getattr(streamed.linear(site), "weight", None)]
     except AttributeError:
         return []
 
 
-def _values(source: Source, found: Diagnosis, listen: Callable[[float], None]) -> None:
+def _values(source: Source, found: Diagnosis, progress: Callable[[float], None]) -> None:
     """Every stored float must be a number."""
     stored = {name: entry for name, entry in source.entries.items() if entry.file.is_file()}
     stored |= source.packed if isinstance(source, PackedSource) else {}
     bad: list[str] = []
     for number, (name, entry) in enumerate(stored.items()):
         if number % 64 == 0:
-            listen(number / len(stored))
+            progress(number / len(stored))
         if (count := _not_finite(entry)) is not None:
             bad.append(f"{name} ({count} of {entry.numel})")
     if bad:

@@ -27,7 +27,7 @@ class Delivery:
 
     def __post_init__(self) -> None:
         if self.target is not None:
-            targets.find(self.target)
+            targets.find_target(self.target)
         elif self.tensor_parallel != 1:
             raise RecipeError("--tensor-parallel: says nothing without --target; add --target vllm, or leave it out")
         for name in self.formats:

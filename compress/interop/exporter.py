@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ from compress.interop.layout import MARKER, RECORD, SHARD, Exporting, Layout
 from compress.output import seal
 from compress.report.redaction import base_model
 from compress.system.files import fsync_folder, write_json, write_text, writing
+from compress.system.progress import Progress
 from compress.weights.table import Table
-
-Listen = Callable[[int, int, str, float], None]
 
 
 def formats() -> list[str]:
@@ -145,7 +144,7 @@ def _dense(source: PackedSource, family: Family) -> list[str]:
     return sorted(found, key=seal.natural)
 
 
-def export(work: Exporting, out: Path, listen: Listen, limit: int = SHARD) -> dict[str, Any]:
+def export(work: Exporting, out: Path, progress: Progress, limit: int = SHARD) -> dict[str, Any]:
     """Write a checkpoint in another layout; return what was written. Raises CheckpointError, OutputError, VerificationError."""
     identity = {"format": work.form.name, "source": work.source.fingerprint()}
     if (before := finished(out)) is not None:
@@ -157,7 +156,7 @@ def export(work: Exporting, out: Path, listen: Listen, limit: int = SHARD) -> di
 
         def step(site: str, what: str) -> None:
             if site:
-                listen(_block(site), blocks, what, 0.0)
+                progress(_block(site), blocks, what, 0.0)
 
         summary = _summary(work, identity, work.form.write(work, folder, step, limit))
         write_text(folder / "README.md", export_card.text(work.source, summary, out.name, work.form))

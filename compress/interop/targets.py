@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 from compress.architecture.config import settings
 from compress.architecture.family import Family, Site
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import FormatError, RecipeError
 from compress.interop import llama_cpp as _llama_cpp
 from compress.interop.exporter import lookup
 from compress.interop.layout import Layout
-from compress.model.detect import find as find_family
+from compress.model.detect import find_family
 from compress.weights.weight import ROLES
 
 Spec = Mapping[str, Any]
@@ -65,7 +65,7 @@ class Target:
 
 def lint(target: str, stored: Stored, parallel: int = 1, formats: Sequence[str] = ()) -> list[Finding]:
     """Return what a runtime will not like. `formats` are the layouts that are wanted; if none, the best that fits is judged."""
-    runtime = find(target)
+    runtime = find_target(target)
     wanted = [name for name in formats if name in runtime.reads or (runtime.plain and lookup(name).plain)]
     if formats and not wanted:
         what = f"--format {' '.join(formats)}: {runtime.name} reads {', '.join(runtime.reads)}; add --format {runtime.reads[0]}"
@@ -89,7 +89,7 @@ def lint(target: str, stored: Stored, parallel: int = 1, formats: Sequence[str] 
     return list(dict.fromkeys(found))
 
 
-def find(name: str) -> Target:
+def find_target(name: str) -> Target:
     """Return a target by name. Raises RecipeError."""
     if name not in TARGETS:
         raise RecipeError(f"--target {name}: no such runtime; known are {', '.join(TARGETS)}")
@@ -107,7 +107,7 @@ def of_checkpoint(source: Source) -> Stored:
     """What is known of a finished checkpoint, dense or compressed. Raises CheckpointError."""
     family = find_family(source)
     specs = source.table if isinstance(source, PackedSource) else {}
-    return Stored(family, settings(source), claim(source, family).sites, specs)
+    return Stored(family, settings(source), take_inventory(source, family).sites, specs)
 
 
 def misfits(stored: Stored, name: str) -> list[Finding]:

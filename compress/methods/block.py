@@ -83,7 +83,7 @@ class Block(Protocol):
         ...
 
     @property
-    def everyones(self) -> int:
+    def total_batches(self) -> int:
         """Number of calibration batches of all ranks."""
         ...
 

@@ -104,7 +104,7 @@ def _has(
     return expert or inside in keep or inside.removesuffix(".weight") in taps
 
 
-def find(source: Source) -> Family:
+def find_family(source: Source) -> Family:
     """Return the family of a checkpoint, with the names that it has on disk. Raises CheckpointError."""
     family = family_of(source.model_type)
     if family is INFERRED:

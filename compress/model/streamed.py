@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.architecture.config import tied
 from compress.architecture.family import Site
-from compress.architecture.inventory import Claims
+from compress.architecture.inventory import Inventory
 from compress.architecture.names import matches, parameter_name
 from compress.checkpoint.source import Source
 from compress.errors import CheckpointError
@@ -43,11 +43,11 @@ class Weights:
     others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Skeleton:
+class StreamedModel:
     """The model of a source, with one block filled at a time."""
 
-    def __init__(self, source: Source, claims: Claims, dtype: torch.dtype, device: torch.device) -> None:
-        self.source, self.claims, self.family = source, claims, claims.family
+    def __init__(self, source: Source, inventory: Inventory, dtype: torch.dtype, device: torch.device) -> None:
+        self.source, self.inventory, self.family = source, inventory, inventory.family
         self.dtype, self.device = dtype, device
         self.model: Any = build_model(source.config, str(source.folder), dtype)
         uneven.resize(self.model, uneven.sizes_of(source.config), lambda name: parameter_name(self.family, name))
@@ -58,11 +58,11 @@ class Skeleton:
         self.path = path
         self.blocks: Any = self.model.get_submodule(path)
         self.sites: dict[int | None, list[Site]] = {}
-        for site in claims.sites:
+        for site in inventory.sites:
             self.sites.setdefault(site.block, []).append(site)
         self._split_experts()
         self._copied: dict[str, list[str]] = {}
-        for name in claims.copied:
+        for name in inventory.copied:
             if matches(name, self.family.aside):
                 continue
             block, _, rest = name.removeprefix(self.family.blocks + ".").partition(".")
@@ -107,7 +107,7 @@ class Skeleton:
         tensor = self.source.tensor(site.tensor, site.slice)
         return tensor.T.contiguous() if site.transposed else tensor
 
-    def put(self, site: Site, weight: Tensor) -> None:
+    def set_weight(self, site: Site, weight: Tensor) -> None:
         """Give a site's module a weight (out, in), cast to the dtype that the model computes in."""
         module: Any = self.linear(site)
         weight = weight.to(self.device, self.dtype)
@@ -126,19 +126,19 @@ class Skeleton:
         """
         block: nn.Module = self.blocks[number]
         for site in self.sites[number]:
-            self.put(site, decoded[site.name] if decoded is not None and site.name in decoded else self.weight(site))
+            self.set_weight(site, decoded[site.name] if decoded is not None and site.name in decoded else self.weight(site))
         base = f"{self.family.blocks}.{number}."
         for rest in self._copied.get(str(number), []):
             self._assign(block, self._inside(number, base + rest), base + rest)
         self._complete(block, base)
         return block
 
-    def replace(self, number: int, weights: Weights) -> None:
+    def set_weights(self, number: int, weights: Weights) -> None:
         """Give a filled block other weights and tensors than the source's."""
         by_name = {site.name: site for site in self.sites[number]}
         for name, weight in weights.sites.items():
-            self.put(by_name[name], weight)
-        self.put_others(number, weights.others)
+            self.set_weight(by_name[name], weight)
+        self.set_tensors(number, weights.others)
 
     def _assign(self, module: nn.Module, inside: str, name: str) -> None:
         """Give the parameter or buffer `inside` of a module the tensor `name` of the source."""
@@ -173,7 +173,7 @@ class Skeleton:
         memory.give_back()
 
     @contextmanager
-    def outer(self) -> Iterator[None]:
+    def embeddings_and_head(self) -> Iterator[None]:
         """Within this block of code, embeddings, the last norm and the head are filled."""
         known = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         for name in self._copied.get("", []):
@@ -181,7 +181,7 @@ class Skeleton:
             if module in known:  # prediction heads that go along have no module
                 self._assign(self.model, module, name)
         for site in self.sites.get(None, []):
-            self.put(site, self.weight(site))
+            self.set_weight(site, self.weight(site))
         self._tie()
         try:
             yield
@@ -222,7 +222,7 @@ class Skeleton:
                 del block.forward
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (samples, length) -> input of the first block (samples, length, width); needs `outer`."""
+        """Token ids (samples, length) -> input of the first block (samples, length, width); needs `embeddings_and_head`."""
         kept: list[Tensor] = []
 
         def first(hidden: Tensor) -> Tensor:
@@ -259,9 +259,9 @@ class Skeleton:
         return result
 
     @contextmanager
-    def whole_model(self) -> Iterator[None]:
+    def all_blocks(self) -> Iterator[None]:
         """Within this block of code all blocks are filled, and embeddings, the last norm and the head."""
-        with self.outer():
+        with self.embeddings_and_head():
             for number in range(len(self.blocks)):
                 self.load(number)
             try:
@@ -273,14 +273,14 @@ class Skeleton:
     def parameter_names(self) -> dict[str, str]:
         """The copied tensors that are parameters of the model: disk name -> name of the parameter."""
         known = {name for name, _ in self.model.named_parameters()}
-        names = {name: parameter_name(self.family, name) for name in self.claims.copied}
+        names = {name: parameter_name(self.family, name) for name in self.inventory.copied}
         return {name: inside for name, inside in names.items() if inside in known and not matches(name, self.family.aside)}
 
     def whole(
         self, ids: Tensor, weights: Mapping[Site, Tensor] | None = None, others: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Token ids (samples, length) -> logits (samples, length, vocabulary), with some weights (out, in) and other tensors (by
-        disk name) replaced; gradients pass through. Needs `whole_model`.
+        disk name) replaced; gradients pass through. Needs `all_blocks`.
         """
         paths = {id(module): path for path, module in self.model.named_modules()}
         given: dict[str, Tensor] = {}
@@ -311,7 +311,7 @@ class Skeleton:
         """Whether a block has a parameter for a tensor of this disk name."""
         return name.startswith(f"{self.family.blocks}.{number}.") and not matches(name, self.family.aside)
 
-    def put_others(self, number: int, others: Mapping[str, Tensor]) -> None:
+    def set_tensors(self, number: int, others: Mapping[str, Tensor]) -> None:
         """Give parameters of a filled block the values of tensors by disk name, instead of the source's."""
         for name, value in others.items():
             path, _, leaf = self._inside(number, name).rpartition(".")
@@ -320,7 +320,10 @@ class Skeleton:
             owner._parameters[leaf] = nn.Parameter(value.to(self.device, known.dtype), requires_grad=False)
 
     def rows_to_head(self, ids: Tensor, hidden: Tensor) -> None:
-        """Send the output of the last block to the head, for the hooks on it, without computing logits; needs `outer`."""
+        """Send the output of the last block to the head, for the hooks on it, without computing logits.
+
+        Needs `embeddings_and_head`.
+        """
         head = self.model.get_output_embeddings()
         head.forward = lambda rows: rows[..., :1]
         try:
@@ -329,7 +332,10 @@ class Skeleton:
             del head.forward
 
     def logits(self, ids: Tensor, hidden: Tensor, gradients: bool = False) -> Tensor:
-        """Output of the last block (samples, length, width) -> logits (samples, length, vocabulary); needs `outer`."""
+        """Output of the last block (samples, length, width) -> logits (samples, length, vocabulary).
+
+        Needs `embeddings_and_head`.
+        """
         with torch.set_grad_enabled(gradients), self._bypassed(lambda _: hidden, []):
             result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
         return result

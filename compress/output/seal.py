@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.architecture.family import Site
-from compress.architecture.inventory import Claims
+from compress.architecture.inventory import Inventory
 from compress.checkpoint import packing, part_file, site_table
 from compress.checkpoint.source import INDEX, Source
 from compress.checkpoint.tensor_file import Entry, copy_entries, read_header
@@ -39,7 +39,7 @@ def collect(parts: Iterable[Path]) -> tuple[dict[str, packing.Spec], dict[str, E
 
 def plan(
     source: Source,
-    claims: Claims,
+    inventory: Inventory,
     specs: Mapping[str, packing.Spec],
     parts: Mapping[str, Entry],
     stand_ins: Mapping[str, Entry] | None = None,
@@ -50,9 +50,9 @@ def plan(
     """
     stand_ins = stand_ins or {}
     made: dict[str, list[str]] = {}
-    for claimed in claims.sites:
+    for claimed in inventory.sites:
         made.setdefault(claimed.tensor, []).append(claimed.name)
-    copied, dropped = set(claims.copied), set(claims.dropped)
+    copied, dropped = set(inventory.copied), set(inventory.dropped)
     result: list[Entry] = []
     for name in sorted(source.entries, key=natural):
         sites = made.get(name, [])
@@ -70,7 +70,7 @@ def plan(
             result.append(_replaced(source.entries[name], parts.get(name)))
         elif not compressed and name not in dropped:
             raise CheckpointError(f"{name}: neither compressed nor copied nor dropped; this is a bug, please report it")
-    guard = _guard([site for site in claims.sites if site.name in specs or site.name in stand_ins])
+    guard = _guard([site for site in inventory.sites if site.name in specs or site.name in stand_ins])
     if guard is not None:
         result.append(Entry(guard, "BF16", (0,), 0, 0, source.folder))
     return result, guard

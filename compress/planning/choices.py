@@ -13,20 +13,20 @@ from compress.planning.budget import Budget, Point
 from compress.planning.candidates import Candidate
 from compress.planning.problem import Choice, Problem
 from compress.planning.sensitivity import Sensitivity, sites_of
-from compress.run.prepare import Plan
+from compress.run.prepare import RunPlan
 
 
 class Model:
     """The numbers of a model's planning: variables, sizes, and what plans of it give."""
 
-    def __init__(self, plan: Plan, sensitivity: Sensitivity, candidates: list[Candidate], siblings: bool) -> None:
+    def __init__(self, plan: RunPlan, sensitivity: Sensitivity, candidates: list[Candidate], siblings: bool) -> None:
         self.plan, self.sensitivity, self.candidates = plan, sensitivity, candidates
         self.sites = sites_of(plan)
         self.numel = sum(site.numel for site in self.sites)
         planned = {site.name for site in self.sites}
         source = plan.source
-        rest = [site for site in plan.claims.sites if site.name not in planned]
-        self.other_bytes = sum(source.entries[name].nbytes for name in plan.claims.copied)
+        rest = [site for site in plan.inventory.sites if site.name not in planned]
+        self.other_bytes = sum(source.entries[name].nbytes for name in plan.inventory.copied)
         self.other_bytes += sum(s.numel * (source.entries[s.tensor].nbytes // source.entries[s.tensor].numel) for s in rest)
         self.groups = together(self.sites, siblings)
         shape = (len(self.groups), len(candidates))

@@ -37,7 +37,7 @@ def feasibility(
     for one in found:
         members = [replace(a, method=one.build) for a in plan.assignments if one.build.check(a.site.shape) is None]
         given = replace(plan, assignments=members)
-        size = sizes(plan.source, plan.claims, members, parse_size(plan.recipe.max_shard_size))
+        size = sizes(plan.source, plan.inventory, members, parse_size(plan.recipe.max_shard_size))
         copied = sum(
             a.site.numel * plan.source.entries[a.site.tensor].nbytes // plan.source.entries[a.site.tensor].numel for a in members
         )

@@ -45,13 +45,13 @@ from compress.blockwise.walk import walk
 from compress.calibration.statistics import Hessian, Statistics
 from compress.errors import CalibrationError, CheckpointError
 from compress.model.divergence import divergence, mean
-from compress.model.streamed import Skeleton, Weights
+from compress.model.streamed import StreamedModel, Weights
 from compress.planning.candidates import Candidate
 from compress.planning.sensitivity import Reference, Sensitivity, SiteCosts, references, sites_of, split
 from compress.recipe.assignment import Assignment
-from compress.run.prepare import Plan
+from compress.run.prepare import RunPlan
 from compress.system.files import replacing, writing
-from compress.system.progress import Listen
+from compress.system.progress import Progress
 
 GRADIENT_TOKENS = 8192  # that go backwards
 BACKWARD_TOKENS = 2048  # that pass through a block at a time with their graph
@@ -74,18 +74,18 @@ class Measurement:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: RunPlan,
         ids: Tensor,
         candidates: Sequence[Candidate],
         room: int,
-        listen: Listen,
+        progress: Progress,
         folder: Path | None = None,
     ) -> None:
         self.folder = folder
-        self.plan, self.candidates, self.room, self.listen = plan, candidates, room, listen
+        self.plan, self.candidates, self.room, self.progress = plan, candidates, room, progress
         self.sites = sites_of(plan)
-        self.skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
-        self.blocks = len(self.skeleton.blocks)
+        self.streamed = StreamedModel(plan.source, plan.inventory, plan.dtype, plan.device)
+        self.blocks = len(self.streamed.blocks)
         needs = tuple(dict.fromkeys((Hessian, *(kind for c in candidates for kind in c.build.needs))))
         asked = _Asked(needs)
         self.work: dict[int, list[Assignment]] = {}
@@ -104,7 +104,7 @@ class Measurement:
         self.zd: list[float] = []
         fit, self.probe_ids = split(ids)
         self.gradient_ids = fit[: max(GRADIENT_TOKENS // ids.shape[1], 1)]
-        with self.skeleton.outer():
+        with self.streamed.embeddings_and_head():
             self.fit = self._stream(fit, plan.recipe.batch_tokens, "calibration", lazy=True)
             self.gradient = self._stream(self.gradient_ids, BACKWARD_TOKENS, "gradients")
             self.probe = self._stream(self.probe_ids, plan.recipe.batch_tokens, "probe")
@@ -115,17 +115,17 @@ class Measurement:
         self.before = 0.0  # seconds of earlier runs
 
     def _stream(self, ids: Tensor, tokens: int, name: str, lazy: bool = False) -> Stream:
-        return Stream.begin(self.skeleton, ids, slices(ids, tokens), name, lazy=lazy)
+        return Stream.begin(self.streamed, ids, slices(ids, tokens), name, lazy=lazy)
 
     def run(self) -> Sensitivity:
         """Do both passes, one block after another."""
         start = time.perf_counter()
         for step in range(self._resume(), 2 * self.blocks):
             if step < self.blocks:
-                walk(self.skeleton, self._streams(), [step], self._forward, self._tell)
+                walk(self.streamed, self._streams(), [step], self._forward, self._tell)
             else:
-                self.listen(step, 2 * self.blocks, "gradients", 0.0)
-                walk(self.skeleton, [], [2 * self.blocks - 1 - step], self._backward)
+                self.progress(step, 2 * self.blocks, "gradients", 0.0)
+                walk(self.streamed, [], [2 * self.blocks - 1 - step], self._backward)
             if step == self.blocks - 1:
                 self.measured = self._compare()
                 self.gradients = self._labels()
@@ -188,17 +188,17 @@ class Measurement:
         return entering
 
     def _tell(self, block: int, step: str, share: float) -> None:
-        self.listen(block, 2 * self.blocks, step, share)
+        self.progress(block, 2 * self.blocks, step, share)
 
     def _forward(self, block: int) -> Iterator[tuple[str, Weights]]:
         self._keep(block)
 
         def observe() -> None:
-            self.fit.peek(self.skeleton, block)
+            self.fit.peek(self.streamed, block)
 
         say = partial(self._tell, block)
         decoded: dict[int, dict[str, Tensor]] = {c: {} for c in self.references}
-        for unit, stats, pooled in observed(self.skeleton, self.work.get(block, []), observe, self.room, say):
+        for unit, stats, pooled in observed(self.streamed, self.work.get(block, []), observe, self.room, say):
             _, chosen, _ = choose(unit.assignments[0], stats, pooled)
             self._try([a.site for a in unit.assignments], chosen, decoded)
         if self.fit.outputs is None:
@@ -213,7 +213,7 @@ class Measurement:
         assert isinstance(hessian, Hessian)
         matrix = hessian.matrix()
         positions = self.fit.ids.numel()
-        weights = {site.name: self.skeleton.weight(site).to(self.skeleton.device).float() for site in sites}
+        weights = {site.name: self.streamed.weight(site).to(self.streamed.device).float() for site in sites}
         for site in sites:
             self.bits[site.name], self.errors[site.name] = [None] * len(self.candidates), [None] * len(self.candidates)
             self.share[site.name] = hessian.tokens / positions
@@ -235,7 +235,7 @@ class Measurement:
                     self.errors[site.name][c] = lost.sum(1).clamp_min(0).cpu()
                     self.bits[site.name][c] = part.stored_bits
                     if c in decoded:
-                        decoded[c][site.name] = values.to(self.skeleton.dtype)
+                        decoded[c][site.name] = values.to(self.streamed.dtype)
 
     def _scores(self, block: int) -> None:
         """LIM and ZD of a block."""
@@ -245,14 +245,14 @@ class Measurement:
             for before, after in zip(self.fit.states.batches(), self.fit.outputs.batches(), strict=True)
         )
         self.lim.append(-similar / self.fit.ids.numel())
-        weights = [self.skeleton.weight(a.site) for a in self.work.get(block, [])]
+        weights = [self.streamed.weight(a.site) for a in self.work.get(block, [])]
         self.zd.append(-above_deviation(weights))
 
     def _compare(self) -> dict[int, tuple[float, float | None]]:
         """KL of each reference, with its standard error over windows."""
         found: dict[int, list[float]] = {c: [] for c in self.references}
-        with self.skeleton.outer():
-            for p, *others in zip(*(s.logs(self.skeleton) for s in (self.probe, *self.branches.values())), strict=True):
+        with self.streamed.embeddings_and_head():
+            for p, *others in zip(*(s.logs(self.streamed) for s in (self.probe, *self.branches.values())), strict=True):
                 for c, q in zip(self.references, others, strict=True):
                     found[c].append(divergence(p, q))
         return {c: mean(values) for c, values in found.items()}
@@ -261,12 +261,12 @@ class Measurement:
         """Gradients of -log p(y) at the last block's output, y drawn from the model's own distribution."""
         generator = torch.Generator().manual_seed(0)
         gradients = []
-        with self.skeleton.outer():
+        with self.streamed.embeddings_and_head():
             for cut, batch in zip(self.gradient.cuts, self.gradient.states.batches(), strict=True):
                 mine = []
                 for ids, hidden in zip(self.gradient.ids[cut], batch, strict=True):
-                    at = hidden[None].to(self.skeleton.device).requires_grad_()
-                    logits = self.skeleton.logits(ids[None], at, gradients=True)[0].float()
+                    at = hidden[None].to(self.streamed.device).requires_grad_()
+                    logits = self.streamed.logits(ids[None], at, gradients=True)[0].float()
                     # Drawn on the CPU, by inversion of one number per position: the same on every device but for rounding.
                     drawn = torch.rand(len(ids), 1, generator=generator).to(logits.device)
                     chances = logits.detach().softmax(-1).cumsum(-1)
@@ -284,12 +284,12 @@ class Measurement:
             name = a.site.name
             self.squares[name] = torch.zeros(a.site.shape[0], dtype=torch.float64)
             self.reached[name] = 0
-            handles.append(self.skeleton.linear(a.site).register_forward_hook(self._square_adder(name)))
+            handles.append(self.streamed.linear(a.site).register_forward_hook(self._square_adder(name)))
         before = []
         try:
             for hidden, gradient in zip(self._entering(block), self.gradients, strict=True):
-                at = hidden.to(self.skeleton.device).requires_grad_()
-                self.skeleton.differentiable(block, at, {}, {}).backward(gradient.to(self.skeleton.device))
+                at = hidden.to(self.streamed.device).requires_grad_()
+                self.streamed.differentiable(block, at, {}, {}).backward(gradient.to(self.streamed.device))
                 assert at.grad is not None
                 before.append(at.grad.cpu())
         finally:
@@ -341,7 +341,7 @@ def above_deviation(weights: Sequence[Tensor]) -> float:
 
 
 def measure(
-    plan: Plan, ids: Tensor, candidates: Sequence[Candidate], room: int, listen: Listen, folder: Path | None = None
+    plan: RunPlan, ids: Tensor, candidates: Sequence[Candidate], room: int, progress: Progress, folder: Path | None = None
 ) -> Sensitivity:
     """Measure every candidate at every linear in the blocks over token ids (samples, length), with `room` bytes of statistics.
 
@@ -350,4 +350,4 @@ def measure(
     if folder is not None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    return Measurement(plan, ids, candidates, room, listen, folder).run()
+    return Measurement(plan, ids, candidates, room, progress, folder).run()

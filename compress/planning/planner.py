@@ -27,9 +27,9 @@ from compress.recipe import assignment as recipe_assignment
 from compress.recipe import reading as recipe_reading
 from compress.recipe.schema import Recipe
 from compress.run import prepare as run_prepare
-from compress.run.prepare import Plan
+from compress.run.prepare import RunPlan
 from compress.system.files import write_text
-from compress.system.progress import Listen
+from compress.system.progress import Progress
 
 _FRONT = 12  # points of the front
 _ROUNDS = 6  # of planning for a KL
@@ -85,7 +85,7 @@ def prepared(
     revision: str | None = None,
     headers: bool = False,
     transforms: Sequence[str] = (),
-) -> Plan:
+) -> RunPlan:
     """Open the model, with all linears in blocks as sites, and transforms before them. Raises CheckpointError, RecipeError."""
     # The whole row as a group: a step that every shape takes, standing for those to come.
     step = {"match": "*.*", "method": "quant/gptq", "options": {"group_size": -1}}
@@ -101,12 +101,12 @@ def prepared(
 
 
 def make(
-    plan: Plan,
+    plan: RunPlan,
     ids: Tensor,
     candidates: list[Candidate],
     budget: Budget,
     folder: Path,
-    listen: Listen,
+    progress: Progress,
     planner: str = "milp",
     siblings: bool = False,
     room: int = 4 << 30,
@@ -121,7 +121,7 @@ def make(
         raise RecipeError("planning runs in one process: make the plan first, then `torchrun ... compress run RECIPE`")
     check_candidates(candidates, sites_of(plan))
     kept = Kept(plan, ids, candidates, folder)
-    found, reused = kept.measured(room, listen)
+    found, reused = kept.measured(room, progress)
     model = Model(plan, found, candidates, siblings)
     most_bits, most_cost = model.limits(budget)
     measured: tuple[float, float | None] | None = None
@@ -130,7 +130,7 @@ def make(
         point = model.point(choice)
         if budget.max_kl is None and not checked:
             break
-        measured = kept.checked(model.choices(choice), room, listen)
+        measured = kept.checked(model.choices(choice), room, progress)
         if budget.max_kl is None or most_cost is None or measured[0] <= budget.max_kl:
             break
         least = model.least_cost * (1 + 1e-9)
@@ -156,9 +156,9 @@ def make(
     )
 
 
-def recipe_of(planned: Planned, plan: Plan, ids: Tensor) -> Recipe:
+def recipe_of(planned: Planned, plan: RunPlan, ids: Tensor) -> Recipe:
     """The recipe that does what was planned, in as few steps as there are candidates in it."""
-    others = [site.name for site in plan.claims.sites if site.name not in planned.choices]
+    others = [site.name for site in plan.inventory.sites if site.name not in planned.choices]
     steps = []
     for c, patterns in fold(planned.choices, others):
         one = planned.candidates[c]
@@ -177,7 +177,7 @@ def recipe_of(planned: Planned, plan: Plan, ids: Tensor) -> Recipe:
     if plan.recipe.transforms:
         values["transforms"] = [stage.model_dump(mode="json", exclude_unset=True) for stage in plan.recipe.transforms]
     made = recipe_reading.parse(values, "plan")
-    for a in recipe_assignment.resolve(made, plan.claims.sites):
+    for a in recipe_assignment.resolve(made, plan.inventory.sites):
         assert a.method == planned.candidates[planned.choices[a.site.name]].build, a.site.name
     return made
 
@@ -190,7 +190,7 @@ class PlanResult:
     recipe: Recipe
 
 
-def candidates_of(plan: Plan, methods: Sequence[str], texts: Sequence[str]) -> list[Candidate]:
+def candidates_of(plan: RunPlan, methods: Sequence[str], texts: Sequence[str]) -> list[Candidate]:
     """The candidates that a command line asks for. Raises RecipeError."""
     candidates = parse_candidates(texts)
     if methods or not texts:
@@ -206,7 +206,7 @@ def command(
     data: dict[str, Any],
     budget: Budget,
     folder: Path,
-    listen: Listen,
+    progress: Progress,
     dtype: str | None = None,
     device: str = "auto",
     revision: str | None = None,
@@ -223,7 +223,7 @@ def command(
     plan = prepared(model, data, dtype, device, revision, transforms=transforms)
     candidates = candidates_of(plan, methods, texts)
     ids = run_prepare.calibration(plan)
-    planned = make(plan, ids, candidates, budget, folder, listen, planner, siblings, room, checked)
+    planned = make(plan, ids, candidates, budget, folder, progress, planner, siblings, room, checked)
     return PlanResult(planned, recipe_of(planned, plan, ids))
 
 

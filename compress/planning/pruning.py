@@ -119,5 +119,5 @@ def _steps(
         device=survey.device,
         revision=survey.revision,
         room=build.memory_budget(survey.memory),
-        listen=progress,
+        progress=progress,
     )

@@ -14,11 +14,11 @@ from compress.architecture.family import Site
 from compress.blockwise.stream import COMPRESSED, ORIGINAL, Stream, slices
 from compress.blockwise.trial import Before, compress_in_memory
 from compress.model.divergence import divergence, mean
-from compress.model.streamed import Skeleton
+from compress.model.streamed import StreamedModel
 from compress.planning.candidates import Candidate
 from compress.recipe.assignment import Assignment, StageAssignment
-from compress.run.prepare import Plan
-from compress.system.progress import Listen
+from compress.run.prepare import RunPlan
+from compress.system.progress import Progress
 
 PROBE_TOKENS = 8192  # of windows that references are measured on
 PROBE_SHARE = 8  # at most one window in so many
@@ -106,7 +106,7 @@ def split(ids: Tensor) -> tuple[Tensor, Tensor]:
     return (ids[:-probes], ids[-probes:]) if windows > 1 else (ids, ids)
 
 
-def sites_of(plan: Plan) -> list[Site]:
+def sites_of(plan: RunPlan) -> list[Site]:
     """The weights that are planned: linears in blocks."""
     return [a.site for a in plan.assignments if a.site.block is not None]
 
@@ -124,16 +124,18 @@ def references(sites: Sequence[Site], candidates: Sequence[Candidate]) -> list[i
     return [c for _, c in found] or whole[:REFERENCES]
 
 
-def check(plan: Plan, ids: Tensor, methods: Mapping[str, Candidate], room: int, listen: Listen) -> tuple[float, float | None]:
+def check(
+    plan: RunPlan, ids: Tensor, methods: Mapping[str, Candidate], room: int, progress: Progress
+) -> tuple[float, float | None]:
     """Measure the KL of a plan (by site name) on the windows that the statistics do not see, and its standard error.
 
     As a run does it, the calibration goes on through the compressed weights, and transforms come first.
     """
-    skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
+    streamed = StreamedModel(plan.source, plan.inventory, plan.dtype, plan.device)
     fit_ids, probe_ids = split(ids)
-    with skeleton.outer():
-        fit = Stream.begin(skeleton, fit_ids, slices(fit_ids, plan.recipe.batch_tokens), "calibration", COMPRESSED)
-        original = Stream.begin(skeleton, probe_ids, slices(probe_ids, plan.recipe.batch_tokens), "probe")
+    with streamed.embeddings_and_head():
+        fit = Stream.begin(streamed, fit_ids, slices(fit_ids, plan.recipe.batch_tokens), "calibration", COMPRESSED)
+        original = Stream.begin(streamed, probe_ids, slices(probe_ids, plan.recipe.batch_tokens), "probe")
     planned = original.branch(COMPRESSED)
     steps = {c.label: number for number, c in enumerate(methods.values())}
     work = []
@@ -146,6 +148,6 @@ def check(plan: Plan, ids: Tensor, methods: Mapping[str, Candidate], room: int, 
         planned_as = {a.site.name: a for a in work}
         stages = [StageAssignment(s.method, [planned_as[a.site.name] for a in s.members]) for s in plan.transforms]
         before = Before(stages, fit.branch(ORIGINAL), 0 if plan.recipe.data is None else plan.recipe.data.seed)
-    compress_in_memory(skeleton, work, fit, [original, planned], room, listen, before)
-    with skeleton.outer():
-        return mean([divergence(p, q) for p, q in zip(original.logs(skeleton), planned.logs(skeleton), strict=True)])
+    compress_in_memory(streamed, work, fit, [original, planned], room, progress, before)
+    with streamed.embeddings_and_head():
+        return mean([divergence(p, q) for p, q in zip(original.logs(streamed), planned.logs(streamed), strict=True)])

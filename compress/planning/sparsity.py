@@ -26,11 +26,11 @@ from compress.blockwise.stream import Stream, slices
 from compress.blockwise.units import choose, observed
 from compress.blockwise.walk import walk
 from compress.calibration.statistics import MeanSquare, Statistics
-from compress.model.streamed import Skeleton, Weights
+from compress.model.streamed import StreamedModel, Weights
 from compress.planning.steps import fold
 from compress.recipe.assignment import Assignment
-from compress.run.prepare import Plan
-from compress.system.progress import Listen
+from compress.run.prepare import RunPlan
+from compress.system.progress import Progress
 
 MOST = 0.95  # of a matrix, that is given up
 OUTLIERS = 5.0
@@ -38,10 +38,10 @@ SPREAD = 0.08
 _DIGITS = 6  # of a sparsity by block
 
 
-def by_magnitude(plan: Plan, sites: Sequence[Site], sparsity: float) -> dict[str, float]:
+def by_magnitude(plan: RunPlan, sites: Sequence[Site], sparsity: float) -> dict[str, float]:
     """Return the sparsity of each site under one threshold over the magnitudes of all."""
-    skeleton = Skeleton(plan.source, plan.claims, plan.dtype, torch.device("cpu"))
-    counts = {site.name: _histogram(skeleton.weight(site)) for site in sites}
+    streamed = StreamedModel(plan.source, plan.inventory, plan.dtype, torch.device("cpu"))
+    counts = {site.name: _histogram(streamed.weight(site)) for site in sites}
     limit = {site.name: int(MOST * site.numel) for site in sites}
     total = torch.stack(list(counts.values())).sum(0).cumsum(0)
     due = min(round(sparsity * sum(site.numel for site in sites)), sum(limit.values()))
@@ -93,40 +93,40 @@ class _Observed:
 
 
 def by_outliers(
-    plan: Plan, sites: Sequence[Site], ids: Tensor, sparsity: float, room: int, listen: Listen
+    plan: RunPlan, sites: Sequence[Site], ids: Tensor, sparsity: float, room: int, progress: Progress
 ) -> tuple[dict[str, float], list[float]]:
     """Return the sparsity of each site by the outliers of its block, and the share of outliers of every block."""
-    skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
-    with skeleton.outer():
-        stream = Stream.begin(skeleton, ids, slices(ids, plan.recipe.batch_tokens), "calibration", lazy=True)
+    streamed = StreamedModel(plan.source, plan.inventory, plan.dtype, plan.device)
+    with streamed.embeddings_and_head():
+        stream = Stream.begin(streamed, ids, slices(ids, plan.recipe.batch_tokens), "calibration", lazy=True)
     shares: dict[int, float] = {}
 
     def tell(block: int, step: str, share: float) -> None:
-        listen(block, len(skeleton.blocks), step, share)
+        progress(block, len(streamed.blocks), step, share)
 
     def score(block: int) -> Iterator[tuple[str, Weights]]:
         mine = [site for site in sites if site.block == block]
         if mine:
-            shares[block] = outlier_share(_scores(skeleton, block, mine, stream, room, partial(tell, block)))
+            shares[block] = outlier_share(_scores(streamed, block, mine, stream, room, partial(tell, block)))
         return iter(())
 
-    walk(skeleton, [stream], range(len(skeleton.blocks)), score, tell)
+    walk(streamed, [stream], range(len(streamed.blocks)), score, tell)
     found = spread(shares, {b: sum(site.numel for site in sites if site.block == b) for b in shares}, sparsity)
     return {site.name: found[site.block] for site in sites if site.block is not None}, list(shares.values())
 
 
 def _scores(
-    skeleton: Skeleton, block: int, sites: Sequence[Site], stream: Stream, room: int, say: Callable[[str, float], None]
+    streamed: StreamedModel, block: int, sites: Sequence[Site], stream: Stream, room: int, say: Callable[[str, float], None]
 ) -> list[Tensor]:
     """Run a filled block and return the scores of its weights; the stream keeps what comes out."""
     scores = []
     work = [Assignment(site, 0, _Observed(), None, 0) for site in sites]
-    for unit, stats, pooled in observed(skeleton, work, lambda: stream.peek(skeleton, block), room, say):
+    for unit, stats, pooled in observed(streamed, work, lambda: stream.peek(streamed, block), room, say):
         _, chosen, _ = choose(unit.assignments[0], stats, pooled)
         statistic = chosen[MeanSquare]
         assert isinstance(statistic, MeanSquare)
         for a in unit.assignments:
-            scores.append(skeleton.weight(a.site).float().abs() * statistic.mean().cpu().sqrt())
+            scores.append(streamed.weight(a.site).float().abs() * statistic.mean().cpu().sqrt())
     return scores
 
 

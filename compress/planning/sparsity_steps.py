@@ -27,7 +27,7 @@ def steps(
     device: str,
     revision: str | None,
     room: int,
-    listen: Progress,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Return steps that give every weight taken by a recipe of one step its own sparsity, `sparsity` in the mean.
 
@@ -36,18 +36,18 @@ def steps(
     plan = run_prepare.prepare(model, recipe_reading.parse(values, "command line"), device, revision)
     sites, step = sites_of(plan), values["steps"][0]
     method, options = step["method"], step["options"]
-    others = [site.name for site in plan.claims.sites if site.name not in {s.name for s in sites}]
+    others = [site.name for site in plan.inventory.sites if site.name not in {s.name for s in sites}]
     if distribute == "global":
         return steps_of(by_magnitude(plan, sites, sparsity), others, method, options)
     ids = run_prepare.calibration(plan)
     if distribute == "owl":
-        return steps_of(by_outliers(plan, sites, ids, sparsity, room, listen)[0], others, method, options)
+        return steps_of(by_outliers(plan, sites, ids, sparsity, room, progress)[0], others, method, options)
     choices = sorted({*GRID, sparsity})
     candidates = [candidate(method, {**options, "sparsity": share}) for share in choices]
-    measured, _ = Kept(plan, ids, candidates, folder).measured(room, listen)
+    measured, _ = Kept(plan, ids, candidates, folder).measured(room, progress)
     # The budget is what the same sparsity everywhere takes: every stored bit, as it was measured.
     bits = sum(row.bits[choices.index(sparsity)] or 0 for row in measured.sites)
     budget = plan_budget.Budget(bpw=bits / sum(site.numel for site in sites))
-    planned = planner.make(plan, ids, candidates, budget, folder, listen, room=room)
+    planned = planner.make(plan, ids, candidates, budget, folder, progress, room=room)
     made = planner.recipe_of(planned, plan, ids)
     return [step.model_dump(mode="json", exclude_unset=True) for step in made.steps]

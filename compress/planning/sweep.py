@@ -23,12 +23,12 @@ from compress.blockwise.stream import COMPRESSED, ORIGINAL, Stream, slices
 from compress.blockwise.trial import compress_in_memory
 from compress.errors import RecipeError
 from compress.model.divergence import divergence, mean
-from compress.model.streamed import Skeleton
+from compress.model.streamed import StreamedModel
 from compress.planning.candidates import Candidate, candidate
 from compress.recipe.assignment import Assignment
 from compress.report.rows import bits_per_weight
-from compress.run.prepare import Plan
-from compress.system.progress import Listen
+from compress.run.prepare import RunPlan
+from compress.system.progress import Progress
 
 TOLERANCE = 1.01
 LEAST_FOR_KNEE = 6  # points
@@ -129,41 +129,41 @@ def variants(method: str, option: str, values: Sequence[float | str], fixed: dic
 
 
 def sweep(
-    plan: Plan,
+    plan: RunPlan,
     fit_ids: Tensor,
     ids: Tensor,
     option: str,
     values: Sequence[float | str],
     methods: Sequence[Candidate],
     room: int,
-    listen: Listen,
+    progress: Progress,
     done: Callable[[Point], None] = lambda point: None,
 ) -> Curve:
     """Measure a method at each setting over windows of ids (windows, length); `done` is told each point. Raises CompressError."""
-    skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
+    streamed = StreamedModel(plan.source, plan.inventory, plan.dtype, plan.device)
     needy = any(one.build.needs for one in methods)
-    with skeleton.outer():
+    with streamed.embeddings_and_head():
         fit = None
         if needy:
-            fit = Stream.begin(skeleton, fit_ids, slices(fit_ids, plan.recipe.batch_tokens), "calibration", COMPRESSED)
-        start = Stream.begin(skeleton, ids, slices(ids, plan.recipe.batch_tokens), "probe")
+            fit = Stream.begin(streamed, fit_ids, slices(fit_ids, plan.recipe.batch_tokens), "calibration", COMPRESSED)
+        start = Stream.begin(streamed, ids, slices(ids, plan.recipe.batch_tokens), "probe")
     original = start.branch(ORIGINAL)
     points: list[Point] = []
     before = math.nan
-    blocks = len(skeleton.blocks)
+    blocks = len(streamed.blocks)
 
     def say(block: int, _: int, step: str, share: float) -> None:
-        listen(len(points) * blocks + block, len(methods) * blocks, step, share)
+        progress(len(points) * blocks + block, len(methods) * blocks, step, share)
 
     for value, one in zip(values, methods, strict=True):
         compressed = start.branch(COMPRESSED)
         work = [Assignment(a.site, 0, one.build, None, a.min_tokens) for a in plan.assignments if a.site.block is not None]
         inputs = None if fit is None else fit.branch(COMPRESSED)
         streams = [compressed] if points else [original, compressed]
-        rows = compress_in_memory(skeleton, work, inputs, streams, room, say)
+        rows = compress_in_memory(streamed, work, inputs, streams, room, say)
         kl, losses, originals = [], [], []
-        with skeleton.outer():
-            for window, p, q in zip(ids, original.logs(skeleton), compressed.logs(skeleton), strict=True):
+        with streamed.embeddings_and_head():
+            for window, p, q in zip(ids, original.logs(streamed), compressed.logs(streamed), strict=True):
                 kl.append(divergence(p, q))
                 targets = window[1:, None].to(p.device)
                 originals.append(float(-p.gather(1, targets).double().mean()))

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from compress.blockwise import stages
-from compress.blockwise.compress import Done, compress_block
-from compress.blockwise.view import Surroundings
+from compress.blockwise.compress import CompressedSite, compress_block
+from compress.blockwise.view import BlockRun
 from compress.calibration.cache import BlockCache
 from compress.checkpoint.packing import digest
 from compress.checkpoint.part_file import PartWriter, part_others, read_part
@@ -41,7 +41,7 @@ class BlockWork:
 
 
 def compress_to_file(
-    around: Surroundings, work: BlockWork, cache: BlockCache | None, folder: Path
+    around: BlockRun, work: BlockWork, cache: BlockCache | None, folder: Path
 ) -> tuple[str | None, list[SiteRow]]:
     """Compress this rank's sites of a filled block into one file; return its name, None without a file, and the report rows."""
     part = PartWriter()
@@ -64,10 +64,12 @@ def stored_weights(folder: Path, names: Mapping[str, str], dtype: torch.dtype) -
     return Weights(sites, {name: value for path in paths for name, value in part_others(path).items()})
 
 
-def _compressed(around: Surroundings, work: BlockWork, cache: BlockCache | None, folder: Path) -> Iterator[tuple[str, Done]]:
+def _compressed(
+    around: BlockRun, work: BlockWork, cache: BlockCache | None, folder: Path
+) -> Iterator[tuple[str, CompressedSite]]:
     """Transform the block, then yield this rank's sites as they are stored."""
     notes = stages.transform(around, work.transforms)
-    found = compress_block(around.skeleton, work.alone, around.send, around.budget, around.listen, around.weight, cache)
+    found = compress_block(around.streamed, work.alone, around.send, around.budget, around.progress, around.weight, cache)
     if work.together or work.tuning:
         found = _as_a_whole(around, work, found, folder)
     for site, (weight, row) in found:
@@ -78,14 +80,14 @@ def _compressed(around: Surroundings, work: BlockWork, cache: BlockCache | None,
 
 
 def _as_a_whole(
-    around: Surroundings, work: BlockWork, found: Iterator[tuple[str, Done]], folder: Path
-) -> Iterator[tuple[str, Done]]:
+    around: BlockRun, work: BlockWork, found: Iterator[tuple[str, CompressedSite]], folder: Path
+) -> Iterator[tuple[str, CompressedSite]]:
     """Go on with methods that see the block, which need what all ranks have made of its sites."""
     mine = dict(found)
     weights = {name: weight for name, (weight, _) in mine.items()}
     if distributed.world() > 1:
         weights = _exchange(around.number, work, weights, folder)
-    around.skeleton.replace(around.number, Weights({name: weight.dequantize() for name, weight in weights.items()}))
+    around.streamed.set_weights(around.number, Weights({name: weight.dequantize() for name, weight in weights.items()}))
     for name, done in stages.together(around, work.together):
         weights[name] = done[0]
         if distributed.rank() == 0:

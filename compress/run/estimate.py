@@ -17,7 +17,7 @@ from compress.model.meta import build_model
 from compress.recipe.assignment import Assignment
 from compress.recipe.schema import parse_size
 from compress.run import timing
-from compress.run.prepare import Plan
+from compress.run.prepare import RunPlan
 from compress.run.sizes import sizes
 from compress.system import memory
 from compress.system.files import human_bytes
@@ -77,7 +77,7 @@ class Estimate:
         return _BASE + int(1.2 * self.files_after)
 
 
-def estimate(plan: Plan, samples: int, length: int, room: int, offload: bool) -> Estimate:
+def estimate(plan: RunPlan, samples: int, length: int, room: int, offload: bool) -> Estimate:
     """Add up what a run over `samples` windows of `length` tokens takes, with `room` bytes for statistics."""
     source, item = plan.source, plan.dtype.itemsize
     added = {a.site.name: 0 for a in plan.assignments}
@@ -85,13 +85,13 @@ def estimate(plan: Plan, samples: int, length: int, room: int, offload: bool) ->
         for a in stage.members:
             added[a.site.name] += stage.method.added_bits(a.site.shape)
     changed = {a.site.name for stage in plan.transforms for a in stage.members}
-    after = sizes(source, plan.claims, plan.assignments, parse_size(plan.recipe.max_shard_size), added, changed)
+    after = sizes(source, plan.inventory, plan.assignments, parse_size(plan.recipe.max_shard_size), added, changed)
     blocks: dict[int, int] = {}
-    for site in plan.claims.sites:
+    for site in plan.inventory.sites:
         number = -1 if site.block is None else site.block
         blocks[number] = blocks.get(number, 0) + site.numel * item
     outer = blocks.pop(-1, 0) + sum(
-        e.numel * item for e in map(source.entries.get, plan.claims.copied) if e and e.numel > 1 << 20
+        e.numel * item for e in map(source.entries.get, plan.inventory.copied) if e and e.numel > 1 << 20
     )
     by_block: dict[int, list[Assignment]] = {}
     for a in plan.assignments:
@@ -146,7 +146,7 @@ def _work(unit: Unit) -> int:
     return int(max(_FACTORED * square + weight, _BESIDE * square + _WEIGHTS * weight))
 
 
-def timed(expected: Estimate, plan: Plan, samples: int, length: int, reload: bool) -> Estimate:
+def timed(expected: Estimate, plan: RunPlan, samples: int, length: int, reload: bool) -> Estimate:
     """Add what this process occupies now, and how long the run will take on this machine; runs a short probe."""
     build_model(plan.source.config, str(plan.source.folder), plan.dtype)  # loads the code of the model, as the run will
     base = memory.current()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,13 @@ from compress.report import card
 from compress.report import redaction as published
 from compress.report import rows as report
 from compress.run.pipeline import rows_of
-from compress.run.prepare import Plan
+from compress.run.prepare import RunPlan
 from compress.system import memory
 from compress.system.files import write_json, write_text
+from compress.system.progress import Progress
 from compress.verify import checksums as recorded
 from compress.verify import fresh_process as reload
 from compress.verify import verify
-
-Listen = Callable[[int, int, str, float], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Summary:
 
 
 def finish(
-    plan: Plan,
+    plan: RunPlan,
     job: Job,
     mine: dict[str, Any],
     text: str,
@@ -54,19 +52,19 @@ def finish(
     last: Tensor,
     out: Path,
     started: float,
-    listen: Listen,
+    progress: Progress,
     ask: reload.Ask | None = None,
     predicted: dict[str, Any] | None = None,
     cached: dict[str, int] | None = None,
 ) -> Summary:
     """Write the checkpoint inside the job folder, read it back by two ways, load it anew, and give it its name."""
     blocks = len(job.records)
-    listen(blocks, blocks, "writing", 0.0)
+    progress(blocks, blocks, "writing", 0.0)
     folder = job.checkpoint
     folder.mkdir()
     specs, made = seal.collect(job.parts / name for record in job.records for name in sorted(record.parts))
     entries = filled(plan.source, made, job.parts)
-    tensors, guard = seal.plan(plan.source, plan.claims, specs, entries)
+    tensors, guard = seal.plan(plan.source, plan.inventory, specs, entries)
     seal.write_shards(folder, tensors, recipe_schema.parse_size(plan.recipe.max_shard_size))
     seal.carry(plan.source, folder)
     rows = rows_of(job)
@@ -74,13 +72,13 @@ def finish(
     text = yaml.safe_dump(published.cleaned_recipe(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
     write_text(folder / "recipe.yaml", text)
     seal.write_config(folder, plan.source.config, site_table.write_table(specs, guard))
-    listen(blocks, blocks, "checking", 0.0)
+    progress(blocks, blocks, "checking", 0.0)
     packed_names = {f"{site}.{leaf}" for site, spec in specs.items() for leaf in packing.layout(spec)}
     copied = [entry for entry in tensors if entry.name not in packed_names and entry.name != guard]
-    second = verify.read_back(folder, {row.site: row.sha256 for row in rows}, copied, listen)
+    second = verify.read_back(folder, {row.site: row.sha256 for row in rows}, copied, progress)
     check = _check(folder, plan, ids, last)
     after = sum(entry.nbytes for entry in tensors)
-    listen(blocks, blocks, "loading anew", 0.0)
+    progress(blocks, blocks, "loading anew", 0.0)
     limit = verify.TOLERANCE[check["dtype"]]
     loaded = reload.check(ask, folder, check["ids"], check["losses"], check["dtype"], plan.device.type, after, limit)
     name, revision = published.base_model(plan.source.name, plan.source.revision)
@@ -125,10 +123,10 @@ def _shown(identity: dict[str, Any]) -> dict[str, Any]:
     return {**identity, "recipe": published.cleaned_recipe(identity["recipe"])}
 
 
-def _check(folder: Path, plan: Plan, ids: Tensor, last: Tensor) -> dict[str, Any]:
+def _check(folder: Path, plan: RunPlan, ids: Tensor, last: Tensor) -> dict[str, Any]:
     """Reopen what was written, stream one batch through it, compare with the run's hidden states; return what to record."""
     source = packed_source.PackedSource.open_packed(folder)
-    skeleton, hidden = last_hidden(source, ids, plan.dtype, plan.device)
+    streamed, hidden = last_hidden(source, ids, plan.dtype, plan.device)
     difference = float((hidden.cpu().float() - last.float()).norm() / last.float().norm().clamp_min(1e-30))
     # The batch is smaller than the run's, so products are summed in another order; a wrong weight gives differences near 1.
     limit = 1e-3 if plan.dtype == torch.float32 else 0.1
@@ -137,6 +135,6 @@ def _check(folder: Path, plan: Plan, ids: Tensor, last: Tensor) -> dict[str, Any
             f"{folder}: one batch through the written checkpoint differs by {difference:.2g} from the run; expected at "
             f"most {limit}. The result is not published; please report this"
         )
-    losses = token_losses(skeleton, ids, hidden)
+    losses = token_losses(streamed, ids, hidden)
     dtype = str(plan.dtype).removeprefix("torch.")
     return {"ids": ids[0].tolist(), "dtype": dtype, "losses": [round(x, 6) for x in losses.tolist()], "difference": difference}

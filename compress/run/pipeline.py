@@ -15,11 +15,11 @@ from torch import Tensor
 from compress._version import __version__
 from compress.blockwise.stream import COMPRESSED, ORIGINAL, Stream, slices
 from compress.blockwise.units import taps, units
-from compress.blockwise.view import Surroundings
+from compress.blockwise.view import BlockRun
 from compress.blockwise.walk import catch_up, walk
 from compress.calibration.cache import BlockCache, StatisticsCache
 from compress.calibration.data import fingerprint
-from compress.model.streamed import Skeleton, Weights
+from compress.model.streamed import StreamedModel, Weights
 from compress.output.job import Job, Record
 from compress.recipe.assignment import Assignment, StageAssignment, within
 from compress.report.rows import SiteRow
@@ -28,7 +28,7 @@ from compress.run.block import BlockWork, compress_to_file, stored_weights
 from compress.run.replay import replay
 from compress.system import distributed
 from compress.system.files import sha256
-from compress.system.progress import Listen
+from compress.system.progress import Progress
 
 SNAPSHOT_SECONDS = 120.0  # hidden states in memory are stored this often; blocks since then are replayed after a crash
 CHECK_TOKENS = 128  # of the first window, which the finished checkpoint must give the same hidden states for
@@ -70,7 +70,7 @@ class Run:
     """A run over the blocks of a model, from wherever the job is to the last block."""
 
     def __init__(
-        self, model: Skeleton, work: Work, ids: Tensor, batch_tokens: int, job: Job, settings: Settings, progress: Listen
+        self, model: StreamedModel, work: Work, ids: Tensor, batch_tokens: int, job: Job, settings: Settings, progress: Progress
     ) -> None:
         self.model, self.job, self.settings, self.progress = model, job, settings, progress
         self.blocks, self.seed, self.limit, self.own_inputs = len(model.blocks), work.seed, work.limit, work.own_inputs
@@ -83,7 +83,7 @@ class Run:
             self.cache = StatisticsCache(settings.cache, _identity(model, ids, batch_tokens))
         folder = job.hidden if settings.offload else None
         cuts = distributed.share(slices(ids, batch_tokens))
-        with model.outer():
+        with model.embeddings_and_head():
             follows = ORIGINAL if work.own_inputs else COMPRESSED
             self.calibration = Stream.begin(model, ids, cuts, "calibration", follows, folder, lazy=True)
             self.calibration.stop = len(self.work) - 1  # nothing is calibrated after the last
@@ -111,7 +111,7 @@ class Run:
         walk(self.model, self.streams, range(start, self.blocks), self._visit, self._tell)
         for head in range(max(start, self.blocks), len(self.work)):
             self._tell(head, "loading", 0.0)
-            with self.model.outer():
+            with self.model.embeddings_and_head():
                 for _ in self._visit(head):
                     pass
         return self.check.states.read(0)
@@ -148,7 +148,7 @@ class Run:
             self.job.records.append(record)
         distributed.barrier()
 
-    def _around(self, block: int) -> Surroundings:
+    def _around(self, block: int) -> BlockRun:
         calibration, original = self.calibration, self.original
 
         def progress(share: float) -> None:
@@ -169,7 +169,7 @@ class Run:
 
         originals, targets = (original.states, original.outputs) if original is not None else (None, None)
         memory = self.settings.memory
-        return Surroundings(self.model, block, calibration.states, originals, targets, send, memory, self.seed, say)
+        return BlockRun(self.model, block, calibration.states, originals, targets, send, memory, self.seed, say)
 
     def _gathered(self, block: int, name: str | None, mine: list[SiteRow]) -> tuple[dict[str, str], list[dict[str, Any]]]:
         """Return the files of all ranks with their SHA-256, and all report rows in the order of the recipe's sites."""
@@ -218,7 +218,7 @@ class Run:
         return bool(due)
 
 
-def _identity(model: Skeleton, ids: Tensor, batch_tokens: int) -> dict[str, Any]:
+def _identity(model: StreamedModel, ids: Tensor, batch_tokens: int) -> dict[str, Any]:
     """What statistics depend on in addition to the blocks before them."""
     return {
         "source": model.source.fingerprint(),

@@ -11,11 +11,11 @@ from torch import Tensor
 from compress._version import __version__
 from compress.architecture.added_biases import with_biases
 from compress.architecture.config import context_length, settings, vocabulary
-from compress.architecture.inventory import Claims, claim
+from compress.architecture.inventory import Inventory, take_inventory
 from compress.calibration.data import fingerprint, load_ids
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
-from compress.model.detect import find
+from compress.model.detect import find_family
 from compress.recipe import assignment as recipe_assignment
 from compress.recipe import reading as recipe_reading
 from compress.recipe.assignment import Assignment, StageAssignment
@@ -26,11 +26,11 @@ from compress.system.device import DTYPES, pick_device
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a run will do: everything that is known before a weight is read."""
 
     source: Source
-    claims: Claims
+    inventory: Inventory
     recipe: Recipe
     assignments: list[Assignment]
     transforms: list[StageAssignment]
@@ -64,7 +64,7 @@ def pick_dtype(name: str, source: Source, device: torch.device) -> torch.dtype:
     return own
 
 
-def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | None = None, headers: bool = False) -> Plan:
+def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | None = None, headers: bool = False) -> RunPlan:
     """Open the source, give every tensor its disposition and every site its step; with `headers`, weights stay on the Hub.
 
     Raises CheckpointError, RecipeError.
@@ -72,9 +72,9 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
     memory.be_sparing()  # before anything is computed, the probe of a dry run included
     source = Source.headers(model, revision) if headers else Source.open(model, revision)
     if any(stage.options.get("add_biases") for stage in (*recipe.tuning, *recipe.retraining)):
-        source = with_biases(source, find(source))
-    claims = claim(source, find(source), recipe.copy_, recipe.drop)
-    assignments = recipe_assignment.resolve(recipe, claims.sites)
+        source = with_biases(source, find_family(source))
+    inventory = take_inventory(source, find_family(source), recipe.copy_, recipe.drop)
+    assignments = recipe_assignment.resolve(recipe, inventory.sites)
     chosen = pick_device(device)
     if chosen.type == "cuda":
         from compress.kernels import nearest, round_columns  # noqa: F401  give methods' operators their kernels
@@ -82,7 +82,7 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
     after = recipe_assignment.stages(recipe.tuning, "tuning", assignments)
     last = recipe_assignment.stages(recipe.retraining, "retraining", assignments)
     _check_inputs(recipe, assignments, before, after)
-    return Plan(source, claims, recipe, assignments, before, after, last, pick_dtype(recipe.dtype, source, chosen), chosen)
+    return RunPlan(source, inventory, recipe, assignments, before, after, last, pick_dtype(recipe.dtype, source, chosen), chosen)
 
 
 def _check_inputs(
@@ -106,7 +106,7 @@ def _check_inputs(
         )
 
 
-def calibration(plan: Plan, data: Data | None = None) -> Tensor:
+def calibration(plan: RunPlan, data: Data | None = None) -> Tensor:
     """Return the token ids (samples, length) to run through the model: the recipe's data, or some at random if none is needed.
 
     With `data`, those of other data for the same model.
@@ -123,7 +123,7 @@ def calibration(plan: Plan, data: Data | None = None) -> Tensor:
     return load_ids(plan.recipe.data, plan.source.folder, vocabulary(plan.source), context_length(plan.source))
 
 
-def calibration_shape(plan: Plan) -> tuple[int, int]:
+def calibration_shape(plan: RunPlan) -> tuple[int, int]:
     """Return windows and tokens of a window that `calibration` will give, without the tokenizer of a model on the Hub."""
     data = plan.recipe.data
     if not plan.source.remote or not plan.calibrated or data is None or data.suffix == ".npy":
@@ -132,7 +132,7 @@ def calibration_shape(plan: Plan) -> tuple[int, int]:
     return data.samples, min(data.length, context_length(plan.source) or data.length)
 
 
-def identity(plan: Plan, ids: Tensor) -> dict[str, Any]:
+def identity(plan: RunPlan, ids: Tensor) -> dict[str, Any]:
     """Every field that decides the result."""
     return {
         "recipe": recipe_reading.plain(effective(plan, ids)),
@@ -147,7 +147,7 @@ def identity(plan: Plan, ids: Tensor) -> dict[str, Any]:
     }
 
 
-def effective(plan: Plan, ids: Tensor) -> Recipe:
+def effective(plan: RunPlan, ids: Tensor) -> Recipe:
     """The recipe as it was used: defaults of methods spelt out, and the data's shape as it was in the end."""
     options = {a.step: a.method.model_dump(mode="json") for a in plan.assignments}
     steps = tuple(step.model_copy(update={"options": options[n]}) for n, step in enumerate(plan.recipe.steps))

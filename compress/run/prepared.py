@@ -102,7 +102,7 @@ class Outcome:
 class PreparedRun:
     """A run that is checked and not begun. Of the model, config and headers were read, and nothing else."""
 
-    plan: run_prepare.Plan
+    plan: run_prepare.RunPlan
     ids: Tensor  # (samples, length), on meta where the run is only estimated
     out: Path
     options: RunOptions
@@ -158,16 +158,16 @@ def prepare_run(
     return PreparedRun(plan, ids, Path(out), options, held_out, expected, findings)
 
 
-def _stored(plan: run_prepare.Plan) -> Stored:
+def _stored(plan: run_prepare.RunPlan) -> Stored:
     """How each weight will be stored, as far as it is known before a run."""
     specs = {}
     for a in plan.assignments:
         spec, other = (made and made.describe(a.site.shape).spec for made in (a.method, a.fallback))
         specs[a.site.name] = None if other and other != spec else spec
-    return Stored(plan.claims.family, config.settings(plan.source), plan.claims.sites, specs)
+    return Stored(plan.inventory.family, config.settings(plan.source), plan.inventory.sites, specs)
 
 
-def _check_text(data: Data, plan: run_prepare.Plan) -> None:
+def _check_text(data: Data, plan: run_prepare.RunPlan) -> None:
     """Read the text to measure on before a long run, not after it. Raises CalibrationError."""
     try:
         load_ids(data, plan.source.folder, config.vocabulary(plan.source), config.context_length(plan.source), fewer=True)

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from compress.architecture.config import number_of_blocks
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.checkpoint.source import Source
 from compress.checkpoint.tensor_file import DTYPES, save
 from compress.errors import CompressError
 from compress.interop import exporter as exporting
-from compress.model.detect import find
+from compress.model.detect import find_family
 from compress.recipe.data import Data
 from compress.recipe.schema import Recipe
 from compress.run import estimate
@@ -33,12 +33,12 @@ from compress.run import prepare as run_prepare
 from compress.run import run as run_module
 from compress.run.pipeline import Settings
 from compress.system.files import write_json
+from compress.system.progress import Progress
 
 BLOCKS, VOCABULARY, WINDOWS, LENGTH = 2, 512, 4, 32
 _EXPERTS = 8
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 _PER_BLOCK = ("layer_types", "mlp_only_layers", "no_rope_layers")
-Listen = Callable[[int, int, str, float], None]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def write_copy(source: Source, folder: Path) -> dict[str, Any]:
 
     Tensors are those of the source's first blocks, with fewer experts and tokens, in the source's dtypes.
     """
-    family = find(source)
+    family = find_family(source)
     config, changed = small_config(source.config)
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config)
@@ -179,7 +179,7 @@ def rehearse(
     recipe: Recipe,
     folder: Path,
     device: str,
-    listen: Listen,
+    progress: Progress,
     revision: str | None = None,
     formats: Sequence[str] = (),
 ) -> Rehearsal:
@@ -192,7 +192,7 @@ def rehearse(
 
     def stage(name: str, work: Callable[[], Any]) -> bool:
         start, problem = time.perf_counter(), None
-        listen(len(stages), 4 + len(formats), f"rehearsing: {name}", 0.0)
+        progress(len(stages), 4 + len(formats), f"rehearsing: {name}", 0.0)
         try:
             found[name] = work()
         except CompressError as error:
@@ -205,12 +205,12 @@ def rehearse(
     def copied() -> dict[str, Any]:
         return write_copy(found["recipe on the real model"].source, folder / "model")
 
-    def planned() -> run_prepare.Plan:
+    def planned() -> run_prepare.RunPlan:
         data = None
         if recipe.data is not None:
             data = Data(name=str(folder / "ids.npy"), samples=WINDOWS, length=LENGTH, seed=recipe.data.seed)
         real = found["recipe on the real model"]
-        names = {site.name for site in claim(Source.open(folder / "model"), real.claims.family).sites}
+        names = {site.name for site in take_inventory(Source.open(folder / "model"), real.inventory.family).sites}
         used = {a.step for a in real.assignments if a.site.name in names}
         steps = tuple(step for number, step in enumerate(recipe.steps) if number in used)
         return run_prepare.prepare(str(folder / "model"), recipe.model_copy(update={"data": data, "steps": steps}), device)

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from compress.blockwise.stream import COMPRESSED, Stream
 from compress.blockwise.walk import Tell, walk
-from compress.model.streamed import Skeleton, Weights
+from compress.model.streamed import StreamedModel, Weights
 from compress.output.job import Job
 from compress.run.block import stored_weights
 from compress.system import distributed
 
 
-def replay(model: Skeleton, streams: Sequence[Stream], job: Job, tell: Tell) -> int:
+def replay(model: StreamedModel, streams: Sequence[Stream], job: Job, tell: Tell) -> int:
     """Bring streams to where the journal ends, on all ranks alike; return the next block."""
     start = 0
     for record in reversed(job.records):

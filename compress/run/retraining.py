@@ -25,7 +25,7 @@ from compress.errors import CalibrationError
 from compress.methods.solvers.block_training import advance, optimizer, vectors_of
 from compress.methods.solvers.mask_scores import mean_square
 from compress.methods.solvers.trainable_weight import Trainable, Vector
-from compress.model.streamed import Skeleton
+from compress.model.streamed import StreamedModel
 from compress.recipe.assignment import StageAssignment
 from compress.recipe.schema import Retrain
 from compress.run.student import Student
@@ -41,15 +41,22 @@ class Training:
     """One stage of retraining, from wherever its state is to its last step."""
 
     def __init__(
-        self, skeleton: Skeleton, start: Student, stage: StageAssignment, settings: Retrain, ids: Tensor, tokens: int, seed: int
+        self,
+        streamed: StreamedModel,
+        start: Student,
+        stage: StageAssignment,
+        settings: Retrain,
+        ids: Tensor,
+        tokens: int,
+        seed: int,
     ) -> None:
-        self.skeleton, self.start, self.settings = skeleton, start, settings
+        self.streamed, self.start, self.settings = streamed, start, settings
         self.micro = max(1, tokens // ids.shape[1])
         self.generator = torch.Generator().manual_seed(seed)
         self.order_seed = seed + 1
         held = min(ids.shape[0] - 1, max(1, round(ids.shape[0] * HELD_OUT)))
         self.train_ids, self.held_ids = (ids[held:], ids[:held]) if held else (ids, ids)
-        self.sites: dict[str, Site] = {site.name: site for sites in skeleton.sites.values() for site in sites}
+        self.sites: dict[str, Site] = {site.name: site for sites in streamed.sites.values() for site in sites}
         members = {a.site.name for a in stage.members}
         method = stage.method
         seen = self._squares(members) if MeanSquare in method.statistics() else {}
@@ -57,12 +64,12 @@ class Training:
         for name, site in self.sites.items():  # in the model's order, as random numbers are drawn
             weight = start.weights.get(name) if name in members else None
             if weight is not None and not weight.transformed:
-                dense = skeleton.weight(site).to(skeleton.device).float()
+                dense = streamed.weight(site).to(streamed.device).float()
                 if (mover := method.trainable(weight, dense, seen.get(name), self.generator)) is not None:
                     self.moving[name] = mover
         self.fixed = {name: weight.dequantize() for name, weight in start.weights.items() if name not in self.moving}
         self.vectors = vectors_of(self._others(), method.norms, method.biases)
-        self.constants = {n: v.to(skeleton.device).float() for n, v in start.others.items() if n not in self.vectors}
+        self.constants = {n: v.to(streamed.device).float() for n, v in start.others.items() if n not in self.vectors}
         everything: list[Trainable | Vector] = [*self.moving.values(), *self.vectors.values()]
         if not everything:
             raise CalibrationError(
@@ -76,29 +83,29 @@ class Training:
 
     def _others(self) -> dict[str, Tensor]:
         """All norms and biases of the model, by disk name, in float32."""
-        source = self.skeleton.source
-        named = [name for name in self.skeleton.parameter_names() if len(source.entries[name].shape) == 1]
+        source = self.streamed.source
+        named = [name for name in self.streamed.parameter_names() if len(source.entries[name].shape) == 1]
         values = {n: self.start.others[n] if n in self.start.others else source.tensor(n) for n in named}
-        return {n: v.to(self.skeleton.device).float() for n, v in values.items() if v.is_floating_point()}
+        return {n: v.to(self.streamed.device).float() for n, v in values.items() if v.is_floating_point()}
 
     def _squares(self, members: set[str]) -> dict[str, Tensor]:
         """Mean squares of the channels that the members read in the original model (in,)."""
-        taps = [Tap(n, (self.skeleton.linear(self.sites[n]),), self.sites[n].shape[1], (MeanSquare,)) for n in sorted(members)]
+        taps = [Tap(n, (self.streamed.linear(self.sites[n]),), self.sites[n].shape[1], (MeanSquare,)) for n in sorted(members)]
 
         def run() -> None:
             with torch.no_grad():
                 for ids in self.train_ids.split(self.micro):
-                    self.skeleton.whole(ids)
+                    self.streamed.whole(ids)
 
-        return {name: mean_square(stats) for name, stats in observe(taps, run, self.skeleton.device).items()}
+        return {name: mean_square(stats) for name, stats in observe(taps, run, self.streamed.device).items()}
 
     def _loss(self, ids: Tensor, weights: Mapping[Site, Tensor], others: Mapping[str, Tensor], judged: bool = False) -> Tensor:
         """The sum over tokens of the loss of some windows."""
         settings = self.settings
         heat = 1.0 if judged else settings.temperature
         with torch.no_grad():
-            teacher = (self.skeleton.whole(ids).float() / heat).log_softmax(-1)
-        logits = self.skeleton.whole(ids, weights, others).float()
+            teacher = (self.streamed.whole(ids).float() / heat).log_softmax(-1)
+        logits = self.streamed.whole(ids, weights, others).float()
         student = (logits / heat).log_softmax(-1)
         lost = heat**2 * torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
         if settings.labels and not judged:
@@ -110,7 +117,7 @@ class Training:
 
     def held_out(self, student: Student) -> float:
         """KL divergence per token on what is held out, of a student as it is stored."""
-        others = self._others() | {n: v.to(self.skeleton.device).float() for n, v in student.others.items()}
+        others = self._others() | {n: v.to(self.streamed.device).float() for n, v in student.others.items()}
         weights = {self.sites[name]: weight.dequantize() for name, weight in student.weights.items()}
         total = 0.0
         with torch.no_grad():
@@ -120,7 +127,7 @@ class Training:
 
     def stored(self) -> Student:
         """What the leaves stand for, as it is stored."""
-        source = self.skeleton.source
+        source = self.streamed.source
         with torch.no_grad():
             moved = {name: m.values().to("cpu", source.dtype(name)) for name, m in self.vectors.items()}
             weights = {n: self.moving[n].stored() if n in self.moving else w for n, w in self.start.weights.items()}
@@ -171,7 +178,7 @@ class Training:
         """Go on from a state that was stored for the same training; any other is left alone."""
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.skeleton.device, weights_only=True)
+        state = torch.load(path, map_location=self.streamed.device, weights_only=True)
         if state["identity"] != identity:
             return
         self.step, self.losses, self.best = state["step"], state["losses"], state["best"]
@@ -205,7 +212,7 @@ class Training:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes of the dense model, and of what is trained with its gradients and moments."""
-        model = sum(p.numel() * p.element_size() for p in self.skeleton.model.parameters())
+        model = sum(p.numel() * p.element_size() for p in self.streamed.model.parameters())
         leaves = sum(v.numel() for m in self.everything for v in m.leaves.values())
         return {"model": model, "training": 16 * leaves}
 

@@ -14,7 +14,7 @@ from compress.blockwise.stream import COMPRESSED, Stream, slices
 from compress.blockwise.walk import walk
 from compress.checkpoint import packed_source
 from compress.errors import CalibrationError, CheckpointError, RecipeError
-from compress.model.streamed import Skeleton
+from compress.model.streamed import StreamedModel
 from compress.output import seal
 from compress.output.job import Job, differ, flatten, remove_leftover
 from compress.recipe import reading as recipe_reading
@@ -22,20 +22,21 @@ from compress.report import rows as report
 from compress.run import retraining
 from compress.run import student as students
 from compress.run.estimate import Estimate, check_disk, predictions
-from compress.run.finish import Listen, Summary, _shown, finish
+from compress.run.finish import Summary, _shown, finish
 from compress.run.pipeline import CHECK_TOKENS, Run, Settings, Work, rows_of
-from compress.run.prepare import Plan, calibration, effective, identity
+from compress.run.prepare import RunPlan, calibration, effective, identity
 from compress.run.student import Student
 from compress.system import distributed
+from compress.system.progress import Progress
 from compress.verify import fresh_process as reload
 
 
 def run(
-    plan: Plan,
+    plan: RunPlan,
     ids: Tensor,
     out: Path,
     settings: Settings,
-    listen: Listen,
+    progress: Progress,
     expected: Estimate,
     job_folder: Path | None = None,
     keep_job: bool = False,
@@ -53,8 +54,8 @@ def run(
     check_disk(expected, folder)
     if plan.retraining and distributed.world() > 1:
         raise RecipeError("retraining: is done in one process; take it out, and run `compress retrain` afterwards")
-    skeleton = Skeleton(
-        plan.source, plan.claims, plan.dtype, device
+    streamed = StreamedModel(
+        plan.source, plan.inventory, plan.dtype, device
     )  # before the folder: a config that builds no model leaves none
     text = recipe_reading.dump(effective(plan, ids))
     leader = distributed.rank() == 0
@@ -67,16 +68,18 @@ def run(
     calibrated, held, limit = _held(plan, ids)
     own = plan.recipe.inputs == "original"
     work = Work(plan.assignments, plan.transforms, plan.tuning, plan.compares, own, seed, held, limit)
-    through = Run(skeleton, work, calibrated, plan.recipe.batch_tokens, job, settings, listen)
+    through = Run(streamed, work, calibrated, plan.recipe.batch_tokens, job, settings, progress)
     end = through.all_blocks()
     if plan.retraining:
         parts = [job.parts / name for record in job.records for name in sorted(record.parts)]
-        end = _retrained(skeleton, plan, calibrated, job, Student.of_parts(parts), rows_of(job), 0, listen)
+        end = _retrained(streamed, plan, calibrated, job, Student.of_parts(parts), rows_of(job), 0, progress)
     summary = None
     if leader:
         with reload.fresh_process() if settings.reload else reload.not_at_all() as ask:
             batch = calibrated[:1, :CHECK_TOKENS]
-            summary = finish(plan, job, mine, text, batch, end, out, started, listen, ask, predictions(expected), through.cached)
+            summary = finish(
+                plan, job, mine, text, batch, end, out, started, progress, ask, predictions(expected), through.cached
+            )
         if not keep_job:
             job.remove()
     distributed.barrier()
@@ -84,11 +87,11 @@ def run(
 
 
 def retrain(
-    plan: Plan,
+    plan: RunPlan,
     ids: Tensor,
     start: packed_source.PackedSource,
     out: Path,
-    listen: Listen,
+    progress: Progress,
     job_folder: Path | None = None,
     keep_job: bool = False,
     anew: bool = True,
@@ -106,56 +109,56 @@ def retrain(
         if not keep_job:
             remove_leftover(folder, mine)
         return Summary(out, there, report.read_rows(out / "report.jsonl"), resumed=True)
-    skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
-    student = Student.of_checkpoint(start, plan.source, plan.claims)
+    streamed = StreamedModel(plan.source, plan.inventory, plan.dtype, plan.device)
+    student = Student.of_checkpoint(start, plan.source, plan.inventory)
     text = recipe_reading.dump(effective(plan, ids))
     job = Job.open(folder, mine, text)
     rows = report.read_rows(start.folder / "report.jsonl")
-    end = _retrained(skeleton, plan, ids, job, student, rows, len(plan.retraining) - 1, listen)
+    end = _retrained(streamed, plan, ids, job, student, rows, len(plan.retraining) - 1, progress)
     with reload.fresh_process() if anew else reload.not_at_all() as ask:
-        summary = finish(plan, job, mine, text, ids[:1, :CHECK_TOKENS], end, out, started, listen, ask)
+        summary = finish(plan, job, mine, text, ids[:1, :CHECK_TOKENS], end, out, started, progress, ask)
     if not keep_job:
         job.remove()
     return summary
 
 
 def _retrained(
-    skeleton: Skeleton,
-    plan: Plan,
+    streamed: StreamedModel,
+    plan: RunPlan,
     ids: Tensor,
     job: Job,
     student: Student,
     rows: list[report.SiteRow],
     first: int,
-    listen: Listen,
+    progress: Progress,
 ) -> Tensor:
     """Train a student in the stages from `first` on and put it into the job; return its last block's output for one batch."""
-    blocks = len(skeleton.blocks)
+    blocks = len(streamed.blocks)
     seed = plan.recipe.data.seed if plan.recipe.data is not None else 0
 
     def say(step: str, share: float) -> None:
-        listen(blocks, blocks, step, share)
+        progress(blocks, blocks, step, share)
 
     wanted = effective(plan, ids).retraining
     for number in range(first, len(plan.retraining)):
         settings = wanted[number]
         given = calibration(plan, settings.data) if settings.data is not None else ids
         mine = retraining.identity_of(settings, given, student)
-        with skeleton.whole_model():
+        with streamed.all_blocks():
             training = retraining.Training(
-                skeleton, student, plan.retraining[number], settings, given, plan.recipe.batch_tokens, seed
+                streamed, student, plan.retraining[number], settings, given, plan.recipe.batch_tokens, seed
             )
             student, notes = training.run(job.folder / f"retraining-{number}.pt", mine, say)
         job.records = students.records(student, rows, f"{settings.method} of the whole model", notes, job)
         rows = rows_of(job)
     check = ids[:1, :CHECK_TOKENS]
-    with skeleton.outer():
-        stream = Stream.begin(skeleton, check, slices(check, CHECK_TOKENS), "check", COMPRESSED)
-    walk(skeleton, [stream], range(blocks), lambda block: [(COMPRESSED, student.of_block(skeleton, block))])
+    with streamed.embeddings_and_head():
+        stream = Stream.begin(streamed, check, slices(check, CHECK_TOKENS), "check", COMPRESSED)
+    walk(streamed, [stream], range(blocks), lambda block: [(COMPRESSED, student.of_block(streamed, block))])
     return stream.states.read(0)
 
 
-def _held(plan: Plan, ids: Tensor) -> tuple[Tensor, Tensor | None, float]:
+def _held(plan: RunPlan, ids: Tensor) -> tuple[Tensor, Tensor | None, float]:
     """Keep the last windows from the calibration where a recipe asks for the running check; return both and the limit."""
     watch = plan.recipe.watch
     if watch is None:

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compress.architecture.inventory import Claims
+from compress.architecture.inventory import Inventory
 from compress.checkpoint import packing
 from compress.checkpoint.source import INDEX, Source
 from compress.checkpoint.tensor_file import DTYPE_NAMES, Entry, file_size
@@ -43,7 +43,7 @@ def _nbytes(dtype: Any, shape: tuple[int, ...]) -> int:
 
 def sizes(
     source: Source,
-    claims: Claims,
+    inventory: Inventory,
     assignments: list[Assignment],
     limit: int,
     added: Mapping[str, int] | None = None,
@@ -77,7 +77,7 @@ def sizes(
         for leaf, (dtype, shape) in packing.layout(spec).items():
             parts[f"{name}.{leaf}"] = _entry(f"{name}.{leaf}", DTYPE_NAMES[dtype], shape, _nbytes(dtype, shape), source)
     stand_ins = {name: _entry(f"{name}.codes", "U8", (size,), size, source) for name, size in rough.items()}
-    tensors, _ = seal.plan(source, claims, specs, parts, stand_ins)
+    tensors, _ = seal.plan(source, inventory, specs, parts, stand_ins)
     cut = shards.cut_into_files(tensors, limit, lambda entry: entry.nbytes)
     files = {name: file_size(members) for name, members in cut.items()}
     if len(files) > 1:

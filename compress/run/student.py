@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.architecture.inventory import Claims
+from compress.architecture.inventory import Inventory
 from compress.checkpoint import packed_source, packing, part_file
 from compress.checkpoint.source import Source
 from compress.checkpoint.tensor_file import bytes_of
 from compress.errors import CheckpointError
-from compress.model.streamed import Skeleton, Weights
+from compress.model.streamed import StreamedModel, Weights
 from compress.output.job import Job, Record
 from compress.report.rows import SiteRow
 from compress.system.files import sha256
@@ -38,16 +38,16 @@ class Student:
             others |= part_file.part_others(path)
         return cls(weights, others)
 
-    def of_block(self, model: Skeleton, block: int) -> Weights:
+    def of_block(self, model: StreamedModel, block: int) -> Weights:
         """Return what stands for the tensors of one block."""
         sites = [site.name for site in model.sites[block] if site.name in self.weights]
         others = {name: value for name, value in self.others.items() if model.holds(block, name)}
         return Weights({name: self.weights[name].dequantize() for name in sites}, others)
 
     @classmethod
-    def of_checkpoint(cls, source: packed_source.PackedSource, original: Source, claims: Claims) -> Student:
+    def of_checkpoint(cls, source: packed_source.PackedSource, original: Source, inventory: Inventory) -> Student:
         """Read a compressed checkpoint of an original. Raises CheckpointError where it was made from another model."""
-        shapes = {site.name: site.shape for site in claims.sites}
+        shapes = {site.name: site.shape for site in inventory.sites}
         for name, spec in source.table.items():
             if shapes.get(name) != tuple(spec["shape"]):
                 raise CheckpointError(
@@ -55,7 +55,7 @@ class Student:
                     "model that it was made from with --original"
                 )
         others = {}
-        for name in claims.copied:
+        for name in inventory.copied:
             if name in getattr(original, "added", ()) and name not in source.entries:
                 continue  # a bias that this training is to add
             if name not in source.entries or source.entries[name].shape != original.entries[name].shape:

@@ -19,7 +19,7 @@ from compress.architecture.config import settings
 from compress.blockwise.units import Unit, units
 from compress.calibration.statistics import Hessian, Stats
 from compress.errors import CompressError
-from compress.run.prepare import Plan
+from compress.run.prepare import RunPlan
 
 _SHAPES = ((128, 256), (512, 256), (128, 768), (512, 768))
 _SMALL = 256  # columns above which a weight is not probed as it is
@@ -109,13 +109,13 @@ def method_cost(method: Any, shapes: Sequence[tuple[int, int]], device: torch.de
     return [float(value) / float(top) for value, top in zip(solved, scale, strict=True)]
 
 
-def _active(plan: Plan, site: Any) -> float:
+def _active(plan: RunPlan, site: Any) -> float:
     """The share of tokens that a weight sees."""
     if site.expert is None:
         return 1.0
     config = settings(plan.source)
     each = config.get("num_experts_per_tok", config.get("num_experts_per_token", 1))
-    all_ = 1 + max(s.expert for s in plan.claims.sites if s.expert is not None)
+    all_ = 1 + max(s.expert for s in plan.inventory.sites if s.expert is not None)
     return float(each) / all_ if isinstance(each, int) else 1.0
 
 
@@ -126,7 +126,7 @@ def _block_method(method: Any, numel: float, tokens: int, batch: int, rate: floa
     return 6.0 * numel * min(batch, tokens) * steps / rate
 
 
-def predict(plan: Plan, samples: int, length: int, passes: int, size: int, reload: bool) -> float:
+def predict(plan: RunPlan, samples: int, length: int, passes: int, size: int, reload: bool) -> float:
     """Return the seconds that a run over `samples` windows of `length` tokens will take, to within about a factor of two.
 
     `passes` are those that statistics take at a block, `size` the bytes of the result.
@@ -143,9 +143,9 @@ def predict(plan: Plan, samples: int, length: int, passes: int, size: int, reloa
             shapes = [other.site.shape for other in plan.assignments if other.step == a.step]
             costs[a.step] = method_cost(a.method, shapes, device)
     numel: dict[int | None, float] = {}
-    for site in plan.claims.sites:
+    for site in plan.inventory.sites:
         numel[site.block] = numel.get(site.block, 0.0) + site.numel * _active(plan, site)
-    width = min((site.shape[1] for site in plan.claims.sites), default=1)
+    width = min((site.shape[1] for site in plan.inventory.sites), default=1)
     forwards = (passes if plan.calibrated else 0) + 1 + (1 if plan.compares else 0) + len(plan.transforms) + len(plan.tuning)
     for block, weights in numel.items():
         if block is not None:
@@ -159,11 +159,11 @@ def predict(plan: Plan, samples: int, length: int, passes: int, size: int, reloa
         for tuning in plan.tuning:
             if block is not None:
                 seconds += _block_method(tuning.method, weights, tokens, plan.recipe.batch_tokens, rates.matmul)
-    whole = sum(site.numel for site in plan.claims.sites)
+    whole = sum(site.numel for site in plan.inventory.sites)
     return seconds + whole * _PASS + size * 3 / _DISK + (_START + whole * 2.5e-8 if reload else 0.0)
 
 
-def _unit(plan: Plan, unit: Unit, tokens: int, rates: Rates, costs: dict[int, list[float] | None]) -> float:
+def _unit(plan: RunPlan, unit: Unit, tokens: int, rates: Rates, costs: dict[int, list[float] | None]) -> float:
     columns, seconds = unit.columns, 0.0
     share = _active(plan, unit.assignments[0].site)
     rows: dict[int, int] = {}

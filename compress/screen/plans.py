@@ -35,7 +35,7 @@ def describe_dry_run(run: PreparedRun) -> dict[str, Any]:
                 "bits_per_weight": size.most / members[0].site.numel if size.exact else None,
             }
         )
-    untouched = len(plan.claims.sites) - len(plan.assignments)
+    untouched = len(plan.inventory.sites) - len(plan.assignments)
     return {
         "model": plan.source.name,
         "model_type": plan.source.model_type,
@@ -47,8 +47,8 @@ def describe_dry_run(run: PreparedRun) -> dict[str, Any]:
         + [f"{stage.method.path} of the whole model" for stage in plan.retraining],
         "sites": rows,
         "untouched_linears": untouched,
-        "copied_tensors": len(plan.claims.copied),
-        "dropped_tensors": plan.claims.dropped,
+        "copied_tensors": len(plan.inventory.copied),
+        "dropped_tensors": plan.inventory.dropped,
         "bytes_before": expected.bytes_before,
         "bytes_after": expected.bytes_after,
         "bytes_after_exact": expected.exact,

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from compress._version import __version__
 from compress.architecture.config import context_length, settings, vocabulary
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.blockwise.forward import last_hidden, token_losses
 from compress.calibration.data import fingerprint, load_ids
 from compress.checkpoint.source import Source
 from compress.checkpoint.tensor_file import Entry, bytes_of, load, read_header, read_tensor, save
 from compress.errors import RecipeError, VerificationError
 from compress.model import layer_sizes as uneven
-from compress.model.detect import find
+from compress.model.detect import find_family
 from compress.output import seal
 from compress.output.job import Job, Record, differ, flatten, remove_leftover
 from compress.recipe.data import Data
@@ -36,7 +36,7 @@ from compress.structured_pruning.sizes import Wish, after, expert_sets, sizes_of
 from compress.system import memory
 from compress.system.device import pick_device
 from compress.system.files import sha256, write_json, write_text
-from compress.system.progress import Listen
+from compress.system.progress import Progress
 from compress.verify import checksums as recorded
 from compress.verify import fresh_process as reload
 from compress.verify import verify
@@ -48,13 +48,13 @@ PLACE = "places"  # of what stays, in the file of a block
 
 
 def cut(
-    model: str, out: Path, wish: Wish, data: Data, device: str, listen: Listen, anew: bool = True, revision: str | None = None
+    model: str, out: Path, wish: Wish, data: Data, device: str, progress: Progress, anew: bool = True, revision: str | None = None
 ) -> dict[str, Any]:
     """Write a smaller model and return its summary. Raises CompressError."""
     started = time.time()
     memory.be_sparing()
     source = Source.open(model, revision)
-    claims = claim(source, find(source))
+    inventory = take_inventory(source, find_family(source))
     _check_config(source, wish)
     ids = load_ids(data, source.folder, vocabulary(source), context_length(source))
     mine = {
@@ -68,7 +68,7 @@ def cut(
         differ(flatten(before["identity"]), flatten(mine), str(out))
         remove_leftover(folder, mine)
         return {**before, "resumed": True}
-    cutter = Cutter(source, claims, wish, ids, pick_device(device), listen)
+    cutter = Cutter(source, inventory, wish, ids, pick_device(device), progress)
     job = Job.open(folder, mine, "")
     job.check_parts()
     with reload.fresh_process() if anew else reload.not_at_all() as ask:
@@ -81,7 +81,7 @@ def _check_config(source: Source, wish: Wish) -> None:
     """Raise RecipeError where transformers has no model of the sizes that are left; before any work."""
     from transformers import AutoConfig
 
-    family = find(source)
+    family = find_family(source)
     if uneven.sizes_of(source.config):
         raise RecipeError(f"{source.folder}: its blocks differ in size already; cut the model that it was made from")
     before = sizes_of(source, family)
@@ -153,7 +153,7 @@ def _store(cutter: Cutter, job: Job, block: int, made: Cut) -> None:
 def _entries(cutter: Cutter, job: Job, found: Found) -> list[Entry]:
     """Return the tensors of the smaller model under their new names, where they are now."""
     made: dict[str, Entry] = {}
-    gone: set[str] = set(cutter.claims.dropped)
+    gone: set[str] = set(cutter.inventory.dropped)
     for record in job.records:
         if record.block != SCORES:
             made |= read_header(_part(job, record.block))[0]
@@ -184,13 +184,13 @@ def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: f
     if wrong := [e.name for e in entries if bytes_of(read_tensor(e)) != bytes_of(read_tensor(written.entries[e.name]))]:
         raise VerificationError(f"{folder}: {wrong[0]} reads back otherwise than it was written; please report this")
     batch = cutter.ids[:1, :CHECK_TOKENS]
-    skeleton, hidden = last_hidden(written, batch, torch.float32, cutter.skeleton.device)
-    losses = [round(value, 6) for value in token_losses(skeleton, batch, hidden).tolist()]
+    streamed, hidden = last_hidden(written, batch, torch.float32, cutter.streamed.device)
+    losses = [round(value, 6) for value in token_losses(streamed, batch, hidden).tolist()]
     check = {"ids": batch[0].tolist(), "dtype": "float32", "losses": losses}
     size = sum(entry.nbytes for entry in entries)
-    cutter.listen(1, 1, "loading anew", 0.0)
+    cutter.progress(1, 1, "loading anew", 0.0)
     loaded = reload.check(
-        ask, folder, check["ids"], losses, "float32", cutter.skeleton.device.type, size, verify.TOLERANCE["float32"]
+        ask, folder, check["ids"], losses, "float32", cutter.streamed.device.type, size, verify.TOLERANCE["float32"]
     )
     values = {
         "tool": "compress",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.architecture.config import settings
-from compress.architecture.inventory import Claims
+from compress.architecture.inventory import Inventory
 from compress.architecture.names import matches
 from compress.blockwise.stream import COMPRESSED, ORIGINAL, Stream, slices
 from compress.blockwise.walk import Visit, walk
@@ -26,11 +26,11 @@ from compress.checkpoint.source import Source
 from compress.errors import RecipeError
 from compress.model import layer_sizes as uneven
 from compress.model.expert_loop import ExpertLoop
-from compress.model.streamed import Skeleton, Weights
+from compress.model.streamed import StreamedModel, Weights
 from compress.structured_pruning import importance
 from compress.structured_pruning.coupled import Cut, Groups, Reader, cut_of
 from compress.structured_pruning.sizes import CHANNELS, Wish, after, channel_step, expert_sets, sizes_of, smaller_config
-from compress.system.progress import Listen
+from compress.system.progress import Progress
 
 TOKENS = 8192  # that pass through a block at a time
 BUDGET = 4 * 10**9  # bytes of second moments at a time: those of many experts are not formed at once
@@ -40,24 +40,26 @@ WEIGHT_BYTES = 32  # for a weight whose gradient is looked at: itself, gradient,
 class Cutter:
     """One model on the way to a smaller one."""
 
-    def __init__(self, source: Source, claims: Claims, wish: Wish, ids: Tensor, device: torch.device, listen: Listen) -> None:
-        self.source, self.claims, self.wish, self.ids, self.listen = source, claims, wish, ids, listen
-        self.family = claims.family
+    def __init__(
+        self, source: Source, inventory: Inventory, wish: Wish, ids: Tensor, device: torch.device, progress: Progress
+    ) -> None:
+        self.source, self.inventory, self.wish, self.ids, self.progress = source, inventory, wish, ids, progress
+        self.family = inventory.family
         self.before = sizes_of(source, self.family)
         self.left = after(wish, self.family, self.before)
         self.sets = expert_sets(settings(source), self.left, self.before) if wish.experts else 1
-        self.skeleton = Skeleton(source, claims, torch.float32, device)
-        self.groups = Groups(self.family, self.skeleton.sites, self.before, self.left)
+        self.streamed = StreamedModel(source, inventory, torch.float32, device)
+        self.groups = Groups(self.family, self.streamed.sites, self.before, self.left)
 
     def _stream(self, follows: str = ORIGINAL) -> Stream:
-        with self.skeleton.outer():
-            return Stream.begin(self.skeleton, self.ids, slices(self.ids, TOKENS), "calibration", follows, lazy=True)
+        with self.streamed.embeddings_and_head():
+            return Stream.begin(self.streamed, self.ids, slices(self.ids, TOKENS), "calibration", follows, lazy=True)
 
     def _walk(self, stream: Stream, kept: list[int], visit: Visit, what: str) -> None:
         def tell(block: int, step: str, share: float) -> None:
-            self.listen(kept.index(block), len(kept), what, 0.0)
+            self.progress(kept.index(block), len(kept), what, 0.0)
 
-        walk(self.skeleton, [stream], kept, visit, tell)
+        walk(self.streamed, [stream], kept, visit, tell)
 
     def kept_blocks(self) -> tuple[list[int], list[float]]:
         """Return the blocks that stay and the influence of each block of the original; the least goes, one after the other."""
@@ -74,7 +76,7 @@ class Cutter:
         stream, found = self._stream(), []
 
         def influence(block: int) -> Iterator[tuple[str, Weights]]:
-            stream.peek(self.skeleton, block)
+            stream.peek(self.streamed, block)
             assert stream.outputs is not None
             both = zip(stream.states.batches(), stream.outputs.batches(), strict=True)
             found.append(sum(float(importance.influence(a, b)) for a, b in both) / self.ids.numel())
@@ -88,16 +90,16 @@ class Cutter:
         readers = {(n, reader.site.name): reader for n in kept for reader in self.groups.readers(n, experts.get(n))}
         if self.wish.score not in importance.GRADIENTS or not readers:
             return {}
-        linears = {name: self.skeleton.linear(reader.site) for name, reader in readers.items()}
+        linears = {name: self.streamed.linear(reader.site) for name, reader in readers.items()}
         units = {name: reader.unit for name, reader in readers.items()}
         gates = {name: torch.ones(reader.site.shape[1]) for name, reader in readers.items()}
-        with self.skeleton.whole_model(), self._only(kept):
+        with self.streamed.all_blocks(), self._only(kept):
             if self.wish.score == "mixed":
                 portions = list(self._portions(readers))
                 mixed = (self._mixed(portion, n, len(portions)) for n, portion in enumerate(portions))
                 return {name: score for scores in mixed for name, score in scores.items()}
             for number in range(self.wish.rounds):
-                found = importance.gate_gradients(linears, gates, self._windows(number, self.wish.rounds), self.skeleton.whole)
+                found = importance.gate_gradients(linears, gates, self._windows(number, self.wish.rounds), self.streamed.whole)
                 scores = importance.group_scores(found, units, self.wish.score)
                 for name, reader in readers.items():
                     scores[name][gates[name][:: reader.unit] == 0] = -1.0  # below all that are there
@@ -128,10 +130,10 @@ class Cutter:
     def _mixed(self, readers: Mapping[importance.Names, Reader], part: int, parts: int) -> dict[importance.Names, Tensor]:
         """Return the scores (groups,) of readers from the gradients by all weights of their groups; needs the whole model."""
         sites = [site for reader in readers.values() for site in self.groups.members(reader)]
-        device = self.skeleton.device
-        leaves = {site: self.skeleton.weight(site).to(device, torch.float32).requires_grad_() for site in sites}
+        device = self.streamed.device
+        leaves = {site: self.streamed.weight(site).to(device, torch.float32).requires_grad_() for site in sites}
         moments = importance.weight_moments(
-            list(leaves.values()), self._windows(part, parts), lambda ids: self.skeleton.whole(ids, leaves)
+            list(leaves.values()), self._windows(part, parts), lambda ids: self.streamed.whole(ids, leaves)
         )
         with torch.no_grad():
             values = {site: importance.mixed(w, *m) for (site, w), m in zip(leaves.items(), moments, strict=True)}
@@ -150,10 +152,10 @@ class Cutter:
 
         def score(block: int) -> Iterator[tuple[str, Weights]]:
             sums = importance.ExpertScore(self.before.experts)
-            loops = [loop for loop in self.skeleton.expert_loops(block) if isinstance(loop, ExpertLoop)]
+            loops = [loop for loop in self.streamed.expert_loops(block) if isinstance(loop, ExpertLoop)]
             for loop in loops:
                 loop.listener = sums.add
-            stream.peek(self.skeleton, block)
+            stream.peek(self.streamed, block)
             for loop in loops:
                 loop.listener = None
                 found[block] = importance.kept_of(sums.scores(), self.left.experts, self.sets)
@@ -167,7 +169,7 @@ class Cutter:
         found: dict[importance.Names, int] = {}
         if not self.wish.uneven:
             return found
-        sites = {site.name: site for block in self.skeleton.sites.values() for site in block}
+        sites = {site.name: site for block in self.streamed.sites.values() for site in block}
         for kind in {sites[name].kind for _, name in scores}:
             mine = {block: score for (block, name), score in scores.items() if sites[name].kind == kind}
             names = {block: name for block, name in scores if sites[name].kind == kind}
@@ -180,13 +182,13 @@ class Cutter:
 
     def _windows(self, part: int, parts: int) -> Iterator[Tensor]:
         for number in range(self.ids.shape[0]):
-            self.listen(part, parts, "gradients", number / self.ids.shape[0])
+            self.progress(part, parts, "gradients", number / self.ids.shape[0])
             yield self.ids[number : number + 1]
 
     @contextmanager
     def _only(self, kept: list[int]) -> Iterator[None]:
         """Within this block of code other blocks hand on what they get."""
-        gone = [module for number, module in enumerate(self.skeleton.blocks) if number not in kept]
+        gone = [module for number, module in enumerate(self.streamed.blocks) if number not in kept]
         for module in gone:
             module.forward = lambda hidden, *_, **__: hidden
         try:
@@ -235,7 +237,7 @@ class Cutter:
         # Heads go first: what channels are repaired on is what comes out of the block without them.
         for reader, matrix in self._with_hessians(block, self.groups.readers(block, experts), stream):
             site, name = reader.site, (block, reader.site.name)
-            weight = self.skeleton.weight(site).to(self.skeleton.device).float()
+            weight = self.streamed.weight(site).to(self.streamed.device).float()
             score = scores.get(name)
             if score is None:
                 score = importance.weight_scores(weight, matrix if self.wish.score == "wanda" else None, reader.unit)
@@ -259,21 +261,21 @@ class Cutter:
             )
             # As it will be stored, so that the calibration runs on with what is on disk.
             weights[site.name] = made.cpu().to(self.source.dtype(site.tensor)).float()
-            self.skeleton.put(site, weights[site.name])
+            self.streamed.set_weight(site, weights[site.name])
         return Cut(heads, groups, experts, channels, weights, tuple(plain))
 
     def _with_hessians(self, block: int, readers: list[Reader], stream: Stream) -> Iterator[tuple[Reader, Tensor | None]]:
         """Yield readers with the second moments (in, in) of their inputs where these are needed, in as few passes as can be."""
 
         def run() -> None:
-            stream.send(self.skeleton, block)
+            stream.send(self.streamed, block)
 
         wanted = self.wish.repair or self.wish.score == "wanda"
         for heads in (True, False):
             mine = {reader.site.tap: reader for reader in readers if (reader.channels is None) == heads}
-            taps = [Tap(t, (self.skeleton.linear(r.site),), r.site.shape[1], (Hessian,)) for t, r in mine.items()]
+            taps = [Tap(t, (self.streamed.linear(r.site),), r.site.shape[1], (Hessian,)) for t, r in mine.items()]
             for group in passes(taps, BUDGET):
-                found = observe(group, run, self.skeleton.device) if wanted else {}
+                found = observe(group, run, self.streamed.device) if wanted else {}
                 for tap in group:
                     statistic = found.pop(tap.name)[Hessian] if wanted else None
                     assert statistic is None or isinstance(statistic, Hessian)
@@ -286,7 +288,7 @@ class Cutter:
             site, stored = reader.site, tensors[reader.site.tensor]
             if site.slice is not None:
                 stored = stored[site.slice if cut.experts is None else cut.experts.tolist().index(site.expert)]
-            made = torch.zeros_like(self.skeleton.weight(site).float())
+            made = torch.zeros_like(self.streamed.weight(site).float())
             made[:, self.groups.columns(site, cut)] = (stored.T if site.transposed else stored).float()
             cut.weights[site.name] = made
         return cut
@@ -295,7 +297,7 @@ class Cutter:
         """Return the sizes (out, in) of the linears that differ from the original's, by disk name in the smaller model."""
         found = {}
         for number, block in enumerate(kept):
-            for site in (site for site in self.skeleton.sites[block] if site.expert is None):
+            for site in (site for site in self.streamed.sites[block] if site.expert is None):
                 name = site.name.replace(f"{self.family.blocks}.{block}.", f"{self.family.blocks}.{number}.", 1)
                 shape = shapes[f"{name}.weight"]
                 size = (shape[1], shape[0]) if site.transposed else (shape[0], shape[1])
@@ -307,12 +309,12 @@ class Cutter:
         """Return the tensors of a block that are not as they were, by disk name; None: it is gone."""
         found: dict[str, Tensor | None] = {}
         fused: dict[str, list[Tensor]] = {}  # of experts that are in one tensor
-        for site in self.skeleton.sites[block]:
+        for site in self.streamed.sites[block]:
             rows, columns = self.groups.rows(site, cut), self.groups.columns(site, cut)
             if rows is None and columns is None:
                 continue
             dtype = self.source.dtype(site.tensor)
-            weight = cut.weights[site.name] if site.name in cut.weights else self.skeleton.weight(site)
+            weight = cut.weights[site.name] if site.name in cut.weights else self.streamed.weight(site)
             if rows is not None:
                 weight = weight[rows]
                 if (bias := f"{site.name}.bias") in self.source.entries:
@@ -342,7 +344,7 @@ class Cutter:
         base = f"{self.family.blocks}.{block}."
         together = (*layout.routers, f"{layout.disk}.*_bias")  # with a row or number for each expert
         names = [n for n in self.source.entries if n.startswith(base) and matches(n.removeprefix(base), together)]
-        names += sorted({site.tensor for site in self.skeleton.sites[block] if site.slice is not None})
+        names += sorted({site.tensor for site in self.streamed.sites[block] if site.slice is not None})
         found: dict[str, Tensor | None] = {}
         for name in (name for name in names if name not in made):
             value = self.source.tensor(name)
@@ -354,7 +356,7 @@ class Cutter:
         if not any(name.removeprefix(base) in layout.routers for name in names):
             raise RecipeError(f"--experts: {base}{layout.routers[0]} is not there; the routers of this model are not known")
         gone = set(range(self.before.experts)) - set(kept.tolist())
-        single = [site for site in self.skeleton.sites[block] if site.expert in gone and site.slice is None]
+        single = [site for site in self.streamed.sites[block] if site.expert in gone and site.slice is None]
         return found | {site.tensor: None for site in single}
 
     def renamed(self, name: str, places: Mapping[int, int], experts: Mapping[int, Tensor]) -> str | None:

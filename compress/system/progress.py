@@ -6,5 +6,3 @@ from collections.abc import Callable
 
 Progress = Callable[[int, int, str, float], None]
 """Called with the number of the block in work, the number of blocks, what is being done, and the share of it that is done."""
-
-Listen = Progress

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from compress.errors import VerificationError
 from compress.report.redaction import LOCAL
 from compress.system.files import sha256
+from compress.system.progress import Progress
 
 SUMMARY = "summary.json"
 EXPORTED = "export.json"
 # Written after the checksums, or anew by an evaluation, or only for this machine.
 _UNCHECKED = (SUMMARY, EXPORTED, "evaluation.json", "README.md", "report.html", LOCAL)
 SHOWN = 8  # problems in a message
-Listen = Callable[[int, int, str, float], None]
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -24,11 +24,11 @@ def checksums(folder: Path) -> dict[str, str]:
     return {name: sha256(folder / name) for name in names if name not in _UNCHECKED}
 
 
-def changed(folder: Path, files: Mapping[str, str], listen: Listen) -> list[str]:
+def changed(folder: Path, files: Mapping[str, str], progress: Progress) -> list[str]:
     """Say which files are not what was recorded, and where one is that has another's content."""
     found: dict[str, str | None] = {}
     for number, name in enumerate(files):
-        listen(1, 1, "checksums", number / len(files))
+        progress(1, 1, "checksums", number / len(files))
         path = folder / name
         found[name] = sha256(path) if path.is_file() else None
     # What weights are read from must be recorded; a file of another kind that somebody laid beside them is no harm.

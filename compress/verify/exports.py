@@ -13,8 +13,9 @@ from typing import Any
 
 from compress.errors import CheckpointError
 from compress.interop.exporter import lookup
+from compress.system.progress import Progress
 from compress.verify import second_reader as independent
-from compress.verify.checksums import EXPORTED, Listen, changed, refuse
+from compress.verify.checksums import EXPORTED, changed, refuse
 from compress.verify.raw_files import open_stored
 
 
@@ -47,13 +48,13 @@ def _decoded(folder: Path, layout: str, names: Iterable[str]) -> Iterator[tuple[
         yield from form.digests(folder, names)
 
 
-def verify(folder: Path, listen: Listen) -> dict[str, Any]:
+def verify(folder: Path, progress: Progress) -> dict[str, Any]:
     """Check an export, without its source, and return what was compared. Raises CheckpointError, VerificationError."""
     layout, files, values = _recorded(folder)
-    refuse(folder, changed(folder, files, listen))
+    refuse(folder, changed(folder, files, progress))
     found: dict[str, str] = {}
     for name, digest in _decoded(folder, layout, values):
-        listen(1, 1, "decoding", len(found) / len(values))
+        progress(1, 1, "decoding", len(found) / len(values))
         found[name] = digest
     wrong = [f"{name} decodes to other values than were written" for name in values if found.get(name) != values[name]]
     refuse(folder, wrong)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from compress.checkpoint.source import Source
 from compress.checkpoint.tensor_file import Entry, stream_entry
 from compress.errors import CheckpointError, VerificationError
 from compress.system.device import DTYPES, pick_device
+from compress.system.progress import Progress
 from compress.verify import exports as exported
 from compress.verify import second_reader as independent
 from compress.verify.checksums import SHOWN, SUMMARY, changed, refuse
@@ -24,17 +25,16 @@ from compress.verify.raw_files import Place, chunks, open_stored
 
 # The recorded losses (nats) come from the same arithmetic; another CPU or a GPU adds up in another order.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
-Listen = Callable[[int, int, str, float], None]
 
 
-def read_back(folder: Path, digests: Mapping[str, str | None], copied: Iterable[Entry], listen: Listen) -> dict[str, Any]:
+def read_back(folder: Path, digests: Mapping[str, str | None], copied: Iterable[Entry], progress: Progress) -> dict[str, Any]:
     """Decode every weight from disk with the second reader and compare it with the digest of what the method gave; compare
     copied tensors byte by byte with where they come from. Return the counts. Raises VerificationError that names a tensor.
     """
     stored = open_stored(folder)
     unknown: dict[str, str] = {}
     for number, (site, digest) in enumerate(digests.items()):
-        listen(1, 1, "reading back", number / len(digests))
+        progress(1, 1, "reading back", number / len(digests))
         try:
             found = independent.digest(stored, site)
         except independent.UnknownFormatError as error:
@@ -89,7 +89,7 @@ def _recorded(folder: Path) -> tuple[dict[str, str], Tensor, Tensor, str, bool]:
     return files, ids, losses, dtype, "cut" in summary.get("identity", {})
 
 
-def _decoded(folder: Path, listen: Listen) -> tuple[int, list[str]]:
+def _decoded(folder: Path, progress: Progress) -> tuple[int, list[str]]:
     """Decode every site with the second reader; return how many, and which differ from what was compressed."""
     recorded: dict[str, str] = {}
     try:
@@ -104,7 +104,7 @@ def _decoded(folder: Path, listen: Listen) -> tuple[int, list[str]]:
         return 0, [str(error)]
     problems, count = [], 0
     for number, site in enumerate(sorted(recorded.keys() | stored.sites.keys())):
-        listen(1, 1, "decoding", number / max(len(recorded), 1))
+        progress(1, 1, "decoding", number / max(len(recorded), 1))
         if site not in stored.sites:
             problems.append(f"{site} was compressed, and config.json does not name it")
             continue
@@ -126,24 +126,24 @@ def recorded_ids(folder: Path) -> Tensor:
     return _recorded(folder)[1]
 
 
-def verify(folder: Path, device: str, listen: Listen) -> dict[str, Any]:
+def verify(folder: Path, device: str, progress: Progress) -> dict[str, Any]:
     """Check a checkpoint, without its source, and return what was compared. Raises CheckpointError, VerificationError."""
     if not (folder / SUMMARY).is_file():
-        return exported.verify(folder, listen)
+        return exported.verify(folder, progress)
     files, ids, recorded, dtype, plain = _recorded(folder)
     where = pick_device(device)
-    problems = changed(folder, files, listen)
-    decoded, wrong = (0, []) if plain else _decoded(folder, listen)
+    problems = changed(folder, files, progress)
+    decoded, wrong = (0, []) if plain else _decoded(folder, progress)
     problems += wrong
     refuse(folder, problems)
     source = Source.open(folder) if plain else PackedSource.open_packed(folder)
-    listen(1, 1, "one batch", 0.0)
+    progress(1, 1, "one batch", 0.0)
     if not bool(((ids >= 0) & (ids < vocabulary(source))).all()):
         raise CheckpointError(
             f"{folder}/summary.json: names tokens outside the vocabulary; expected a checkpoint that compress wrote"
         )
-    skeleton, hidden = last_hidden(source, ids, DTYPES[dtype], where)
-    losses = token_losses(skeleton, ids, hidden)
+    streamed, hidden = last_hidden(source, ids, DTYPES[dtype], where)
+    losses = token_losses(streamed, ids, hidden)
     difference = float((losses - recorded).abs().mean())
     limit = TOLERANCE[dtype]
     if not difference <= limit:

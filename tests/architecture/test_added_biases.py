@@ -15,7 +15,7 @@ from compress.architecture.added_biases import with_biases
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
 from compress.evaluate.quality import evaluate
-from compress.model.detect import find
+from compress.model.detect import find_family
 from compress.recipe import reading as recipe_reading
 from compress.recipe.data import Data
 from compress.run import prepare as run_prepare
@@ -78,7 +78,7 @@ def test_only_when_asked_and_only_where_there_is_a_place(tiny: Tiny, ids: Path, 
     with pytest.raises(RecipeError, match="mistral has no place for biases"):
         run(tiny("mistral"), tmp_path / "other", ids, PRUNED, **trained())
     source = Source.open(tiny("llama", attention_bias=True, mlp_bias=True))
-    assert with_biases(source, find(source)) is source
+    assert with_biases(source, find_family(source)) is source
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -113,6 +113,6 @@ def test_a_stopped_run_goes_on(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path / "out", ids, PRUNED, listen=stop, settings=Settings(), **trained())
+        run(model, tmp_path / "out", ids, PRUNED, progress=stop, settings=Settings(), **trained())
     run(model, tmp_path / "out", ids, PRUNED, **trained())
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

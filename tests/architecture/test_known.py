@@ -12,10 +12,10 @@ import pytest
 
 from compress import registry
 from compress.architecture import families
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.architecture.known import INFERRED, family_of, model_types
 from compress.checkpoint.source import Source
-from compress.model.detect import find
+from compress.model.detect import find_family
 
 Tiny = Callable[..., Path]
 TOY = """
@@ -40,9 +40,9 @@ def test_a_file_in_the_folder_is_found_without_another_change(
             patch.setattr(families, "__path__", [*families.__path__, str(makers)])
             assert {"toy_of_a_test", "second_toy", "llama"} <= set(model_types())
             source = Source.open(folder)
-            family = find(source)
+            family = find_family(source)
             assert family.model_type == "toy_of_a_test"
-            assert len(claim(source, family).sites) == 3 * 7 + 1
+            assert len(take_inventory(source, family).sites) == 3 * 7 + 1
     finally:
         sys.modules.pop("compress.architecture.families.toymaker", None)
     assert "toy_of_a_test" not in model_types()

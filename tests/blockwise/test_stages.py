@@ -76,14 +76,14 @@ def test_where_hidden_states_are_and_where_a_run_was_stopped_changes_nothing(
     class Stop(Exception):
         pass
 
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
         if block == 2:
             raise Stop
 
     run(tiny("llama"), tmp_path / "whole", ids, recipe, **more)
     run(tiny("llama"), tmp_path / "disk", ids, recipe, settings=Settings(offload=True, memory=1), **more)
     with pytest.raises(Stop):
-        run(tiny("llama"), tmp_path / "stopped", ids, recipe, listen=listen, **more)
+        run(tiny("llama"), tmp_path / "stopped", ids, recipe, progress=progress, **more)
     run(tiny("llama"), tmp_path / "stopped", ids, recipe, **more)
     assert digests(tmp_path / "whole") == digests(tmp_path / "disk") == digests(tmp_path / "stopped")
 
@@ -136,9 +136,9 @@ def test_norms_are_rewritten_stored_and_loaded(family: str, tiny: Tiny, ids: Pat
     probe = torch.from_numpy(np.load(ids)[:2].astype(np.int64))
     with torch.no_grad():
         loaded = model(probe, use_cache=False).logits
-    skeleton, states = last_hidden(tuned, probe, torch.float32, torch.device("cpu"))
-    with skeleton.outer():
-        assert torch.allclose(loaded, skeleton.logits(probe, states), atol=2e-4)
+    streamed, states = last_hidden(tuned, probe, torch.float32, torch.device("cpu"))
+    with streamed.embeddings_and_head():
+        assert torch.allclose(loaded, streamed.logits(probe, states), atol=2e-4)
 
 
 def test_tuning_takes_the_sites_that_match_and_says_what_it_did(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
@@ -171,18 +171,18 @@ def test_report_describes_what_was_tuned(tiny: Tiny, ids: Path, tmp_path: Path) 
 
 def test_the_seed_of_the_data_decides_the_order_of_batches(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     """Twice the same seed gives the same bytes; the order of steps follows the seed, and blocks have orders of their own."""
-    from compress.blockwise.view import View
+    from compress.blockwise.view import MethodView
 
     drawn: dict[str, list[int]] = {}
-    real = View.generator
+    real = MethodView.generator
 
-    def recorded(view: View) -> torch.Generator:
+    def recorded(view: MethodView) -> torch.Generator:
         generator = real(view)
         drawn.setdefault(current, []).append(generator.initial_seed())
         return generator
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(View, "generator", recorded)
+        patch.setattr(MethodView, "generator", recorded)
         for current, seed in (("a", 0), ("b", 0), ("c", 1)):
             run(tiny("llama"), tmp_path / current, ids, SIGNROUND, data_options={"seed": seed, "samples": 12})
     assert drawn["a"] == drawn["b"]
@@ -207,7 +207,7 @@ def test_hidden_states_are_let_go(offload: bool, tiny: Tiny, ids: Path, tmp_path
         if sum(samples for samples, _, _ in self.shapes) > 1:
             alive.add(self)
 
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
         gc.collect()
         most["alive"] = max(most["alive"], len(alive))
         files = [path for path in (job / "hidden").glob("*.bin") if ".check." not in path.name]
@@ -222,7 +222,7 @@ def test_hidden_states_are_let_go(offload: bool, tiny: Tiny, ids: Path, tmp_path
         ids,
         SIGNROUND,
         settings=Settings(offload=offload, snapshot_seconds=1e9),
-        listen=listen,
+        progress=progress,
         job=job,
     )
     assert most["alive"] == 3

@@ -78,7 +78,7 @@ def test_in_passes_and_by_a_run_that_goes_on(tiny: Tiny, ids: Path, tmp_path: Pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress(tiny("llama"), tmp_path / "a", ids, wanted, settings=settings, listen=stop)
+        compress(tiny("llama"), tmp_path / "a", ids, wanted, settings=settings, progress=stop)
     first = compress(tiny("llama"), tmp_path / "a", ids, wanted, settings=settings).values["cache"]
     assert first["found"] == 0 and first["made"] == 4, "the four taps of the last block"
     assert compress(tiny("llama"), tmp_path / "b", ids, wanted, settings=settings).values["cache"] == {"found": 12, "made": 0}
@@ -152,7 +152,7 @@ def test_a_run_on_the_originals_inputs_goes_on(settings: dict[str, Any], tiny: T
     for cache in (None, tmp_path / "cache"):
         out = tmp_path / f"out-{cache is None}"
         with pytest.raises(KeyboardInterrupt):
-            compress(tiny("llama"), out, ids, wanted, settings=Settings(cache=cache, **settings), listen=stop, **more)
+            compress(tiny("llama"), out, ids, wanted, settings=Settings(cache=cache, **settings), progress=stop, **more)
         compress(tiny("llama"), out, ids, wanted, settings=Settings(cache=cache, **settings), **more)
         compress(tiny("llama"), tmp_path / "plain", ids, wanted, **more)
         assert digests(out) == digests(tmp_path / "plain")

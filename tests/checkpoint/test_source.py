@@ -16,14 +16,14 @@ from limits import quickly
 from raw_folders import CONFIG, HALVES, LAST, LLAMA, MAP, checkpoint, folder_refusal
 from raw_headers import anything
 
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.checkpoint.source import INDEX, SINGLE, Source
 from compress.checkpoint.tensor_file import (
     load,
     save,
 )
 from compress.errors import CheckpointError
-from compress.model.detect import find
+from compress.model.detect import find_family
 
 # The same examples each time: a commit does not fail for what another one broke. The folder is shared between them, which is
 # fine, since each example writes the whole file.
@@ -167,7 +167,7 @@ def test_a_config_that_is_no_object(tmp_path: Path, config: bytes) -> None:
 
 def claimed(folder: Path) -> int:
     source = Source.open(folder)
-    return len(claim(source, find(source)).sites)
+    return len(take_inventory(source, find_family(source)).sites)
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ MANY = ", ".join("abcdefghi")
     ("law", "module", "text", "found"),
     [
         (walks, "run.pipeline", "def f(model):\n    model.load(3)", {"run.pipeline: load"}),
-        (walks, "run.pipeline", "self.skeleton.release(3)", {"run.pipeline: release"}),
+        (walks, "run.pipeline", "self.streamed.release(3)", {"run.pipeline: release"}),
         (walks, "evaluate.quality", "m.register_forward_pre_hook(f)", {"evaluate.quality: register_forward_pre_hook"}),
         (walks, "run.pipeline", "import json\njson.load(file)", set()),
         (walks, "blockwise.walk", "model.load(3)", set()),

@@ -16,14 +16,14 @@ from tiny import TINY, VOCABULARY, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 import compress  # noqa: F401  (registers the format with transformers)
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.architecture.known import model_types
-from compress.blockwise.forward import last_hidden, open_skeleton
+from compress.blockwise.forward import last_hidden, open_streamed
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import CheckpointError
-from compress.model.detect import find
-from compress.model.streamed import Skeleton
+from compress.model.detect import find_family
+from compress.model.streamed import StreamedModel
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -43,9 +43,9 @@ def whole(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Ten
 
 
 def streamed(source: Source, ids: torch.Tensor) -> torch.Tensor:
-    skeleton, hidden = last_hidden(source, ids, torch.float32, CPU)
-    with skeleton.outer():
-        return skeleton.logits(ids, hidden)
+    streamed, hidden = last_hidden(source, ids, torch.float32, CPU)
+    with streamed.embeddings_and_head():
+        return streamed.logits(ids, hidden)
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -56,27 +56,27 @@ def test_every_family_has_a_tiny_model() -> None:
 def test_streamed_hidden_states_equal_the_whole_models(family: str, tiny: Tiny) -> None:
     folder, ids = tiny(family), token_ids()
     logits, expected = whole(folder, ids)
-    skeleton = open_skeleton(Source.open(folder), torch.float32, CPU)
-    with skeleton.outer():
-        hidden = skeleton.embed(ids)
-    for block in range(len(skeleton.blocks)):
+    streamed = open_streamed(Source.open(folder), torch.float32, CPU)
+    with streamed.embeddings_and_head():
+        hidden = streamed.embed(ids)
+    for block in range(len(streamed.blocks)):
         torch.testing.assert_close(hidden, expected[block], rtol=TOLERANCE, atol=TOLERANCE)
-        skeleton.load(block)
-        hidden = skeleton.forward(block, hidden)
-        skeleton.release(block)
-    with skeleton.outer():
-        torch.testing.assert_close(skeleton.logits(ids, hidden), logits, rtol=TOLERANCE, atol=TOLERANCE)
-    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+        streamed.load(block)
+        hidden = streamed.forward(block, hidden)
+        streamed.release(block)
+    with streamed.embeddings_and_head():
+        torch.testing.assert_close(streamed.logits(ids, hidden), logits, rtol=TOLERANCE, atol=TOLERANCE)
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
 
 
 @pytest.mark.parametrize("family", TINY)
 def test_every_tensor_is_claimed_exactly_once(family: str, tiny: Tiny) -> None:
     source = Source.open(tiny(family))
-    claims = claim(source, find(source))
-    claimed = [*{site.tensor for site in claims.sites}, *claims.copied, *claims.dropped]
+    inventory = take_inventory(source, find_family(source))
+    claimed = [*{site.tensor for site in inventory.sites}, *inventory.copied, *inventory.dropped]
     assert sorted(claimed) == sorted(source.entries)
-    assert len({site.name for site in claims.sites}) == len(claims.sites)
-    matrices = {site.tensor for site in claims.sites}
+    assert len({site.name for site in inventory.sites}) == len(inventory.sites)
+    matrices = {site.tensor for site in inventory.sites}
     # What is left dense is named here: a linear that a family forgot would show up.
     dense = (
         "embed",
@@ -146,9 +146,9 @@ def test_a_tensor_that_no_rule_claims_is_an_error_until_the_recipe_names_it(tiny
     folder = changed(tiny("llama"), tmp_path / "odd", lambda t: t.update({"model.layers.1.extra.weight": torch.ones(3)}))
     source = Source.open(folder)
     with pytest.raises(CheckpointError, match=r"no rule claims 1 tensors, such as 'model.layers.1.extra.weight'.*copy"):
-        claim(source, find(source))
-    assert "model.layers.1.extra.weight" in claim(source, find(source), copy=("*.extra.*",)).copied
-    assert "model.layers.1.extra.weight" in claim(source, find(source), drop=("*.extra.*",)).dropped
+        take_inventory(source, find_family(source))
+    assert "model.layers.1.extra.weight" in take_inventory(source, find_family(source), copy=("*.extra.*",)).copied
+    assert "model.layers.1.extra.weight" in take_inventory(source, find_family(source), drop=("*.extra.*",)).dropped
 
 
 def test_tensors_outside_the_blocks_go_along_whatever_they_are(tiny: Tiny, tmp_path: Path) -> None:
@@ -159,11 +159,11 @@ def test_tensors_outside_the_blocks_go_along_whatever_they_are(tiny: Tiny, tmp_p
         "x.rotary_emb.inv_freq": torch.ones(2),
     }
     source = Source.open(changed(tiny("llama"), tmp_path / "tower", lambda t: t.update(extra)))
-    claims = claim(source, find(source))
-    assert {"audio_tower.conv.weight", "rotary_emb.steps"} <= set(claims.copied)
-    assert claims.dropped == ["x.rotary_emb.inv_freq"]
-    assert "audio_tower.conv.weight" in claim(source, find(source), drop=("audio_tower.*",)).dropped
-    every = {site.tensor for site in claims.sites} | set(claims.copied) | set(claims.dropped)
+    inventory = take_inventory(source, find_family(source))
+    assert {"audio_tower.conv.weight", "rotary_emb.steps"} <= set(inventory.copied)
+    assert inventory.dropped == ["x.rotary_emb.inv_freq"]
+    assert "audio_tower.conv.weight" in take_inventory(source, find_family(source), drop=("audio_tower.*",)).dropped
+    every = {site.tensor for site in inventory.sites} | set(inventory.copied) | set(inventory.dropped)
     assert every == set(source.entries)
 
 
@@ -179,7 +179,7 @@ def test_a_missing_linear_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
     folder = changed(tiny("llama"), tmp_path / "gap", without("model.layers.1.self_attn.k_proj.weight"))
     source = Source.open(folder)
     with pytest.raises(CheckpointError, match=r"layers.1 has .*q_proj.* but not self_attn.k_proj"):
-        claim(source, find(source))
+        take_inventory(source, find_family(source))
 
 
 def test_of_alternatives_a_block_has_one(tiny: Tiny, tmp_path: Path) -> None:
@@ -188,24 +188,24 @@ def test_of_alternatives_a_block_has_one(tiny: Tiny, tmp_path: Path) -> None:
     queries, other = name.format("q_a_proj"), name.format("q_proj")
     none = Source.open(changed(tiny("deepseek_v3"), tmp_path / "none", without(queries)))
     with pytest.raises(CheckpointError, match=r"layers.1 has .*kv_a_proj_with_mqa but not self_attn.q_proj, self_attn.q_a_proj"):
-        claim(none, find(none))
+        take_inventory(none, find_family(none))
     one = Source.open(changed(tiny("deepseek_v3"), tmp_path / "one", lambda t: t.update({other: t.pop(queries)})))
-    assert other in {site.tensor for site in claim(one, find(one)).sites}
+    assert other in {site.tensor for site in take_inventory(one, find_family(one)).sites}
 
 
 def test_a_missing_norm_is_an_error_and_not_garbage(tiny: Tiny, tmp_path: Path) -> None:
     folder = changed(tiny("llama"), tmp_path / "gap", without("model.layers.2.input_layernorm.weight"))
     source = Source.open(folder)
-    skeleton = Skeleton(source, claim(source, find(source)), torch.float32, CPU)
+    streamed = StreamedModel(source, take_inventory(source, find_family(source)), torch.float32, CPU)
     with pytest.raises(CheckpointError, match=r"nothing fills model.layers.2.input_layernorm.weight"):
-        skeleton.load(2)
+        streamed.load(2)
 
 
 def test_experts_out_of_order_are_an_error(tiny: Tiny, tmp_path: Path) -> None:
     folder = changed(tiny("mixtral"), tmp_path / "gap", without("model.layers.1.block_sparse_moe.experts.2.w1.weight"))
     source = Source.open(folder)
     with pytest.raises(CheckpointError, match=r"experts"):
-        claim(source, find(source))
+        take_inventory(source, find_family(source))
 
 
 def test_checkpoints_without_the_models_prefix(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_an_unknown_family_names_the_known_ones(tiny: Tiny, tmp_path: Path) -> N
         r"'llama_of_tomorrow' is not a known family \(known are .*llama.*\), and cannot be inferred, because transformers cannot"
     )
     with pytest.raises(CheckpointError, match=expected):
-        find(Source.open(folder))
+        find_family(Source.open(folder))
 
 
 MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
@@ -271,10 +271,10 @@ def test_what_cannot_be_inferred_says_which_field_is_missing(tmp_path: Path, mon
     with pytest.raises(
         CheckpointError, match=r"granitemoe.*experts in block_sparse_moe.experts\. Write a family, with `experts`"
     ):
-        find(Source.open(tiny_checkpoint(tmp_path / "model", "granitemoe")))
+        find_family(Source.open(tiny_checkpoint(tmp_path / "model", "granitemoe")))
 
 
 def test_an_already_compressed_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     run(tiny("llama"), tmp_path / "out", None, steps("quant/rtn", bits=4, group_size=16))
     with pytest.raises(CheckpointError, match="already compressed"):
-        find(Source.open(tmp_path / "out"))
+        find_family(Source.open(tmp_path / "out"))

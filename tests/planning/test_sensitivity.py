@@ -106,7 +106,7 @@ def test_errors_are_those_of_the_hessian(tiny: Tiny, ids: Path) -> None:
     statistic.add(rows)
     decoded: dict[int, dict[str, Tensor]] = {1: {}}
     measurement._try([site], {Hessian: statistic}, decoded)
-    weight = measurement.skeleton.weight(site).double()
+    weight = measurement.streamed.weight(site).double()
     delta = weight - decoded[1][site.name].double()
     expected = torch.stack([(rows.double() @ delta[o]).square().mean() for o in range(site.shape[0])])
     error = measurement.errors[site.name][1]
@@ -262,7 +262,7 @@ def test_a_measurement_that_is_interrupted_goes_on(family: str, tiny: Tiny, ids:
     folder, begun = tmp_path / "begun", []
     for stop in range(1, 20):
 
-        def listen(block: int, blocks: int, step: str, share: float, stop: int = stop) -> None:
+        def progress(block: int, blocks: int, step: str, share: float, stop: int = stop) -> None:
             if step in ("loading", "gradients") and share == 0.0:
                 begun.append(block)
             if block == stop:
@@ -270,9 +270,9 @@ def test_a_measurement_that_is_interrupted_goes_on(family: str, tiny: Tiny, ids:
 
         if stop < 2 * len(whole.lim):
             with pytest.raises(KeyboardInterrupt):
-                measure(plan, tokens, tried(), ROOM, listen, folder)
+                measure(plan, tokens, tried(), ROOM, progress, folder)
             continue
-        found = measure(plan, tokens, tried(), ROOM, listen, folder)
+        found = measure(plan, tokens, tried(), ROOM, progress, folder)
         assert (found.sites, found.references, found.lim, found.zd) == (whole.sites, whole.references, whole.lim, whole.zd)
         break
     else:

@@ -20,14 +20,14 @@ from compress.report.rows import read_rows
 from compress.run import prepare as run_prepare
 
 
-def plan_of(model: Path, data: Path | None = None, method: str = "prune/magnitude", match: str = "*.*") -> run_prepare.Plan:
+def plan_of(model: Path, data: Path | None = None, method: str = "prune/magnitude", match: str = "*.*") -> run_prepare.RunPlan:
     values: dict[str, Any] = {"steps": steps(method, match), "dtype": "float32", "batch_tokens": 64}
     if data is not None:
         values["data"] = {"name": str(data)}
     return run_prepare.prepare(str(model), recipe_reading.parse(values), "cpu")
 
 
-def weights_of(plan: run_prepare.Plan) -> dict[str, torch.Tensor]:
+def weights_of(plan: run_prepare.RunPlan) -> dict[str, torch.Tensor]:
     return {site.name: plan.source.tensor(site.tensor).float() for site in sites_of(plan)}
 
 
@@ -104,12 +104,12 @@ def test_outliers_are_those_of_the_inputs_that_a_block_sees(tiny: Any, ids: Path
 def test_steps_say_what_was_decided(tiny: Any) -> None:
     plan = plan_of(tiny("llama"), match="*.mlp.*")
     sites = sites_of(plan)
-    others = [s.name for s in plan.claims.sites if s.name not in {t.name for t in sites}]
+    others = [s.name for s in plan.inventory.sites if s.name not in {t.name for t in sites}]
     wanted = {site.name: 0.5 + 0.01 * (site.block or 0) for site in sites}
     made = steps_of(wanted, others, "prune/wanda", {"bits": 4, "group_size": 32})
     assert len(made) == 3
     parsed = recipe_reading.parse({"steps": made})
-    assignments = recipe_assignment.resolve(parsed, plan.claims.sites)
+    assignments = recipe_assignment.resolve(parsed, plan.inventory.sites)
     assert {a.site.name: a.method.sparsity for a in assignments} == wanted
     assert all(a.method.bits == 4 for a in assignments)
 

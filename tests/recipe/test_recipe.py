@@ -11,10 +11,10 @@ import yaml
 from named_sites import SITES, Named
 
 import compress
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
-from compress.model.detect import find
+from compress.model.detect import find_family
 from compress.recipe import assignment as recipe_assignment
 from compress.recipe import reading as recipe_reading
 from compress.recipe import schema as recipe_schema
@@ -58,7 +58,7 @@ def test_shipped_recipes_are_there() -> None:
 def test_shipped_recipes_resolve_and_their_dump_loads_to_the_same(name: str, tiny: Tiny, tmp_path: Path) -> None:
     family = "mixtral" if "moe" in name else "llama"
     source = Source.open(tiny(family, hidden_size=128, intermediate_size=128))
-    sites = claim(source, find(source)).sites
+    sites = take_inventory(source, find_family(source)).sites
     recipe = recipe_reading.load(name)
     assert recipe.description
     assigned = recipe_assignment.resolve(recipe, sites)
@@ -303,7 +303,7 @@ def test_experts_need_as_many_tokens_as_columns_unless_told() -> None:
 
 def test_a_tensor_of_several_experts_is_taken_whole_or_not_at_all(tiny: Tiny) -> None:
     source = Source.open(tiny("gpt_oss"))
-    sites = claim(source, find(source)).sites
+    sites = take_inventory(source, find_family(source)).sites
     options = {"group_size": 16}
     recipe = recipe_reading.parse(one(match="*.experts.0.*", options=options))
     with pytest.raises(

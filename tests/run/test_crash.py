@@ -111,18 +111,18 @@ def interrupted(model: Path, out: Path, data: Path, **more: Any) -> None:
     class Stop(Exception):
         pass
 
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
         if block == 2:
             raise Stop
 
     with pytest.raises(Stop):
-        run(model, out, data, GPTQ, listen=listen, **more)
+        run(model, out, data, GPTQ, progress=progress, **more)
 
 
 def test_finished_blocks_are_not_done_again(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     interrupted(tiny("llama"), tmp_path / "out", ids)
     seen: set[tuple[int, str]] = set()
-    run(tiny("llama"), tmp_path / "out", ids, GPTQ, listen=lambda block, blocks, step, share: seen.add((block, step)))
+    run(tiny("llama"), tmp_path / "out", ids, GPTQ, progress=lambda block, blocks, step, share: seen.add((block, step)))
     assert (2, "compressing") in seen
     assert {block for block, step in seen if step == "compressing"} == {2}
     assert {block for block, step in seen if step == "replaying"} == {0, 1}
@@ -170,12 +170,12 @@ def test_a_damaged_part_is_found_before_anything_is_built_on_it(tiny: Tiny, ids:
 
 
 def test_two_runs_in_one_job_folder_are_refused(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
         if (block, step) == (1, "compressing"):
             with pytest.raises(ResumeError, match="another run is at work"):
                 run(tiny("llama"), tmp_path / "out", ids, GPTQ)
 
-    run(tiny("llama"), tmp_path / "out", ids, GPTQ, listen=listen)
+    run(tiny("llama"), tmp_path / "out", ids, GPTQ, progress=progress)
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tiny: Tiny, ids: Path, tmp_path: Path) -> None:

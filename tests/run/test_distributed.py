@@ -67,14 +67,14 @@ def test_two_processes_go_on_where_one_was_stopped(forks: Any, tiny: Tiny, ids: 
     class Stop(Exception):
         pass
 
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
         if block == 2:
             raise Stop
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("IDS", str(ids)))
     with pytest.raises(Stop):
-        run(tiny("llama"), tmp_path / "out", ids, steps(bits=3, group_size=16), listen=listen)
+        run(tiny("llama"), tmp_path / "out", ids, steps(bits=3, group_size=16), progress=progress)
     assert (tmp_path / "out.job").exists()
     shutil.copytree(tmp_path / "out.job", tmp_path / "again.job")
     two_ranks(forks, tmp_path, "run", recipe, tiny("llama"), "-o", tmp_path / "again")

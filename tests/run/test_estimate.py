@@ -23,7 +23,7 @@ Tiny = Callable[..., Path]
 CPU = torch.device("cpu")
 
 
-def planned(model: Path, data: Path, wanted: list[dict[str, Any]], **more: Any) -> run_prepare.Plan:
+def planned(model: Path, data: Path, wanted: list[dict[str, Any]], **more: Any) -> run_prepare.RunPlan:
     return run_prepare.prepare(str(model), recipe_reading.parse({"steps": wanted, "data": {"name": str(data)}, **more}), "cpu")
 
 

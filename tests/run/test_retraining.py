@@ -21,7 +21,7 @@ from compress.blockwise.forward import last_hidden
 from compress.checkpoint.packed_source import PackedSource
 from compress.cli import app
 from compress.errors import CheckpointError, RecipeError
-from compress.model.streamed import Skeleton
+from compress.model.streamed import StreamedModel
 from compress.recipe import reading as recipe_reading
 from compress.report.rows import read_rows
 from compress.run import prepare as run_prepare
@@ -61,11 +61,11 @@ def training(ids: Path) -> Iterator[Make]:
                 "batch_tokens": 32,
             }
             plan = run_prepare.prepare(str(model), recipe_reading.parse(values), "cpu")
-            skeleton = Skeleton(plan.source, plan.claims, plan.dtype, plan.device)
-            filled.enter_context(skeleton.whole_model())
-            student = Student.of_checkpoint(PackedSource.open_packed(out), plan.source, plan.claims)
+            streamed = StreamedModel(plan.source, plan.inventory, plan.dtype, plan.device)
+            filled.enter_context(streamed.all_blocks())
+            student = Student.of_checkpoint(PackedSource.open_packed(out), plan.source, plan.inventory)
             given = run_prepare.calibration(plan)
-            return Training(skeleton, student, plan.retraining[0], plan.recipe.retraining[0], given, 32, 0)
+            return Training(streamed, student, plan.retraining[0], plan.recipe.retraining[0], given, 32, 0)
 
         yield make
 
@@ -177,7 +177,7 @@ def test_a_stopped_training_gives_the_same_bytes(
     monkeypatch.setattr(retraining, "SAVE_SECONDS", seconds)
     seen = []
 
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
         if step == "retraining":
             seen.append(share)
             if share >= 0.5:
@@ -185,7 +185,7 @@ def test_a_stopped_training_gives_the_same_bytes(
 
     run(tiny("llama"), tmp_path / "whole", ids, STEPS, retraining=[STAGE])
     with pytest.raises(Stop):
-        run(tiny("llama"), tmp_path / "stopped", ids, STEPS, retraining=[STAGE], listen=listen)
+        run(tiny("llama"), tmp_path / "stopped", ids, STEPS, retraining=[STAGE], progress=progress)
     assert (tmp_path / "stopped.job" / "retraining-0.pt").exists() == (seconds == 0)
     run(tiny("llama"), tmp_path / "stopped", ids, STEPS, retraining=[STAGE])
     assert digests(tmp_path / "whole") == digests(tmp_path / "stopped")
@@ -222,9 +222,9 @@ def test_norms_outside_the_blocks_are_trained_and_stored(tiny: Tiny, pruned: Pat
     for name in source.table:
         assert torch.equal(source.compressed(name).dequantize(), original.compressed(name).dequantize())
     probe = torch.randint(0, 96, (1, 8), generator=torch.Generator().manual_seed(3))
-    skeleton, hidden = last_hidden(source, probe, torch.float32, torch.device("cpu"))
-    with skeleton.outer():
-        assert bool(skeleton.logits(probe, hidden).isfinite().all())
+    streamed, hidden = last_hidden(source, probe, torch.float32, torch.device("cpu"))
+    with streamed.embeddings_and_head():
+        assert bool(streamed.logits(probe, hidden).isfinite().all())
 
 
 def test_what_is_wrong_is_said(tiny: Tiny, pruned: Path, ids: Path, tmp_path: Path) -> None:

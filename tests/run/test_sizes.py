@@ -51,7 +51,7 @@ def predicted(model: Path, data: Path, wanted: list[dict[str, Any]], **more: Any
     values = {"steps": wanted, "data": {"name": str(data)}, **more}
     plan = run_prepare.prepare(str(model), recipe_reading.parse(values), "cpu")
     limit = recipe_schema.parse_size(plan.recipe.max_shard_size)
-    return sizes.sizes(plan.source, plan.claims, plan.assignments, limit)
+    return sizes.sizes(plan.source, plan.inventory, plan.assignments, limit)
 
 
 def on_disk(folder: Path) -> dict[str, int]:

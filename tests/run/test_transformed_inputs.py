@@ -93,7 +93,7 @@ def computed_by_hand(model: Path, packed: PackedSource, top: int | None) -> Tens
 def test_from_a_run_to_logits(dropped: None, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     model, wanted = tiny("llama", **SIZES), steps("quant/rotated")
     plan = run_prepare.prepare(str(model), reading.parse({"steps": wanted, "data": {"name": str(ids)}}), "cpu")
-    announced = sizes.sizes(plan.source, plan.claims, plan.assignments, schema.parse_size(plan.recipe.max_shard_size))
+    announced = sizes.sizes(plan.source, plan.inventory, plan.assignments, schema.parse_size(plan.recipe.max_shard_size))
     summary = run(model, tmp_path / "out", ids, wanted, reload=True).values  # loads it with transformers, too
     assert announced.exact
     assert announced.tensors == summary["bytes_after"]

@@ -11,7 +11,7 @@ import torch
 from runs import compress, digests, steps
 
 from compress.errors import CalibrationError
-from compress.model.streamed import Skeleton
+from compress.model.streamed import StreamedModel
 from compress.run.pipeline import Settings
 
 Tiny = Callable[..., Path]
@@ -51,14 +51,14 @@ def test_a_broken_model_stops_the_run(
     value: float, tiny: Tiny, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A block that gives nonsense once it is compressed: the run ends there and not after the last block."""
-    put, compressed = Skeleton.put, []
+    put, compressed = StreamedModel.put, []
 
     def broken(self: Any, site: Any, weight: torch.Tensor) -> None:
         compressed.append(site.block)
         again = compressed.count(site.block) > 7  # the block's seven linears come a second time when they are decoded
         put(self, site, torch.full_like(weight, value) if site.block == 1 and again and "down_proj" in site.name else weight)
 
-    monkeypatch.setattr(Skeleton, "put", broken)
+    monkeypatch.setattr(StreamedModel, "put", broken)
     with pytest.raises(CalibrationError, match=r"block 1: on held-out windows .* The model has broken"):
         compress(tiny("llama"), tmp_path / "out", ids, RECIPE, watch={"windows": 2})
     assert 2 not in compressed
@@ -79,7 +79,7 @@ def test_a_run_that_goes_on_watches_the_same(settings: Settings, tiny: Tiny, ids
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress(tiny("mixtral"), tmp_path / "out", ids, RECIPE, watch={"windows": 3}, settings=settings, listen=stop)
+        compress(tiny("mixtral"), tmp_path / "out", ids, RECIPE, watch={"windows": 3}, settings=settings, progress=stop)
     again = compress(tiny("mixtral"), tmp_path / "out", ids, RECIPE, watch={"windows": 3}, settings=settings)
     assert again.values["watched"] == pytest.approx(whole.values["watched"], rel=1e-6)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")

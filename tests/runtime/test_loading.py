@@ -62,9 +62,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def streamed(folder: Path) -> torch.Tensor:
-    skeleton, hidden = last_hidden(PackedSource.open_packed(folder), PROBE, torch.float32, torch.device("cpu"))
-    with skeleton.outer():
-        return skeleton.logits(PROBE, hidden)
+    streamed, hidden = last_hidden(PackedSource.open_packed(folder), PROBE, torch.float32, torch.device("cpu"))
+    with streamed.embeddings_and_head():
+        return streamed.logits(PROBE, hidden)
 
 
 def again(model: Any, folder: Path, like: Path) -> Any:

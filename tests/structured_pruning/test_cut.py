@@ -13,12 +13,12 @@ from cuts import made, quiet
 from torch import Tensor
 from typer.testing import CliRunner
 
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.architecture.known import family_of
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
 from compress.evaluate.quality import evaluate
-from compress.model.detect import find
+from compress.model.detect import find_family
 from compress.recipe.data import Data
 from compress.structured_pruning import importance
 from compress.structured_pruning.importance import group_scores, kept_of, repaired, spread, weight_scores
@@ -60,7 +60,7 @@ def test_cutting_equals_zeroing(family: str, options: dict[str, Any], tiny: Tiny
     model = tiny(family, **changes)
     summary = made(model, tmp_path / "out", ids, repair=False, **options)
     source, small = Source.open(model), Source.open(tmp_path / "out")
-    found = find(source)
+    found = find_family(source)
     place = {block: number for number, block in enumerate(summary["blocks"])}
 
     def zeroed(loaded: Any) -> None:
@@ -212,7 +212,7 @@ def test_what_cannot_be_cut_is_said(tiny: Tiny, ids: Path, tmp_path: Path) -> No
     def say(family: str, **wish: Any) -> str:
         source = Source.open(tiny(family))
         with pytest.raises(RecipeError) as caught:
-            after(Wish(**wish), claim(source, find(source)).family, sizes_of(source, find(source)))
+            after(Wish(**wish), take_inventory(source, find_family(source)).family, sizes_of(source, find_family(source)))
         return str(caught.value)
 
     assert "nothing to cut" in say("llama")

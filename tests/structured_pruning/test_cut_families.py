@@ -15,10 +15,10 @@ from torch import Tensor
 
 from compress.architecture.channels import channel_rows, rows_left
 from compress.architecture.config import settings
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
-from compress.model.detect import find
+from compress.model.detect import find_family
 from compress.recipe.data import Data
 from compress.structured_pruning import importance
 from compress.structured_pruning.coupled import Groups
@@ -35,7 +35,7 @@ def zeroed(model: Path, small: Path, folder: Path) -> dict[str, list[int]]:
     tensors = load_file(model / "model.safetensors")
     source, left = Source.open(model), Source.open(small)
     found = {}
-    for site in claim(source, find(source)).sites:
+    for site in take_inventory(source, find_family(source)).sites:
         whole = tensors[site.tensor] if site.slice is None else tensors[site.tensor][site.slice]
         whole = whole.T if site.transposed else whole
         rest = left.tensor(site.tensor, site.slice)
@@ -193,7 +193,7 @@ def test_uneven_heads_of_experts_models_load(tiny: Tiny, ids: Path, tmp_path: Pa
 def test_what_cannot_be_cut_is_said(family: str, wish: dict[str, Any], complaint: str, tiny: Tiny) -> None:
     source = Source.open(tiny(family))
     with pytest.raises(RecipeError, match=complaint):
-        after(Wish(**wish), find(source), sizes_of(source, find(source)))
+        after(Wish(**wish), find_family(source), sizes_of(source, find_family(source)))
 
 
 MIXED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -218,9 +218,9 @@ def test_mixed_scores_are_those_of_all_weights_of_a_group(
 
     folder = tiny(family)
     source = Source.open(folder)
-    claims = claim(source, find(source))
+    inventory = take_inventory(source, find_family(source))
     windows = torch.from_numpy(np.load(ids)).long()[:4]
-    cutter = Cutter(source, claims, Wish(score="mixed", **wish), windows, torch.device("cpu"), quiet)
+    cutter = Cutter(source, inventory, Wish(score="mixed", **wish), windows, torch.device("cpu"), quiet)
     found = cutter.scores([0, 1, 2], {})
     monkeypatch.setattr(module, "BUDGET", 1)  # every reader in a portion of its own
     again = cutter.scores([0, 1, 2], {})
@@ -236,7 +236,7 @@ def test_mixed_scores_are_those_of_all_weights_of_a_group(
                 means[name] += p.grad / 4
                 squares[name] += p.grad.square() / 4
     terms = {n: (p.data * means[n] - p.data**2 * squares[n] / 2).abs().double() for n, p in parameters.items()}
-    groups = Groups(claims.family, cutter.skeleton.sites, cutter.before, cutter.left)
+    groups = Groups(inventory.family, cutter.streamed.sites, cutter.before, cutter.left)
     for (block, name), scores in found.items():
         torch.testing.assert_close(again[block, name], scores, rtol=1e-6, atol=1e-12)
         reader = next(r for r in groups.readers(block, None) if r.site.name == name)
@@ -288,13 +288,15 @@ def test_what_goes_in_rounds_is_scored_without_what_has_gone(family: str, tiny: 
 
     folder, rounds = tiny(family), 3
     source = Source.open(folder)
-    claims = claim(source, find(source))
+    inventory = take_inventory(source, find_family(source))
     windows = torch.from_numpy(np.load(ids)).long()[:4]
     wish = Wish(score="taylor", channels=0.5, rounds=rounds)
-    found = Cutter(source, claims, wish, windows, torch.device("cpu"), quiet).scores([0, 1, 2], {})
-    once = Cutter(source, claims, Wish(score="taylor", channels=0.5), windows, torch.device("cpu"), quiet).scores([0, 1, 2], {})
+    found = Cutter(source, inventory, wish, windows, torch.device("cpu"), quiet).scores([0, 1, 2], {})
+    once = Cutter(source, inventory, Wish(score="taylor", channels=0.5), windows, torch.device("cpu"), quiet).scores(
+        [0, 1, 2], {}
+    )
     model = loaded(folder)
-    readers = {name: (site, _weight(model, site)) for _, name in found for site in claims.sites if site.name == name}
+    readers = {name: (site, _weight(model, site)) for _, name in found for site in inventory.sites if site.name == name}
     gone: dict[str, Tensor] = {name: torch.zeros(64, dtype=torch.bool) for name in readers}
     for number in range(rounds):
         total = {name: torch.zeros(64, dtype=torch.float64) for name in readers}
@@ -343,7 +345,7 @@ def test_a_cut_in_rounds_keeps_as_many(tiny: Tiny, ids: Path, tmp_path: Path) ->
 def test_rounds_need_scores_that_can_be_taken_anew(wish: dict[str, Any], tiny: Tiny) -> None:
     source = Source.open(tiny("llama"))
     with pytest.raises(RecipeError, match="rounds 2"):
-        after(Wish(**{"channels": 0.5, "rounds": 2, **wish}), find(source), sizes_of(source, find(source)))
+        after(Wish(**{"channels": 0.5, "rounds": 2, **wish}), find_family(source), sizes_of(source, find_family(source)))
 
 
 def test_mixed_is_the_equation() -> None:

@@ -32,7 +32,7 @@ class SmallBlock:
         self._weights, self._others, self._forward, self._rows = weights, others or {}, forward, rows
         self._batches, self._stored_as = list(batches), stored_as
         self.sites = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
-        self.batches = self.everyones = len(self._batches)
+        self.batches = self.total_batches = len(self._batches)
         self._targets = [self.run(batch, {}) for batch in self._batches]
         self.runs = 0
         self.said: list[float] = []

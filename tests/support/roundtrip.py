@@ -29,9 +29,9 @@ def assert_round_trip(model: Path, folder: Path, data: Path | None, steps: list[
             return loaded, loaded(probe, use_cache=False).logits
 
     loaded, first = logits(folder / "out")
-    skeleton, hidden = last_hidden(source, probe, torch.float32, torch.device("cpu"))
-    with skeleton.outer():
-        torch.testing.assert_close(first, skeleton.logits(probe, hidden), rtol=1e-5, atol=1e-5)
+    streamed, hidden = last_hidden(source, probe, torch.float32, torch.device("cpu"))
+    with streamed.embeddings_and_head():
+        torch.testing.assert_close(first, streamed.logits(probe, hidden), rtol=1e-5, atol=1e-5)
     loaded.save_pretrained(folder / "again")
     assert torch.equal(logits(folder / "again")[1], first)
 

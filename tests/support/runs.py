@@ -23,7 +23,7 @@ def steps(method: str = "quant/gptq", match: str = "*.*", **options: Any) -> lis
 
 
 def compress(model: Path, out: Path, data: Path | None, steps: list[dict[str, Any]], **more: Any) -> Any:
-    """Run a recipe with these steps in this process and return its summary; job, settings, listen and device go to the run.
+    """Run a recipe with these steps in this process and return its summary; job, settings, progress and device go to the run.
 
     The result is loaded anew with `reload=True` only, as that takes longer than all else.
     """
@@ -34,7 +34,7 @@ def compress(model: Path, out: Path, data: Path | None, steps: list[dict[str, An
     from compress.run.pipeline import Settings
 
     settings = replace(more.pop("settings", Settings()), reload=more.pop("reload", False))
-    listen = more.pop("listen", lambda *_: None)
+    progress = more.pop("progress", lambda *_: None)
     job, keep_job, device = more.pop("job", None), more.pop("keep_job", False), more.pop("device", "cpu")
     values = {"steps": steps, "dtype": "float32", "batch_tokens": 64, **more}
     if data is not None:
@@ -42,7 +42,7 @@ def compress(model: Path, out: Path, data: Path | None, steps: list[dict[str, An
     plan = run_prepare.prepare(str(model), recipe_reading.parse(values), device)
     ids = run_prepare.calibration(plan)
     expected = estimate.estimate(plan, ids.shape[0], ids.shape[1], settings.memory, settings.offload)
-    return run_module.run(plan, ids, out, settings, listen, expected, job, keep_job)
+    return run_module.run(plan, ids, out, settings, progress, expected, job, keep_job)
 
 
 def digests(folder: Path) -> dict[str, str]:

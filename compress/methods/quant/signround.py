@@ -183,7 +183,7 @@ def signround(
         for reach, given in zip(_REACH[rule], (rate, range_rate), strict=True)
     ]
     source = drawn(block, batches)
-    for step in range(steps if block.everyones else 0):
+    for step in range(steps if block.total_batches else 0):
         _, by_weight, _ = gradients(block, next(source), values())
         for site, gradient in by_weight.items():
             roundings[site].step(gradient, *(rate * (1 - step / steps) for rate in rates))

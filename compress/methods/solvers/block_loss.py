@@ -23,7 +23,7 @@ def drawn(block: Block, per_step: int) -> Iterator[list[int]]:
     """Yield without end this rank's batches of a step: each round goes through all batches of all ranks in a new order."""
     generator = block.generator()
     while True:
-        order = torch.randperm(block.everyones, generator=generator).tolist()
+        order = torch.randperm(block.total_batches, generator=generator).tolist()
         for start in range(0, len(order), per_step):
             step = order[start : start + per_step]
             yield [number - block.first for number in step if block.first <= number < block.first + block.batches]

@@ -85,7 +85,7 @@ def reconstruct(block: Block, weights: Mapping[str, CompressedWeight], make: Mak
     fixed = {site: weight.dequantize() for site, weight in weights.items() if site not in moving}
     vectors = vectors_of(block.others(), settings.norms, settings.biases)
     notes: dict[str, Any] = {"fixed": sorted(fixed)} if fixed else {}
-    if not (moving or vectors) or not block.everyones:
+    if not (moving or vectors) or not block.total_batches:
         return TuningResult(notes=notes)
     target = _target(block, settings.original)
 
@@ -99,7 +99,7 @@ def reconstruct(block: Block, weights: Mapping[str, CompressedWeight], make: Mak
     notes |= {"loss_before": best[2], "loss": best[2], "best_epoch": 0}
     everything: list[Trainable | Vector] = [*moving.values(), *vectors.values()]
     adam = optimizer(everything, settings.rate, settings.relative_rate)
-    source, per_epoch = drawn(block, settings.batches), -(-block.everyones // settings.batches)
+    source, per_epoch = drawn(block, settings.batches), -(-block.total_batches // settings.batches)
     steps = settings.epochs * per_epoch
     for step in range(steps):
         values = {site: m.values() for site, m in moving.items()}

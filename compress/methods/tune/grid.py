@@ -101,11 +101,11 @@ def grid(
         return kept, others, loss(block, fixed | {site: weight.dequantize() for site, weight in kept.items()}, others)
 
     notes: dict[str, Any] = {"fixed": sorted(fixed)} if fixed else {}
-    if not (moving or vectors) or not block.everyones:
+    if not (moving or vectors) or not block.total_batches:
         return TuningResult(notes=notes)
     best = now()
     notes |= {"loss_before": best[2], "loss": best[2], "best_epoch": 0}
-    source, per_epoch = drawn(block, batches), -(-block.everyones // batches)
+    source, per_epoch = drawn(block, batches), -(-block.total_batches // batches)
     for step in range(epochs * per_epoch):
         others = {name: master.value() for name, master in vectors.items()}
         values = {site: tuned.values() for site, tuned in moving.items()}

@@ -178,7 +178,7 @@ def test_runs(place: str, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
         if block == 2 and (place == "tuning" or (step == "retraining" and share > 0.6)):
             raise Stop
 
@@ -188,7 +188,7 @@ def test_runs(place: str, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     run(tiny("llama"), tmp_path / "out", ids, made, **{place: [stage]}, reload=True)
     if place == "tuning":
         with pytest.raises(Stop):
-            run(tiny("llama"), tmp_path / "stopped", ids, made, **{place: [stage]}, listen=listen)
+            run(tiny("llama"), tmp_path / "stopped", ids, made, **{place: [stage]}, progress=progress)
         run(tiny("llama"), tmp_path / "stopped", ids, made, **{place: [stage]})
         assert digests(tmp_path / "out") == digests(tmp_path / "stopped")
     source = PackedSource.open_packed(tmp_path / "out")

@@ -233,13 +233,13 @@ def test_a_stopped_run_gives_the_same_bytes(tiny: Tiny, ids: Path, tmp_path: Pat
     class Stop(Exception):
         pass
 
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
         if block == 2:
             raise Stop
 
     run(tiny("llama"), tmp_path / "whole", ids, STEPS, **RECIPE)
     with pytest.raises(Stop):
-        run(tiny("llama"), tmp_path / "stopped", ids, STEPS, listen=listen, **RECIPE)
+        run(tiny("llama"), tmp_path / "stopped", ids, STEPS, progress=progress, **RECIPE)
     run(tiny("llama"), tmp_path / "stopped", ids, STEPS, **RECIPE)
     assert digests(tmp_path / "whole") == digests(tmp_path / "stopped")
 

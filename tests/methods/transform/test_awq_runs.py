@@ -78,9 +78,9 @@ def test_a_run_reloads_with_the_logits_of_its_file(family: str, tiny: Tiny, ids:
 
     out = tmp_path / "out"
     summary = run(tiny(family), out, ids, RTN3, **TRANSFORM).values
-    skeleton, hidden = last_hidden(PackedSource.open_packed(out), PROBE, torch.float32, CPU)
-    with skeleton.outer():
-        streamed = skeleton.logits(PROBE, hidden)
+    streamed, hidden = last_hidden(PackedSource.open_packed(out), PROBE, torch.float32, CPU)
+    with streamed.embeddings_and_head():
+        streamed = streamed.logits(PROBE, hidden)
     torch.testing.assert_close(logits(out), streamed, rtol=1e-5, atol=1e-5)
     assert summary["bytes_after"] == Source.open(out).nbytes
     assert verify(out, "cpu", lambda *_: None)["sites"] == len(notes(out))
@@ -197,7 +197,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(more: dict[str, Any], 
     class Stop(Exception):
         pass
 
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
         if block == 2:
             raise Stop
 
@@ -205,7 +205,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(more: dict[str, Any], 
     gptq = steps(bits=3, group_size=16)
     run(tiny("mixtral"), tmp_path / "whole", ids, gptq, **recipe)
     with pytest.raises(Stop):
-        run(tiny("mixtral"), tmp_path / "out", ids, gptq, listen=listen, **recipe)
+        run(tiny("mixtral"), tmp_path / "out", ids, gptq, progress=progress, **recipe)
     run(tiny("mixtral"), tmp_path / "out", ids, gptq, **recipe)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 

@@ -196,7 +196,7 @@ def test_memory_disk_and_stops_change_nothing(tiny: Tiny, ids: Path, tmp_path: P
     class Stop(Exception):
         pass
 
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
         if block == 2:
             raise Stop
 
@@ -204,7 +204,7 @@ def test_memory_disk_and_stops_change_nothing(tiny: Tiny, ids: Path, tmp_path: P
     run(tiny("mixtral"), tmp_path / "whole", ids, gptq, **STAGE)
     run(tiny("mixtral"), tmp_path / "disk", ids, gptq, settings=Settings(offload=True, memory=1), **STAGE)
     with pytest.raises(Stop):
-        run(tiny("mixtral"), tmp_path / "stopped", ids, gptq, listen=listen, **STAGE)
+        run(tiny("mixtral"), tmp_path / "stopped", ids, gptq, progress=progress, **STAGE)
     run(tiny("mixtral"), tmp_path / "stopped", ids, gptq, **STAGE)
     assert digests(tmp_path / "whole") == digests(tmp_path / "disk") == digests(tmp_path / "stopped")
 

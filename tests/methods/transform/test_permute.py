@@ -16,7 +16,7 @@ from runs import digests, steps
 from tiny import TINY
 from torch import Tensor
 
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
@@ -33,7 +33,7 @@ from compress.methods.transform.permute import (
     reordered,
     turned,
 )
-from compress.model.detect import find
+from compress.model.detect import find_family
 from compress.report.rows import read_rows
 
 Tiny = Callable[..., Path]
@@ -180,10 +180,10 @@ def test_logits_stay_in_every_family(family: str, tiny: Tiny) -> None:
     after, notes = transformed.run(folder, Permute(pattern="2:4"))
     torch.testing.assert_close(after, before, rtol=1e-5, atol=2e-5)
     source = Source.open(folder)
-    claims = claim(source, find(source))
-    readers = {channels.output for channels in claims.family.channels}
+    inventory = take_inventory(source, find_family(source))
+    readers = {channels.output for channels in inventory.family.channels}
     readers |= {kind for kind in ("self_attn.o_proj", "self_attn.out_proj", "attn.c_proj")}
-    for site in claims.sites:
+    for site in inventory.sites:
         if site.block is None:
             continue
         if site.kind in readers:
@@ -269,14 +269,14 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tiny: Tiny, ids: Path, tmp_path
     class Stop(Exception):
         pass
 
-    def listen(block: int, blocks: int, step: str, share: float) -> None:
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
         if block == 2:
             raise Stop
 
     method = steps("prune/wanda", **TWO_OF_FOUR)
     run(tiny("qwen2"), tmp_path / "whole", ids, method, **STAGE)
     with pytest.raises(Stop):
-        run(tiny("qwen2"), tmp_path / "stopped", ids, method, listen=listen, **STAGE)
+        run(tiny("qwen2"), tmp_path / "stopped", ids, method, progress=progress, **STAGE)
     run(tiny("qwen2"), tmp_path / "stopped", ids, method, **STAGE)
     assert digests(tmp_path / "whole") == digests(tmp_path / "stopped")
 

@@ -14,12 +14,12 @@ import transformed
 from tiny import TINY
 from torch import Tensor
 
-from compress.architecture.inventory import claim
+from compress.architecture.inventory import take_inventory
 from compress.blockwise.scalable import producing_rows
 from compress.checkpoint.source import Source
 from compress.methods.block import Block, Scalable, TransformResult
 from compress.methods.transform._scaling import Moved
-from compress.model.detect import find
+from compress.model.detect import find_family
 
 Tiny = Callable[..., Path]
 
@@ -72,15 +72,15 @@ def test_every_norm_before_linears_is_a_producer_in_every_family(tiny: Tiny) -> 
     """And every tap of a block is read at one place at most, whole."""
     for family in TINY:
         source = Source.open(tiny(family))
-        claims, method = claim(source, find(source)), Random()
+        inventory, method = take_inventory(source, find_family(source)), Random()
         run(tiny(family), method)
         readers = [site for place in method.places for site in place.sites]
         assert len(readers) == len(set(readers))
-        left = {site.kind for site in claims.sites if site.block is not None and site.name not in readers}
+        left = {site.kind for site in inventory.sites if site.block is not None and site.name not in readers}
         assert left <= {"mlp.experts.down_proj"}, family
         by_tap: dict[tuple[Any, str], set[str]] = {}
         place_of = {site: place.producer for place in method.places for site in place.sites}
-        for site in claims.sites:
+        for site in inventory.sites:
             by_tap.setdefault((site.block, site.tap), set()).add(place_of.get(site.name, ""))
         assert all(len(producers) == 1 for producers in by_tap.values()), family
 
