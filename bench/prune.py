@@ -26,13 +26,13 @@ import torch
 from compress import registry
 from compress.architecture.config import vocabulary
 from compress.calibration.data import load_ids
-from compress.evaluate.quality import compare, open_any
+from compress.evaluation.quality import compare, open_any
 from compress.recipe import reading as recipe_reading
 from compress.recipe.data import Data
-from compress.run import estimate
-from compress.run import prepare as run_prepare
-from compress.run import run as run_module
-from compress.run.pipeline import Settings
+from compress.runs import estimate
+from compress.runs import prepare as run_prepare
+from compress.runs import run as run_module
+from compress.runs.pipeline import Settings
 from compress.system.files import write_json
 
 Options = dict[str, Any]

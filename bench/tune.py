@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from compress.evaluate import bench  # noqa: E402
+from compress.evaluation import bench  # noqa: E402
 from compress.kernels import _cuda, _weights, weight_only  # noqa: E402
 from compress.kernels._weights import Tiles  # noqa: E402
 from compress.kernels.weight_only import Plan  # noqa: E402

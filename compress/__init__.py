@@ -36,12 +36,12 @@ if TYPE_CHECKING:
         PruningOptions,
         Quality,
         RunOptions,
-        measure,
+        evaluate,
         plan,
         prune,
         quantize,
         retrain,
-        run_recipe,
+        run,
     )
 
 __all__ = [
@@ -62,13 +62,13 @@ __all__ = [
     "RunOptions",
     "VerificationError",
     "__version__",
+    "evaluate",
     "load",
-    "measure",
     "plan",
     "prune",
     "quantize",
     "retrain",
-    "run_recipe",
+    "run",
 ]
 
 _HOST = "transformers.quantizers.auto"

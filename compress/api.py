@@ -17,8 +17,8 @@ from typing import Any
 
 from compress.checkpoint.packed_source import PackedSource
 from compress.errors import RecipeError
-from compress.evaluate import quality as evaluation
-from compress.evaluate.quality import Quality
+from compress.evaluation import quality as evaluation
+from compress.evaluation.quality import Quality
 from compress.planning import planner as planners
 from compress.planning.budget import Budget
 from compress.planning.planner import PlanResult
@@ -26,9 +26,9 @@ from compress.planning.pruning import PruningOptions, Surveying, make_pruning_re
 from compress.recipe import build, reading
 from compress.recipe.data_options import DataOptions
 from compress.recipe.schema import Recipe
-from compress.run import prepare as run_prepare
-from compress.run import run as runs
-from compress.run.prepared import DEFAULTS, Outcome, RunOptions, path_or_none, prepare_run
+from compress.runs import prepare as run_prepare
+from compress.runs import run as runs
+from compress.runs.prepared import DEFAULTS, Outcome, RunOptions, path_or_none, prepare_run
 from compress.system.device import DTYPES
 from compress.system.progress import Progress
 
@@ -40,19 +40,19 @@ __all__ = [
     "PruningOptions",
     "Quality",
     "RunOptions",
-    "measure",
+    "evaluate",
     "plan",
     "prune",
     "quantize",
     "retrain",
-    "run_recipe",
+    "run",
 ]
 
 Text = str | Path | DataOptions | None
 Changes = Sequence[str]  # to a recipe, such as steps.0.options.bits=3
 
 
-def run_recipe(
+def run(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     model: str | Path,
     out: str | Path,
@@ -114,7 +114,7 @@ def quantize(
             raise RecipeError(not_with_budget(next(iter(given))))
         planned = plan_before_run(model, out, budget, method, data, dtype, options, progress)
         recipe = changed_plan(planned, changes)
-    return run_recipe(recipe, model, out, watch=watch, options=options, progress=progress)
+    return run(recipe, model, out, watch=watch, options=options, progress=progress)
 
 
 def given_options(**options: Any) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def prune(
 ) -> Outcome:
     """Prune a model, and quantize it in the same pass where `pruning` has bits. Raises CompressError."""
     recipe = pruning_recipe(pruning, model, out, data=data, dtype=dtype, changes=changes, options=options, progress=progress)
-    return run_recipe(recipe, model, out, watch=watch, options=options, progress=progress)
+    return run(recipe, model, out, watch=watch, options=options, progress=progress)
 
 
 def pruning_recipe(
@@ -274,7 +274,7 @@ def retrain(
     return Outcome(done.out, done.values, done.rows, done.resumed)
 
 
-def measure(
+def evaluate(
     model: str | Path,
     data: Text,
     *,

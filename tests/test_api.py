@@ -110,7 +110,7 @@ def test_prune_with_a_sparsity_for_every_weight(command: Run, model: Path, ids: 
 
 
 @pytest.mark.parametrize("given", ["file", "values", "recipe"])
-def test_run_recipe_gives_the_bytes_of_the_command(given: str, command: Run, model: Path, ids: Path, tmp_path: Path) -> None:
+def test_run_gives_the_bytes_of_the_command(given: str, command: Run, model: Path, ids: Path, tmp_path: Path) -> None:
     values = {"steps": [{"match": "*.mlp.*", "method": "quant/rtn", "options": {"bits": 4, "group_size": 16}}]}
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(values))
@@ -119,7 +119,7 @@ def test_run_recipe_gives_the_bytes_of_the_command(given: str, command: Run, mod
     recipe = {"file": file, "values": values, "recipe": api.read_recipe(file, data=ids)}[given]
     options = dataclasses.replace(OPTIONS, formats=("compressed-tensors",), target="vllm")
     data = None if given == "recipe" else ids
-    outcome = compress.run_recipe(recipe, model, tmp_path / "mine", data=data, watch=1, options=options)
+    outcome = compress.run(recipe, model, tmp_path / "mine", data=data, watch=1, options=options)
     assert digests(outcome.path) == digests(tmp_path / "theirs")
     assert [export["format"] for export in outcome.exports] == ["compressed-tensors"]
     assert digests(tmp_path / "mine-compressed-tensors") == digests(tmp_path / "theirs-compressed-tensors")
@@ -130,7 +130,7 @@ def test_run_recipe_gives_the_bytes_of_the_command(given: str, command: Run, mod
 def test_a_recipe_that_is_made_is_not_changed(model: Path, tmp_path: Path) -> None:
     made = api.read_recipe({"steps": [{"match": "*", "method": "quant/rtn"}]})
     with pytest.raises(compress.RecipeError, match="recipe: is made already"):
-        compress.run_recipe(made, model, tmp_path / "out", changes=["steps.0.options.bits=3"])
+        compress.run(made, model, tmp_path / "out", changes=["steps.0.options.bits=3"])
 
 
 def test_plan_gives_the_recipe_of_the_command(command: Run, model: Path, ids: Path, tmp_path: Path) -> None:
@@ -157,9 +157,9 @@ def test_plan_gives_the_recipe_of_the_command(command: Run, model: Path, ids: Pa
 
 def test_measure_gives_the_figures_of_the_command(command: Run, model: Path, ids: Path) -> None:
     said = command("eval", model, "--original", model, "--data", ids, "--no-speed", "--device", "cpu", "--json").json
-    assert through_json(compress.measure(model, ids, original=model, speed=False, device="cpu").plain()) == said
+    assert through_json(compress.evaluate(model, ids, original=model, speed=False, device="cpu").plain()) == said
     with pytest.raises(compress.RecipeError, match=r"^dtype float7: expected one of float32"):
-        compress.measure(model, ids, dtype="float7")
+        compress.evaluate(model, ids, dtype="float7")
 
 
 def test_retrain_gives_the_bytes_of_the_command(command: Run, model: Path, ids: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from compress.recipe.data_options import DataOptions
 
 if TYPE_CHECKING:
     from compress.planning.budget import Budget
-    from compress.run.prepared import RunOptions
+    from compress.runs.prepared import RunOptions
 
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a Hub id.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]
@@ -145,7 +145,7 @@ class RunFlags:
 
     def options(self, delivery: DeliveryFlags | None = None) -> RunOptions:
         """How the run is done, for the Python API. Raises RecipeError for names of a target or a format that are not known."""
-        from compress.run.prepared import RunOptions
+        from compress.runs.prepared import RunOptions
 
         given = delivery or DeliveryFlags()
         options = RunOptions(

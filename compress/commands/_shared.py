@@ -13,7 +13,7 @@ from compress.system.progress import Progress
 if TYPE_CHECKING:
     from compress.commands._options import RunFlags
     from compress.recipe.schema import Recipe
-    from compress.run.prepared import RunOptions
+    from compress.runs.prepared import RunOptions
 
 
 @contextmanager
@@ -28,10 +28,10 @@ def progress(quiet: bool, predicted: float | None = None) -> Iterator[Progress]:
 def run_and_show(recipe: Recipe, model: str, output: Path, options: RunOptions, flags: RunFlags, quiet: bool) -> None:
     """Run a recipe, or say what it would do; show what came out. Raises CompressError.
 
-    These are the steps of `api.run_recipe`, each with a display of its own.
+    These are the steps of `api.run`, each with a display of its own.
     """
     from compress.recipe.build import watched
-    from compress.run.prepared import prepare_run
+    from compress.runs.prepared import prepare_run
     from compress.screen.checkpoints import show_exports, show_findings
     from compress.screen.plans import describe_dry_run, show_dry_run
     from compress.screen.results import show_outcome

@@ -40,7 +40,7 @@ def bench_command(
 
     Against a dense weight and against what the machine can do; of a model also tokens per second, against its original.
     """
-    from compress.evaluate import bench as benchmark
+    from compress.evaluation import bench as benchmark
     from compress.screen.results import show_bench
     from compress.system.device import DTYPES, pick_device
     from compress.system.files import write_json

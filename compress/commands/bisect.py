@@ -34,7 +34,7 @@ def bisect(
 
     Halves of the compressed weights are made dense again, one evaluation of the divergence each, some 2 log2 of their number.
     """
-    from compress.evaluate.bisect import bisect as search
+    from compress.evaluation.bisect import bisect as search
     from compress.recipe.reading import parse_data
     from compress.screen.results import show_bisection
     from compress.system.device import DTYPES

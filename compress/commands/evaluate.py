@@ -39,7 +39,7 @@ def evaluate_command(
     from compress.screen.results import show_quality
 
     with progress(quiet or json_) as shown:
-        result = api.measure(
+        result = api.evaluate(
             model,
             DataOptions(data, samples, length, seed),
             original=original,

@@ -35,7 +35,7 @@ def rehearse(
     from compress.recipe.build import with_changes
     from compress.recipe.data_options import DataOptions
     from compress.recipe.reading import read
-    from compress.run.rehearsal import rehearse as run
+    from compress.runs.rehearsal import rehearse as run
     from compress.screen.plans import show_rehearsal
 
     made = with_changes(read(recipe), DataOptions(), dtype, settings or (), recipe)

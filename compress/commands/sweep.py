@@ -45,7 +45,7 @@ def sweep_command(
     from compress.planning.sensitivity import sites_of, split
     from compress.recipe.build import memory_budget
     from compress.recipe.reading import parse_data
-    from compress.run import prepare as run_prepare
+    from compress.runs import prepare as run_prepare
     from compress.screen.results import show_curve
     from compress.system.files import write_json
 

@@ -13,7 +13,7 @@ from compress.planning.budget import Budget, Point
 from compress.planning.candidates import Candidate
 from compress.planning.problem import Choice, Problem
 from compress.planning.sensitivity import Sensitivity, sites_of
-from compress.run.prepare import RunPlan
+from compress.runs.prepare import RunPlan
 
 
 class Model:

@@ -9,9 +9,9 @@ from typing import Any
 from compress.planning import budget as plan_budget
 from compress.planning import planner
 from compress.recipe.schema import parse_size
-from compress.run import estimate
-from compress.run import prepare as run_prepare
-from compress.run.sizes import sizes
+from compress.runs import estimate
+from compress.runs import prepare as run_prepare
+from compress.runs.sizes import sizes
 
 
 def feasibility(

@@ -49,7 +49,7 @@ from compress.model.streamed import StreamedModel, Weights
 from compress.planning.candidates import Candidate
 from compress.planning.sensitivity import Reference, Sensitivity, SiteCosts, references, sites_of, split
 from compress.recipe.assignment import Assignment
-from compress.run.prepare import RunPlan
+from compress.runs.prepare import RunPlan
 from compress.system.files import replacing, writing
 from compress.system.progress import Progress
 

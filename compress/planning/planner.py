@@ -26,8 +26,8 @@ from compress.planning.store import Kept
 from compress.recipe import assignment as recipe_assignment
 from compress.recipe import reading as recipe_reading
 from compress.recipe.schema import Recipe
-from compress.run import prepare as run_prepare
-from compress.run.prepare import RunPlan
+from compress.runs import prepare as run_prepare
+from compress.runs.prepare import RunPlan
 from compress.system.files import write_text
 from compress.system.progress import Progress
 

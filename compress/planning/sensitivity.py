@@ -17,7 +17,7 @@ from compress.model.divergence import divergence, mean
 from compress.model.streamed import StreamedModel
 from compress.planning.candidates import Candidate
 from compress.recipe.assignment import Assignment, StageAssignment
-from compress.run.prepare import RunPlan
+from compress.runs.prepare import RunPlan
 from compress.system.progress import Progress
 
 PROBE_TOKENS = 8192  # of windows that references are measured on

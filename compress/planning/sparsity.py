@@ -29,7 +29,7 @@ from compress.calibration.statistics import MeanSquare, Statistics
 from compress.model.streamed import StreamedModel, Weights
 from compress.planning.steps import fold
 from compress.recipe.assignment import Assignment
-from compress.run.prepare import RunPlan
+from compress.runs.prepare import RunPlan
 from compress.system.progress import Progress
 
 MOST = 0.95  # of a matrix, that is given up

@@ -12,7 +12,7 @@ from compress.planning.sensitivity import sites_of
 from compress.planning.sparsity import by_magnitude, by_outliers, steps_of
 from compress.planning.store import Kept
 from compress.recipe import reading as recipe_reading
-from compress.run import prepare as run_prepare
+from compress.runs import prepare as run_prepare
 from compress.system.progress import Progress
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities that a measured plan may give

@@ -17,7 +17,7 @@ from compress.calibration.data import fingerprint
 from compress.planning.candidates import Candidate
 from compress.planning.measure import measure
 from compress.planning.sensitivity import Sensitivity, check
-from compress.run.prepare import RunPlan
+from compress.runs.prepare import RunPlan
 from compress.system.files import write_json, writing
 from compress.system.progress import Progress
 

@@ -27,7 +27,7 @@ from compress.model.streamed import StreamedModel
 from compress.planning.candidates import Candidate, candidate
 from compress.recipe.assignment import Assignment
 from compress.report.rows import bits_per_weight
-from compress.run.prepare import RunPlan
+from compress.runs.prepare import RunPlan
 from compress.system.progress import Progress
 
 TOLERANCE = 1.01

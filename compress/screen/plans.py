@@ -9,12 +9,12 @@ from compress.screen.console import console, table_of, with_error
 from compress.system.files import duration, human_bytes
 
 if TYPE_CHECKING:
-    from compress.run.prepared import PreparedRun
+    from compress.runs.prepared import PreparedRun
 
 
 def describe_dry_run(run: PreparedRun) -> dict[str, Any]:
     """What a dry run says, as JSON values."""
-    from compress.run import estimate
+    from compress.runs import estimate
 
     plan, expected, ids = run.plan, run.estimate, run.ids.shape
     devices = [] if expected.on_host else [estimate.free_on(plan.device)]

@@ -12,9 +12,9 @@ from compress.system import memory
 from compress.system.files import duration, human_bytes
 
 if TYPE_CHECKING:
-    from compress.evaluate.bench import Bench
-    from compress.evaluate.quality import Quality
-    from compress.run.prepared import Outcome
+    from compress.evaluation.bench import Bench
+    from compress.evaluation.quality import Quality
+    from compress.runs.prepared import Outcome
 
 
 def show_outcome(outcome: Outcome) -> None:

@@ -14,12 +14,12 @@ from runs import steps
 from compress.architecture.added_biases import with_biases
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
-from compress.evaluate.quality import evaluate
+from compress.evaluation.quality import evaluate
 from compress.model.detect import find_family
 from compress.recipe import reading as recipe_reading
 from compress.recipe.data import Data
-from compress.run import prepare as run_prepare
-from compress.run.pipeline import Settings
+from compress.runs import prepare as run_prepare
+from compress.runs.pipeline import Settings
 from compress.verify.verify import verify
 
 Tiny = Callable[..., Path]
@@ -85,7 +85,7 @@ def test_only_when_asked_and_only_where_there_is_a_place(tiny: Tiny, ids: Path, 
 def test_a_whole_model_is_trained_with_its_new_biases(before: bool, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     """By `compress retrain`, on a result that has them and on one that has not."""
     from compress.checkpoint.packed_source import PackedSource
-    from compress.run import run as run_module
+    from compress.runs import run as run_module
 
     model, first = tiny("llama"), tmp_path / "first"
     run(model, first, ids, PRUNED, **(trained(weights="none") if before else {}))

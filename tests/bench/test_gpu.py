@@ -16,7 +16,7 @@ from places import ROOT
 from typer.testing import CliRunner
 
 from compress.cli import app
-from compress.evaluate import bench
+from compress.evaluation import bench
 
 PATH = ROOT / "bench" / "gpu.py"
 

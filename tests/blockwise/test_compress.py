@@ -16,7 +16,7 @@ from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
 from compress.report.rows import SiteRow, read_rows
-from compress.run.pipeline import Settings
+from compress.runs.pipeline import Settings
 
 Tiny = Callable[..., Path]
 GPTQ = {"bits": 3, "group_size": 16}
@@ -164,8 +164,8 @@ def test_the_summary_counts_every_byte(tiny: Tiny, ids: Path, tmp_path: Path) ->
 
 def _plan_bytes(model: Path, values: dict[str, Any]) -> Any:
     from compress.recipe import reading as recipe_reading
-    from compress.run import estimate
-    from compress.run import prepare as run_prepare
+    from compress.runs import estimate
+    from compress.runs import prepare as run_prepare
 
     return estimate.estimate(run_prepare.prepare(str(model), recipe_reading.parse(values), "cpu"), 4, 16, 1 << 30, False)
 

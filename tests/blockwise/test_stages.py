@@ -24,7 +24,7 @@ from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
 from compress.report.rows import SiteRow, read_rows
-from compress.run.pipeline import Settings
+from compress.runs.pipeline import Settings
 
 Tiny = Callable[..., Path]
 SIGNROUND = steps("quant/signround", bits=2, group_size=16, steps=6, evaluations=2)

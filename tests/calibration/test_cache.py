@@ -10,7 +10,7 @@ import pytest
 from runs import compress, digests, ids_file, steps
 
 from compress.errors import RecipeError
-from compress.run.pipeline import Settings
+from compress.runs.pipeline import Settings
 
 Tiny = Callable[..., Path]
 

@@ -79,7 +79,7 @@ def test_the_card_names_what_others_need(checkpoint: Path) -> None:
 
 
 def test_the_original_is_still_found_on_this_machine(checkpoint: Path, tmp_path: Path) -> None:
-    from compress.evaluate.quality import base_of
+    from compress.evaluation.quality import base_of
 
     assert base_of(str(checkpoint)) == str((checkpoint.parent / "model").resolve())
     moved = shutil.copytree(checkpoint, tmp_path / "moved")

@@ -22,7 +22,7 @@ from compress.interop.foreign import open_any
 from compress.interop.targets import Stored, lint
 from compress.methods.method import group_columns, uniform_described
 from compress.recipe import reading as recipe_reading
-from compress.run import prepare as run_prepare
+from compress.runs import prepare as run_prepare
 
 Tiny = Callable[..., Path]
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "max_position_embeddings": 128}

@@ -21,7 +21,7 @@ from pruned_parts import mask, pruned, values
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian
-from compress.evaluate import bench
+from compress.evaluation import bench
 from compress.kernels import (
     _activations,
     _cuda,

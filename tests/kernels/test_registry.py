@@ -12,7 +12,7 @@ from weights import random_weight
 
 import compress.kernels
 from compress.errors import KernelError
-from compress.evaluate import bench
+from compress.evaluation import bench
 from compress.kernels import kernel, torch_reference
 from compress.kernels.kernel import Use, choose_kernel, kernels
 from compress.runtime.linear import CompressedLinear

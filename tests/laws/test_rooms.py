@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pytest
 from places import ROOT
 
+import compress
+
 PACKAGE = ROOT / "compress"
 
 
@@ -51,7 +53,7 @@ ROOMS: dict[str, Room] = {
     "runtime": Room("kernels model architecture checkpoint weights errors", "torch transformers"),
     "verify": Room("interop blockwise report architecture checkpoint system errors", "torch numpy", "transformers"),
     "inspection": Room("interop model architecture checkpoint weights system errors", "torch"),
-    "evaluate": Room(
+    "evaluation": Room(
         "verify interop blockwise report runtime kernels calibration model architecture recipe checkpoint weights system errors",
         "torch",
         "lm_eval transformers yaml",
@@ -61,21 +63,21 @@ ROOMS: dict[str, Room] = {
         "torch",
         "transformers",
     ),
-    "run": Room(
-        "evaluate verify interop output blockwise report kernels methods calibration model architecture recipe checkpoint "
+    "runs": Room(
+        "evaluation verify interop output blockwise report kernels methods calibration model architecture recipe checkpoint "
         "weights system _version errors",
         "torch yaml scipy",
         "numpy",
     ),
     "planning": Room(
-        "run blockwise report calibration model architecture recipe registry system _version errors",
+        "runs blockwise report calibration model architecture recipe registry system _version errors",
         "torch numpy scipy yaml pydantic",
         "matplotlib",
     ),
-    "api": Room("planning run evaluate recipe checkpoint system errors"),
-    "screen": Room("run inspection evaluate interop report registry system", "rich"),
+    "api": Room("planning runs evaluation recipe checkpoint system errors"),
+    "screen": Room("runs inspection evaluation interop report registry system", "rich"),
     "commands": Room(
-        "screen api planning run structured_pruning inspection evaluate verify interop report calibration architecture recipe "
+        "screen api planning runs structured_pruning inspection evaluation verify interop report calibration architecture recipe "
         "registry system errors",
         "typer",
     ),
@@ -266,6 +268,11 @@ def test_the_root_holds_seven_modules_at_most() -> None:
     assert len([path for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]) <= 7
 
 
+def test_no_room_is_called_as_a_function_of_the_package() -> None:
+    """Importing a room sets an attribute of the package, which would hide the function."""
+    assert [name for name in compress.__all__ if name in ROOMS] == []
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_says_in_one_sentence_what_it_is(folder: str) -> None:
     """The docstring of its `__init__.py`, which has nothing else, is also the room's row in docs/architecture.md."""
@@ -306,11 +313,11 @@ def test_private_files_are_imported_from_their_own_folder_alone() -> None:
         ("errors", "import torch", "may not import torch"),
         ("kernels.foo", "import cupy", "may not import cupy at its top"),
         ("methods.quant.gptq", "def f():\n    import cupy", "may not import cupy"),
-        ("run.run", "import rich.table", "may not import rich"),
+        ("runs.run", "import rich.table", "may not import rich"),
         ("screen.plans", "import typer", "may not import typer"),
         ("checkpoint.tensor_file", "from pydantic import BaseModel", "may not import pydantic"),
         ("commands.plan", "import torch", "may not import torch"),
-        ("commands.plan", "from compress.screen.plans import show_plan\nfrom compress.run import run", "run.run at its top"),
+        ("commands.plan", "from compress.screen.plans import show_plan\nfrom compress.runs import run", "runs.run at its top"),
         ("model.streamed", "import transformers", "may not import transformers at its top"),
         ("verify.second_reader", "from compress.checkpoint import packing", "may not import compress.checkpoint.packing"),
         ("planning.planners.milp", "from compress.planning import budget", "may not import compress.planning.budget"),
@@ -331,8 +338,8 @@ def test_the_walk_finds(module: str, text: str, complaint: str) -> None:
         ("kernels.foo", "def compiled():\n    import cupy"),
         ("methods.quant.gptq", "import torch\nfrom compress.methods.solvers import uniform_grid"),
         ("methods.retrain.perp", "from compress.methods.retrain import _options"),
-        ("screen.results", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from compress.run.finish import Summary"),
-        ("commands.plan", "class A:\n    def f(self):\n        from compress.run import run"),
+        ("screen.results", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from compress.runs.finish import Summary"),
+        ("commands.plan", "class A:\n    def f(self):\n        from compress.runs import run"),
         ("methods.quant.gptq", "import json, os.path"),
     ],
 )

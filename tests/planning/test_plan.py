@@ -26,7 +26,7 @@ from compress.planning.sensitivity import split
 from compress.planning.store import Kept
 from compress.recipe import reading as recipe_reading
 from compress.report.rows import read_rows
-from compress.run import prepare as run_prepare
+from compress.runs import prepare as run_prepare
 
 Tiny = Callable[..., Path]
 

@@ -20,7 +20,7 @@ from compress.planning import sensitivity as sensitivity_module
 from compress.planning.candidates import Candidate, candidate
 from compress.planning.measure import Measurement, above_deviation, measure
 from compress.planning.sensitivity import Reference, Sensitivity, SiteCosts, check, split
-from compress.run import prepare as run_prepare
+from compress.runs import prepare as run_prepare
 
 Tiny = Callable[..., Path]
 ROOM = 1 << 30

@@ -17,7 +17,7 @@ from compress.planning.sparsity import MOST, by_magnitude, by_outliers, outlier_
 from compress.recipe import assignment as recipe_assignment
 from compress.recipe import reading as recipe_reading
 from compress.report.rows import read_rows
-from compress.run import prepare as run_prepare
+from compress.runs import prepare as run_prepare
 
 
 def plan_of(model: Path, data: Path | None = None, method: str = "prune/magnitude", match: str = "*.*") -> run_prepare.RunPlan:

@@ -16,11 +16,11 @@ from command_line import Run
 from runs import compress, ids_file, steps
 
 from compress.errors import RecipeError
-from compress.evaluate.quality import compare, open_any
+from compress.evaluation.quality import compare, open_any
 from compress.planning import planner
 from compress.planning.sensitivity import split
 from compress.planning.sweep import Curve, Point, bend, settings, sweep, variants
-from compress.run import prepare as run_prepare
+from compress.runs import prepare as run_prepare
 
 
 def swept(model: Path, data: Path, method: str, option: str, values: Sequence[Any], **fixed: Any) -> Curve:

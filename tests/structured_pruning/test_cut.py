@@ -17,7 +17,7 @@ from compress.architecture.inventory import take_inventory
 from compress.architecture.known import family_of
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
-from compress.evaluate.quality import evaluate
+from compress.evaluation.quality import evaluate
 from compress.model.detect import find_family
 from compress.recipe.data import Data
 from compress.structured_pruning import importance

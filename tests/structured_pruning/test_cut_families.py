@@ -133,7 +133,7 @@ def test_a_stopped_run_of_experts_goes_on_to_the_same_bytes(
 
 
 def test_repair_makes_up_for_channels_of_experts(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
-    from compress.evaluate.quality import evaluate
+    from compress.evaluation.quality import evaluate
 
     errors = []
     for repair in (False, True):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.checkpoint.source import Source
 from compress.errors import FormatError, RecipeError, ResumeError
-from compress.evaluate.quality import evaluate
+from compress.evaluation.quality import evaluate
 from compress.model.layer_sizes import sizes_of
 from compress.output.job import Job
 from compress.recipe.data import Data

@@ -44,10 +44,10 @@ def _shrunk(value: Any) -> Any:
 def compress_on(device: str, family: str, recipe: str, folder: Path) -> tuple[Path, list[str]]:
     """Run a recipe of this repository on a tiny model and a device, `cpu` or a pretended one; return the result and kernels."""
     from compress.recipe import reading as recipe_reading
-    from compress.run import estimate
-    from compress.run import prepare as run_prepare
-    from compress.run import run as run_module
-    from compress.run.pipeline import Settings
+    from compress.runs import estimate
+    from compress.runs import prepare as run_prepare
+    from compress.runs import run as run_module
+    from compress.runs.pipeline import Settings
 
     values = _shrunk(yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text()))
     values |= {"data": {"name": str(runs.ids_file(folder / "ids.npy", samples=8))}, "dtype": "float32", "batch_tokens": 64}
@@ -117,7 +117,7 @@ def benchmarks(names: list[str], folder: Path) -> dict[str, list[dict[str, Any]]
     from typer.testing import CliRunner
 
     from compress.cli import app
-    from compress.evaluate import bench
+    from compress.evaluation import bench
 
     sys.path.insert(0, str(RECIPES.parent / "bench"))
     found = {}

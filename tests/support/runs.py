@@ -28,10 +28,10 @@ def compress(model: Path, out: Path, data: Path | None, steps: list[dict[str, An
     The result is loaded anew with `reload=True` only, as that takes longer than all else.
     """
     from compress.recipe import reading as recipe_reading
-    from compress.run import estimate
-    from compress.run import prepare as run_prepare
-    from compress.run import run as run_module
-    from compress.run.pipeline import Settings
+    from compress.runs import estimate
+    from compress.runs import prepare as run_prepare
+    from compress.runs import run as run_module
+    from compress.runs.pipeline import Settings
 
     settings = replace(more.pop("settings", Settings()), reload=more.pop("reload", False))
     progress = more.pop("progress", lambda *_: None)

@@ -16,7 +16,7 @@ from runs import steps
 from compress.errors import CheckpointError, VerificationError
 from compress.interop import exporter as exporting
 from compress.interop.hub import push
-from compress.run.rehearsal import small_tokenizer
+from compress.runs.rehearsal import small_tokenizer
 from compress.verify.verify import verify
 
 Tiny = Callable[..., Path]

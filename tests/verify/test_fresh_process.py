@@ -42,7 +42,7 @@ def test_what_does_not_load_is_not_published(tiny: Tiny, ids: Path, tmp_path: Pa
     checked = reload.check
     monkeypatch.setattr(seal, "write_config", broken)
     monkeypatch.setattr(
-        "compress.run.finish._check", lambda *_: {"ids": [1, 2], "losses": [0.0], "dtype": "float32", "difference": 0}
+        "compress.runs.finish._check", lambda *_: {"ids": [1, 2], "losses": [0.0], "dtype": "float32", "difference": 0}
     )
     with pytest.raises(VerificationError, match=r"a fresh process cannot load what was written: .*no such function"):
         compress(tiny("llama"), tmp_path / "out", ids, RECIPE, reload=True)

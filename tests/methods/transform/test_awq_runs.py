@@ -25,7 +25,7 @@ from compress.methods.quant.rtn import RTN
 from compress.methods.transform import awq
 from compress.methods.transform.awq import AWQ
 from compress.report.rows import read_rows
-from compress.run.pipeline import Settings
+from compress.runs.pipeline import Settings
 
 Tiny = Callable[..., Path]
 

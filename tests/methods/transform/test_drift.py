@@ -25,7 +25,7 @@ from compress.errors import CalibrationError
 from compress.methods.transform import drift as drift_module
 from compress.methods.transform.drift import DriftCorrection
 from compress.report.rows import read_rows
-from compress.run.pipeline import Settings
+from compress.runs.pipeline import Settings
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")

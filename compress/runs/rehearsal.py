@@ -28,10 +28,10 @@ from compress.interop import exporter as exporting
 from compress.model.detect import find_family
 from compress.recipe.data import Data
 from compress.recipe.schema import Recipe
-from compress.run import estimate
-from compress.run import prepare as run_prepare
-from compress.run import run as run_module
-from compress.run.pipeline import Settings
+from compress.runs import estimate
+from compress.runs import prepare as run_prepare
+from compress.runs import run as run_module
+from compress.runs.pipeline import Settings
 from compress.system.files import write_json
 from compress.system.progress import Progress
 

@@ -12,7 +12,7 @@ from runs import compress, digests, steps
 
 from compress.errors import CalibrationError
 from compress.model.streamed import StreamedModel
-from compress.run.pipeline import Settings
+from compress.runs.pipeline import Settings
 
 Tiny = Callable[..., Path]
 RECIPE = steps(bits=3, group_size=16)

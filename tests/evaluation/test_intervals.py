@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from compress.evaluate import intervals
-from compress.evaluate.quality import _summed_up
+from compress.evaluation import intervals
+from compress.evaluation.quality import _summed_up
 
 
 def test_means_are_those_of_drawn_windows() -> None:

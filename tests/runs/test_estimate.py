@@ -15,8 +15,8 @@ from runs import steps
 
 from compress import registry
 from compress.recipe import reading as recipe_reading
-from compress.run import estimate, timing
-from compress.run import prepare as run_prepare
+from compress.runs import estimate, timing
+from compress.runs import prepare as run_prepare
 from compress.system import memory
 
 Tiny = Callable[..., Path]
@@ -119,7 +119,7 @@ class Known:
 def test_costs_have_the_cubic_terms(monkeypatch: pytest.MonkeyPatch, costs: list[float]) -> None:
     """A method of a known cost: what is fitted gives it back at sizes that were not probed."""
     known = Known(costs)
-    monkeypatch.setattr("compress.run.timing.time.perf_counter", lambda: known.now)
+    monkeypatch.setattr("compress.runs.timing.time.perf_counter", lambda: known.now)
     found = timing.method_cost(known, [], CPU)
     assert found == pytest.approx(costs, rel=1e-6, abs=1e-18)
 

@@ -23,9 +23,9 @@ from compress.model.streamed import StreamedModel, Weights
 from compress.output.job import Job, Record
 from compress.recipe.assignment import Assignment, StageAssignment, within
 from compress.report.rows import SiteRow
-from compress.run import watch
-from compress.run.block import BlockWork, compress_to_file, stored_weights
-from compress.run.replay import replay
+from compress.runs import watch
+from compress.runs.block import BlockWork, compress_to_file, stored_weights
+from compress.runs.replay import replay
 from compress.system import distributed
 from compress.system.files import sha256
 from compress.system.progress import Progress

@@ -23,8 +23,8 @@ from compress.recipe import schema as recipe_schema
 from compress.report import card
 from compress.report import redaction as published
 from compress.report import rows as report
-from compress.run.pipeline import rows_of
-from compress.run.prepare import RunPlan
+from compress.runs.pipeline import rows_of
+from compress.runs.prepare import RunPlan
 from compress.system import memory
 from compress.system.files import write_json, write_text
 from compress.system.progress import Progress

@@ -22,7 +22,7 @@ from compress.calibration.data import load_ids
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.errors import CheckpointError
-from compress.evaluate.quality import TOKENS
+from compress.evaluation.quality import TOKENS
 from compress.interop.foreign import open_any
 from compress.model.detect import find_family
 from compress.recipe.data import Data

@@ -14,7 +14,7 @@ from tiny import TINY
 
 from compress.errors import CalibrationError
 from compress.recipe import reading as recipe_reading
-from compress.run import rehearsal
+from compress.runs import rehearsal
 
 Tiny = Callable[..., Path]
 

@@ -12,8 +12,8 @@ from runs import compress, steps
 from tasks import write_tasks
 
 from compress.errors import RecipeError
-from compress.evaluate import tasks
-from compress.evaluate.quality import evaluate, save
+from compress.evaluation import tasks
+from compress.evaluation.quality import evaluate, save
 from compress.recipe.data import Data
 
 DEMO = ROOT / "examples" / "demo"

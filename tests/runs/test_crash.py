@@ -19,7 +19,7 @@ from runs import digests, ids_file, killed_at, steps
 
 from compress.checkpoint.source import Source
 from compress.errors import CalibrationError, CheckpointError, OutputError, ResumeError
-from compress.run.pipeline import Settings
+from compress.runs.pipeline import Settings
 
 Tiny = Callable[..., Path]
 GPTQ = steps(bits=3, group_size=16)

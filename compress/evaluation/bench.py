@@ -23,8 +23,8 @@ from torch import Tensor
 
 from compress.checkpoint import packed_source, packing
 from compress.errors import KernelError, RecipeError
-from compress.evaluate.quality import base_of
-from compress.evaluate.speed import tokens_per_second
+from compress.evaluation.quality import base_of
+from compress.evaluation.speed import tokens_per_second
 from compress.interop.foreign import open_any
 from compress.kernels import bit_serial, int8
 from compress.runtime.linear import CompressedLinear, round_activations

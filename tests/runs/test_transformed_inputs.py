@@ -22,8 +22,8 @@ from compress.errors import FormatError
 from compress.interop import exporter, targets
 from compress.methods import quant
 from compress.recipe import reading, schema
-from compress.run import prepare as run_prepare
-from compress.run import sizes
+from compress.runs import prepare as run_prepare
+from compress.runs import sizes
 from compress.verify import second_reader
 from compress.verify.raw_files import open_stored
 from compress.verify.verify import verify

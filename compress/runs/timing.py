@@ -19,7 +19,7 @@ from compress.architecture.config import settings
 from compress.blockwise.units import Unit, units
 from compress.calibration.statistics import Hessian, Stats
 from compress.errors import CompressError
-from compress.run.prepare import RunPlan
+from compress.runs.prepare import RunPlan
 
 _SHAPES = ((128, 256), (512, 256), (128, 768), (512, 768))
 _SMALL = 256  # columns above which a weight is not probed as it is

@@ -28,7 +28,7 @@ from compress.methods.solvers.trainable_weight import Trainable, Vector
 from compress.model.streamed import StreamedModel
 from compress.recipe.assignment import StageAssignment
 from compress.recipe.schema import Retrain
-from compress.run.student import Student
+from compress.runs.student import Student
 from compress.system.files import replacing
 
 SAVE_SECONDS = 60.0  # how often the state of the training is stored

@@ -17,8 +17,8 @@ from tiny import TINY
 from compress.checkpoint import tensor_file as container
 from compress.recipe import reading as recipe_reading
 from compress.recipe import schema as recipe_schema
-from compress.run import estimate, sizes
-from compress.run import prepare as run_prepare
+from compress.runs import estimate, sizes
+from compress.runs import prepare as run_prepare
 
 Tiny = Callable[..., Path]
 STEPS: dict[str, list[dict[str, Any]]] = {

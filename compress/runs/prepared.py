@@ -13,8 +13,8 @@ from torch import Tensor
 from compress.architecture import config
 from compress.calibration.data import load_ids
 from compress.errors import CalibrationError
-from compress.evaluate import quality as evaluation
-from compress.evaluate.quality import Quality
+from compress.evaluation import quality as evaluation
+from compress.evaluation.quality import Quality
 from compress.interop.delivery import Delivery, Exports
 from compress.interop.targets import Finding, Stored
 from compress.recipe import build, reading
@@ -22,12 +22,12 @@ from compress.recipe.data import Data
 from compress.recipe.schema import Recipe
 from compress.report import same_size
 from compress.report.rows import SiteRow
-from compress.run import estimate as estimates
-from compress.run import prepare as run_prepare
-from compress.run import run as runs
-from compress.run.estimate import Estimate
-from compress.run.finish import Summary
-from compress.run.pipeline import Settings
+from compress.runs import estimate as estimates
+from compress.runs import prepare as run_prepare
+from compress.runs import run as runs
+from compress.runs.estimate import Estimate
+from compress.runs.finish import Summary
+from compress.runs.pipeline import Settings
 from compress.system import distributed
 from compress.system.progress import Progress
 

@@ -24,10 +24,10 @@ from compress.errors import CheckpointError, RecipeError
 from compress.model.streamed import StreamedModel
 from compress.recipe import reading as recipe_reading
 from compress.report.rows import read_rows
-from compress.run import prepare as run_prepare
-from compress.run import retraining
-from compress.run.retraining import Training
-from compress.run.student import Student
+from compress.runs import prepare as run_prepare
+from compress.runs import retraining
+from compress.runs.retraining import Training
+from compress.runs.student import Student
 from compress.verify.verify import verify
 
 Tiny = Callable[..., Path]

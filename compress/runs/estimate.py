@@ -16,9 +16,9 @@ from compress.errors import OutputError
 from compress.model.meta import build_model
 from compress.recipe.assignment import Assignment
 from compress.recipe.schema import parse_size
-from compress.run import timing
-from compress.run.prepare import RunPlan
-from compress.run.sizes import sizes
+from compress.runs import timing
+from compress.runs.prepare import RunPlan
+from compress.runs.sizes import sizes
 from compress.system import memory
 from compress.system.files import human_bytes
 

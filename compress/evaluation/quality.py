@@ -22,9 +22,9 @@ from compress.blockwise.stream import Stream
 from compress.calibration.data import fingerprint, load_ids
 from compress.checkpoint.source import Source
 from compress.errors import CheckpointError, OutputError
-from compress.evaluate import tasks
-from compress.evaluate.intervals import Interval, interval, resampled_means
-from compress.evaluate.speed import tokens_per_second
+from compress.evaluation import tasks
+from compress.evaluation.intervals import Interval, interval, resampled_means
+from compress.evaluation.speed import tokens_per_second
 from compress.interop.foreign import open_any
 from compress.recipe.data import Data
 from compress.report.redaction import LOCAL, cleaned, data_name

@@ -10,7 +10,7 @@ import pytest
 from runs import compress, ids_file, steps
 
 from compress.errors import CheckpointError
-from compress.evaluate import bisect as module
+from compress.evaluation import bisect as module
 from compress.recipe.data import Data
 
 Tiny = Callable[..., Path]

@@ -8,7 +8,7 @@ from compress.blockwise.stream import COMPRESSED, Stream
 from compress.blockwise.walk import Tell, walk
 from compress.model.streamed import StreamedModel, Weights
 from compress.output.job import Job
-from compress.run.block import stored_weights
+from compress.runs.block import stored_weights
 from compress.system import distributed
 
 

@@ -19,13 +19,13 @@ from compress.output import seal
 from compress.output.job import Job, differ, flatten, remove_leftover
 from compress.recipe import reading as recipe_reading
 from compress.report import rows as report
-from compress.run import retraining
-from compress.run import student as students
-from compress.run.estimate import Estimate, check_disk, predictions
-from compress.run.finish import Summary, _shown, finish
-from compress.run.pipeline import CHECK_TOKENS, Run, Settings, Work, rows_of
-from compress.run.prepare import RunPlan, calibration, effective, identity
-from compress.run.student import Student
+from compress.runs import retraining
+from compress.runs import student as students
+from compress.runs.estimate import Estimate, check_disk, predictions
+from compress.runs.finish import Summary, _shown, finish
+from compress.runs.pipeline import CHECK_TOKENS, Run, Settings, Work, rows_of
+from compress.runs.prepare import RunPlan, calibration, effective, identity
+from compress.runs.student import Student
 from compress.system import distributed
 from compress.system.progress import Progress
 from compress.verify import fresh_process as reload

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from compress.cli import app
 from compress.errors import RecipeError
-from compress.evaluate import bench
+from compress.evaluation import bench
 
 
 def run(*arguments: str) -> str:
