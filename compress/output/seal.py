@@ -11,7 +11,7 @@ from typing import Any
 
 from compress.architecture.family import Site
 from compress.architecture.inventory import Inventory
-from compress.checkpoint import packing, part_file, site_table
+from compress.checkpoint import block_file, packing, site_table
 from compress.checkpoint.source import INDEX, Source
 from compress.checkpoint.tensor_file import Entry, copy_entries, read_header
 from compress.errors import CheckpointError, OutputError
@@ -32,7 +32,7 @@ def collect(parts: Iterable[Path]) -> tuple[dict[str, packing.Spec], dict[str, E
     entries: dict[str, Entry] = {}
     for path in parts:
         found, metadata = read_header(path)
-        specs |= part_file.part_specs(metadata)
+        specs |= block_file.specs_of(metadata)
         entries |= found
     return {name: specs[name] for name in sorted(specs, key=natural)}, entries
 

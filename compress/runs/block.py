@@ -12,8 +12,8 @@ from compress.blockwise import stages
 from compress.blockwise.compress import CompressedSite, compress_block
 from compress.blockwise.view import BlockRun
 from compress.calibration.cache import BlockCache
+from compress.checkpoint.block_file import BlockFileWriter, others_of, read_block_file
 from compress.checkpoint.packing import digest
-from compress.checkpoint.part_file import PartWriter, part_others, read_part
 from compress.model.streamed import Weights
 from compress.recipe.assignment import Assignment, StageAssignment
 from compress.report.rows import SiteRow
@@ -44,7 +44,7 @@ def compress_to_file(
     around: BlockRun, work: BlockWork, cache: BlockCache | None, folder: Path
 ) -> tuple[str | None, list[SiteRow]]:
     """Compress this rank's sites of a filled block into one file; return its name, None without a file, and the report rows."""
-    part = PartWriter()
+    part = BlockFileWriter()
     rows = []
     for site, (weight, row) in _compressed(around, work, cache, folder):
         part.add(site, weight)
@@ -60,8 +60,8 @@ def compress_to_file(
 def stored_weights(folder: Path, names: Mapping[str, str], dtype: torch.dtype) -> Weights:
     """Return what the files of a block hold, decoded from disk: what runs on is what is stored."""
     paths = [folder / name for name in names]
-    sites = {site: weight.dequantize().to(dtype) for path in paths for site, weight in read_part(path)}
-    return Weights(sites, {name: value for path in paths for name, value in part_others(path).items()})
+    sites = {site: weight.dequantize().to(dtype) for path in paths for site, weight in read_block_file(path)}
+    return Weights(sites, {name: value for path in paths for name, value in others_of(path).items()})
 
 
 def _compressed(
@@ -102,12 +102,12 @@ def _as_a_whole(
 def _exchange(block: int, work: BlockWork, mine: Mapping[str, CompressedWeight], folder: Path) -> dict[str, CompressedWeight]:
     """Return the compressed weights of all ranks, which pass through files."""
     drafts = [folder / f"draft-{block:05d}.{rank}of{distributed.world()}.safetensors" for rank in distributed.ranks()]
-    part = PartWriter()
+    part = BlockFileWriter()
     for site, weight in mine.items():
         part.add(site, weight)
     part.write(drafts[distributed.rank()])
     distributed.barrier()
-    found = dict(pair for path in drafts for pair in read_part(path))
+    found = dict(pair for path in drafts for pair in read_block_file(path))
     distributed.barrier()
     drafts[distributed.rank()].unlink()
     return {a.site.name: found[a.site.name] for a in work.assignments if a.site.name in found}

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from compress.architecture.inventory import Inventory
-from compress.checkpoint import packed_source, packing, part_file
+from compress.checkpoint import block_file, packed_source, packing
 from compress.checkpoint.source import Source
 from compress.checkpoint.tensor_file import bytes_of
 from compress.errors import CheckpointError
@@ -34,8 +34,8 @@ class Student:
         weights: dict[str, CompressedWeight] = {}
         others: dict[str, Tensor] = {}
         for path in parts:
-            weights |= part_file.read_part(path)
-            others |= part_file.part_others(path)
+            weights |= block_file.read_block_file(path)
+            others |= block_file.others_of(path)
         return cls(weights, others)
 
     def of_block(self, model: StreamedModel, block: int) -> Weights:
@@ -75,7 +75,7 @@ def records(student: Student, rows: Iterable[SiteRow], path: str, notes: Mapping
     others = dict(student.others)
     last = max(number for number in by_block if number is not None) if set(by_block) != {None} else -1
     for block, members in by_block.items():
-        part = part_file.PartWriter()
+        part = block_file.BlockFileWriter()
         now = []
         for row in members:
             weight = student.weights[row.site]

@@ -11,7 +11,7 @@ import torch
 from limits import PROCESSOR, quickly
 
 from compress.checkpoint import packing
-from compress.checkpoint.part_file import part_specs, read_part, write_part
+from compress.checkpoint.block_file import read_block_file, specs_of, write_block_file
 from compress.checkpoint.tensor_file import read_header, save
 from compress.errors import FormatError
 from compress.weights.uniform import Uniform
@@ -69,35 +69,37 @@ def test_only_known_parts_and_formats_are_read() -> None:
         packing.pack(SimpleNamespace(shape=(1, 1), parts={"base": "no part"}))  # type: ignore[arg-type]
 
 
-def test_a_part_file_there_and_back(tmp_path: Path) -> None:
+def test_a_block_file_there_and_back(tmp_path: Path) -> None:
     weights = {f"model.layers.0.{n}": weight(bits=bits, seed=bits) for n, bits in (("a_proj", 2), ("b_proj", 5))}
     tensors, specs = {}, {}
     for site, value in weights.items():
         mine, specs[site] = packing.pack(value)
         tensors |= {f"{site}.{leaf}": tensor for leaf, tensor in mine.items()}
-    write_part(tmp_path / "part", tensors, specs)
-    found = dict(read_part(tmp_path / "part"))
+    write_block_file(tmp_path / "part", tensors, specs)
+    found = dict(read_block_file(tmp_path / "part"))
     assert list(found) == list(weights)
     assert all(torch.equal(found[site].dequantize(), weights[site].dequantize()) for site in weights)
-    assert part_specs(read_header(tmp_path / "part")[1]) == specs
+    assert specs_of(read_header(tmp_path / "part")[1]) == specs
 
 
 @pytest.mark.parametrize(
     "metadata", [{}, {"sites": ""}, {"sites": "{"}, {"sites": "[]"}, {"sites": '{"a": 3}'}, {"sites": "[" * 10**5}]
 )
-def test_a_part_file_without_its_descriptions(tmp_path: Path, metadata: dict[str, str]) -> None:
+def test_a_block_file_without_its_descriptions(tmp_path: Path, metadata: dict[str, str]) -> None:
     save(tmp_path / "part", {"a.codes": torch.zeros(1)}, metadata)
     with pytest.raises(FormatError, match="a part"):
-        list(read_part(tmp_path / "part"))
+        list(read_block_file(tmp_path / "part"))
 
 
-def test_a_part_file_without_its_tensors(tmp_path: Path) -> None:
+def test_a_block_file_without_its_tensors(tmp_path: Path) -> None:
     tensors, described = packing.pack(weight())
-    write_part(tmp_path / "part", {f"a.{leaf}": tensor for leaf, tensor in tensors.items() if leaf != "zero"}, {"a": described})
+    write_block_file(
+        tmp_path / "part", {f"a.{leaf}": tensor for leaf, tensor in tensors.items() if leaf != "zero"}, {"a": described}
+    )
     with pytest.raises(FormatError, match=r"no tensor 'a\.zero'"):
-        list(read_part(tmp_path / "part"))
-    write_part(
+        list(read_block_file(tmp_path / "part"))
+    write_block_file(
         tmp_path / "part", {f"a.{leaf}": tensor for leaf, tensor in tensors.items()}, {"a": {**described, "shape": [32, 32]}}
     )
     with pytest.raises(FormatError, match="codes"):
-        list(read_part(tmp_path / "part"))
+        list(read_block_file(tmp_path / "part"))

@@ -16,7 +16,7 @@ from compress.weights.weight import CompressedWeight
 
 
 @dataclass(frozen=True)
-class PartWriter:
+class BlockFileWriter:
     """The packed sites of a block on their way into one file."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -29,10 +29,10 @@ class PartWriter:
 
     def write(self, path: Path, others: Mapping[str, Tensor] | None = None) -> None:
         """Write all sites that were added, and tensors that replace the source's."""
-        write_part(path, self.tensors, self.specs, others)
+        write_block_file(path, self.tensors, self.specs, others)
 
 
-def write_part(
+def write_block_file(
     path: Path, tensors: dict[str, Tensor], specs: dict[str, Spec], others: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write the packed tensors of some sites, with their descriptions, and tensors that replace the source's, into one file."""
@@ -41,14 +41,14 @@ def write_part(
     save(path, tensors | others, {"sites": json.dumps(specs, separators=(",", ":")), "others": names})
 
 
-def part_others(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a part that replace those of the source, by disk name."""
+def others_of(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a block file that replace those of the source, by disk name."""
     entries, metadata = read_header(path)
     return {name: read_tensor(entries[name]) for name in json.loads(metadata.get("others", "[]"))}
 
 
-def part_specs(metadata: Mapping[str, str]) -> dict[str, Spec]:
-    """Return the descriptions that `write_part` put into a file's metadata."""
+def specs_of(metadata: Mapping[str, str]) -> dict[str, Spec]:
+    """Return the descriptions that `write_block_file` put into a file's metadata."""
     try:
         specs = json.loads(metadata["sites"])
     except (KeyError, ValueError, RecursionError) as error:
@@ -58,10 +58,10 @@ def part_specs(metadata: Mapping[str, str]) -> dict[str, Spec]:
     return specs
 
 
-def read_part(path: Path) -> Iterator[tuple[str, CompressedWeight]]:
-    """Yield the sites of a part, each with its compressed weight."""
+def read_block_file(path: Path) -> Iterator[tuple[str, CompressedWeight]]:
+    """Yield the sites of a block file, each with its compressed weight."""
     entries, metadata = read_header(path)
-    for site, spec in part_specs(metadata).items():
+    for site, spec in specs_of(metadata).items():
         names = {leaf: f"{site}.{leaf}" for leaf in layout(spec)}
         if missing := [name for name in names.values() if name not in entries]:
             raise FormatError(f"{path}: no tensor {missing[0]!r}; remove the job folder and run again")
