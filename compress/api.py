@@ -292,7 +292,7 @@ def evaluate(
         raise RecipeError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     text = reading.parse_data(data_options(data).values())
     before = None if original is None else str(original)
-    result = evaluation.evaluate(str(model), before, text, device, dtype, speed, progress or _ignore, tasks, limit)
+    result = evaluation.measure(str(model), before, text, device, dtype, speed, progress or _ignore, tasks, limit)
     if save:
         evaluation.save(Path(model), result)
     return result

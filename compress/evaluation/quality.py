@@ -136,7 +136,7 @@ def _summed_up(windows: Tensor) -> dict[str, Any]:
     return result
 
 
-def evaluate(
+def measure(
     model: str,
     original: str | None,
     data: Data,

@@ -121,7 +121,7 @@ class PreparedRun:
         result = None
         if self.held_out is not None and distributed.leads():
             original = str(self.plan.source.folder)
-            result = evaluation.evaluate(str(self.out), original, self.held_out, self.options.device, "float32", True, progress)
+            result = evaluation.measure(str(self.out), original, self.held_out, self.options.device, "float32", True, progress)
             result = replace(result, original=self.plan.source.name)
             evaluation.save(self.out, result)
         distributed.stop()

@@ -14,7 +14,7 @@ from runs import steps
 from compress.architecture.added_biases import with_biases
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
-from compress.evaluation.quality import evaluate
+from compress.evaluation.quality import measure
 from compress.model.detect import find_family
 from compress.recipe import reading as recipe_reading
 from compress.recipe.data import Data
@@ -59,7 +59,7 @@ def test_biases_are_added_trained_stored_and_loaded(family: str, each: int, tiny
     verify(out, "cpu", lambda *_: None)
     data = Data(name=str(ids))
     without = run(model, tmp_path / "plain", ids, PRUNED)
-    kl = [evaluate(str(o), str(model), data, "cpu", "float32", False, lambda *_: None).kl for o in (out, without.out)]
+    kl = [measure(str(o), str(model), data, "cpu", "float32", False, lambda *_: None).kl for o in (out, without.out)]
     assert kl[0] < kl[1]
 
 

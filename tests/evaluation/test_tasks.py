@@ -13,7 +13,7 @@ from tasks import write_tasks
 
 from compress.errors import RecipeError
 from compress.evaluation import tasks
-from compress.evaluation.quality import evaluate, save
+from compress.evaluation.quality import measure, save
 from compress.recipe.data import Data
 
 DEMO = ROOT / "examples" / "demo"
@@ -43,7 +43,7 @@ def test_a_ruined_model_fails_what_the_original_passes(folder: Path, tmp_path: P
     out = tmp_path / "out"
     compress(DEMO, out, None, steps("quant/rtn", bits=1, group_size=-1))
     data = Data(name=str(DEMO / "evaluation.jsonl"), samples=4, length=64)
-    found = evaluate(str(out), str(DEMO), data, "cpu", "float32", False, lambda *_: None, [str(folder)], limit=8)
+    found = measure(str(out), str(DEMO), data, "cpu", "float32", False, lambda *_: None, [str(folder)], limit=8)
     assert found.tasks is not None
     assert found.tasks["agreement"]["before"] > 0.8
     assert found.tasks["agreement"]["model"] < 0.5

@@ -17,7 +17,7 @@ from compress.architecture.inventory import take_inventory
 from compress.architecture.known import family_of
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
-from compress.evaluation.quality import evaluate
+from compress.evaluation.quality import measure
 from compress.model.detect import find_family
 from compress.recipe.data import Data
 from compress.structured_pruning import importance
@@ -98,7 +98,7 @@ def test_it_generates_with_a_cache_and_is_found_by_eval(tiny: Tiny, ids: Path, t
     tokens = model.generate(PROBE[:1, :4], max_new_tokens=4, do_sample=False)
     again = model.generate(PROBE[:1, :4], max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(tokens, again)
-    found = evaluate(str(tmp_path / "out"), None, Data(name=str(ids)), "cpu", "float32", False, quiet)
+    found = measure(str(tmp_path / "out"), None, Data(name=str(ids)), "cpu", "float32", False, quiet)
     assert found.kl is not None
     assert found.kl > 0
 
@@ -109,7 +109,7 @@ def test_repair_lowers_the_error_to_the_original(tiny: Tiny, ids: Path, tmp_path
     for repair in (False, True):
         out = tmp_path / str(repair)
         made(model, out, ids, channels=0.5, score="wanda", repair=repair)
-        found = evaluate(str(out), str(model), Data(name=str(ids)), "cpu", "float32", False, quiet)
+        found = measure(str(out), str(model), Data(name=str(ids)), "cpu", "float32", False, quiet)
         errors.append(found.kl)
     assert errors[1] < 0.9 * errors[0]
 

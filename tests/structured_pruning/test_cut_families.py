@@ -133,12 +133,12 @@ def test_a_stopped_run_of_experts_goes_on_to_the_same_bytes(
 
 
 def test_repair_makes_up_for_channels_of_experts(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
-    from compress.evaluation.quality import evaluate
+    from compress.evaluation.quality import measure
 
     errors = []
     for repair in (False, True):
         made(tiny("mixtral"), tmp_path / str(repair), ids, channels=0.25, score="wanda", repair=repair)
-        found = evaluate(str(tmp_path / str(repair)), str(tiny("mixtral")), Data(name=str(ids)), "cpu", "float32", False, quiet)
+        found = measure(str(tmp_path / str(repair)), str(tiny("mixtral")), Data(name=str(ids)), "cpu", "float32", False, quiet)
         errors.append(found.kl or 0.0)
     assert errors[1] < errors[0]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.checkpoint.source import Source
 from compress.errors import FormatError, RecipeError, ResumeError
-from compress.evaluation.quality import evaluate
+from compress.evaluation.quality import measure
 from compress.model.layer_sizes import sizes_of
 from compress.output.job import Job
 from compress.recipe.data import Data
@@ -149,7 +149,7 @@ def test_blocks_of_different_sizes_load_and_go_on(family: str, tiny: Tiny, ids: 
     tokens = small.generate(PROBE[:1, :4], max_new_tokens=4, do_sample=False)
     assert torch.equal(tokens, small.generate(PROBE[:1, :4], max_new_tokens=4, do_sample=False, use_cache=False))
     verify(out, "cpu", quiet)
-    found = evaluate(str(out), str(model), Data(name=str(ids)), "cpu", "float32", False, quiet)
+    found = measure(str(out), str(model), Data(name=str(ids)), "cpu", "float32", False, quiet)
     assert found.kl is not None
     assert found.kl > 0
     run(out, tmp_path / "packed", ids, steps("quant/gptq", bits=8, group_size=-1))
