@@ -72,9 +72,8 @@ def assert_quota(keep: Tensor, made: Any) -> None:
 
 @every_method
 def test_it_has_tests_and_a_recipe_of_its_own(name: str) -> None:
-    root = ROOT
-    assert (root / "tests" / "prune" / f"test_{name}.py").exists()
-    recipes = [path.read_text() for path in (root / "recipes").glob("*.yaml")]
+    assert (ROOT / "tests" / "methods" / "prune" / f"test_{name}.py").exists()
+    recipes = [path.read_text() for path in (ROOT / "recipes").glob("*.yaml")]
     assert any(f"prune/{name}" in text for text in recipes)
 
 
