@@ -391,4 +391,4 @@ def test_modules_can_be_imported_before_transformers() -> None:
         if any(i.name.startswith("transformers") and not i.lazy for i in imports(ast.parse(path.read_text(encoding="utf-8"))))
     ]
     assert "runtime.quantizer" in loading
-    import_each_first([*loading, "", "runtime.linear", "runtime.experts", "evaluate.quality"], "import torch", checked=True)
+    import_each_first([*loading, "", "runtime.linear", "runtime.experts", "evaluation.quality"], "import torch", checked=True)
