@@ -92,7 +92,7 @@ def error(name: Path | str, model: Path, **settings: Any) -> str:
     with pytest.raises(CalibrationError) as caught:
         load(name, model, **settings)
     assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return caught.value.message
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import tables
 import torch
 from options import bits_known, function_of
-from problems import loss
+from problems import loss, problem
 from pydantic import ValidationError
 from runs import compress as run
 from runs import steps
@@ -45,7 +45,7 @@ def assert_same(base: Table, expected: tables.Reference) -> None:
 @pytest.mark.parametrize("datatype", TYPES)
 @pytest.mark.parametrize("group_size", [8, 16, -1])
 def test_equals_the_reference_code_for_code(datatype: Datatype, group_size: int) -> None:
-    weight, hessian = tables.problem(rows=3, seed=group_size + len(datatype))
+    weight, hessian = problem(rows=3, seed=group_size + len(datatype))
     size = 32 if group_size == -1 else group_size
     for range_, moment, refinements in (("minmax", None, 0), ("mse", None, 0), ("minmax", hessian, 2), ("mse", hessian, 0)):
         expected = tables.quantize(
@@ -63,7 +63,7 @@ def test_equals_the_reference_code_for_code(datatype: Datatype, group_size: int)
 
 @pytest.mark.parametrize("datatype", TYPES)
 def test_equals_the_reference_with_everything(datatype: Datatype) -> None:
-    weight, hessian = tables.problem(rows=4, columns=48, seed=5)
+    weight, hessian = problem(rows=4, columns=48, seed=5)
     options: dict[str, Any] = {"datatype": f"bitmod-{datatype}", "kind": "uint8", "group_size": 16, "damp": 0.1}
     expected = tables.quantize(weight, hessian, **options, refinements=2)
     assert_same(bitmod(weight, hessian, datatype=datatype, group_size=16, damp=0.1).weight.base, expected)
@@ -135,7 +135,7 @@ def test_a_row_of_one_large_group_keeps_its_small_ones() -> None:
 def test_compensation_and_refinement_pay(datatype: Datatype) -> None:
     losses: list[list[float]] = [[], [], []]
     for seed in range(6):
-        weight, hessian = tables.problem(rows=24, columns=96, seed=seed)
+        weight, hessian = problem(rows=24, columns=96, seed=seed)
         for slot, (moment, refinements) in enumerate(((None, 0), (hessian, 0), (hessian, 2))):
             made = bitmod(weight, moment, datatype=datatype, group_size=32, refinements=refinements)
             losses[slot].append(loss(weight, made.weight.dequantize(), hessian))
@@ -145,7 +145,7 @@ def test_compensation_and_refinement_pay(datatype: Datatype) -> None:
 
 
 def test_hessians_that_are_of_no_use() -> None:
-    weight, hessian = tables.problem()
+    weight, hessian = problem()
     plain = bitmod(weight, group_size=16).weight.base
     unseen = bitmod(weight, torch.zeros_like(hessian), group_size=16)
     assert unseen.notes == {"damp": 0.01, "dead_columns": 32, "fallback": "rtn: no token was seen"}
@@ -156,7 +156,7 @@ def test_hessians_that_are_of_no_use() -> None:
 
 
 def test_rows_are_independent() -> None:
-    weight, hessian = tables.problem(rows=12)
+    weight, hessian = problem(rows=12)
     both = bitmod(weight * torch.logspace(-3, 3, 12).unsqueeze(1), hessian, group_size=16).weight
     for row in range(12):
         alone = bitmod((weight * torch.logspace(-3, 3, 12).unsqueeze(1))[row : row + 1], hessian, group_size=16).weight
@@ -189,7 +189,7 @@ def test_options() -> None:
 def test_data_is_needed_where_errors_are_fed_back() -> None:
     assert METHOD.may_need == METHOD().needs == (Hessian,)
     assert METHOD(compensate=False).needs == ()
-    weight, _ = tables.problem()
+    weight, _ = problem()
     made = METHOD(compensate=False, group_size=16)(weight.float(), {}).weight.base
     assert torch.equal(made.codes, bitmod(weight.float(), group_size=16).weight.base.codes)
 
