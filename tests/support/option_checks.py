@@ -18,7 +18,7 @@ import yaml
 from command_line import Done, specs, summary
 from runs import digests, ids_file
 
-import compress.checkpoint
+import compress.checkpoint.source
 
 # folder of its own and returns how it ended, and the folder.
 Start = Callable[..., tuple[Done, Path]]
@@ -180,10 +180,10 @@ def check_memory(start: Start, tmp_path: Path) -> None:
     done, once = start("--memory", "1GB", "--quiet")
     assert done.code == 0
     with pytest.MonkeyPatch.context() as patch:
-        import compress.block
+        import compress.blockwise.units
 
-        real, seen = compress.block.observe, []
-        patch.setattr(compress.block, "observe", lambda *arguments: seen.append(1) or real(*arguments))  # type: ignore[func-returns-value]
+        real, seen = compress.blockwise.units.observe, []
+        patch.setattr(compress.blockwise.units, "observe", lambda *arguments: seen.append(1) or real(*arguments))  # type: ignore[func-returns-value]
         _, several = start("--memory", "20kB")
     assert len(seen) > 1, "one pass over the calibration per group of statistics that fits"
     assert digests(once) == digests(several)
@@ -231,13 +231,13 @@ def check_no_reload(start: Start, tmp_path: Path) -> None:
 def check_revision(start: Start, tmp_path: Path) -> None:
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        real = compress.checkpoint.Source.open.__func__  # type: ignore[attr-defined]
+        real = compress.checkpoint.source.Source.open.__func__  # type: ignore[attr-defined]
 
         def opened(cls: Any, model: Any, revision: str | None = None) -> Any:
             asked.append(revision)
             return real(cls, model, revision)
 
-        patch.setattr(compress.checkpoint.Source, "open", classmethod(opened))
+        patch.setattr(compress.checkpoint.source.Source, "open", classmethod(opened))
         start("--revision", "v1.5")
     assert asked[0] == "v1.5"
 

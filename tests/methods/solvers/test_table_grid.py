@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from compress.errors import FormatError
 from compress.formats.table import FORMAT
-from compress.methods.solvers.error_feedback import ColumnRounding, factorise
-from compress.methods.solvers.table_grid import Codebook, Scales, TableLayout, encode, fit, quantize
+from compress.methods.solvers import table_grid
+from compress.methods.solvers.error_feedback import BLOCK, ColumnRounding, factorise
+from compress.methods.solvers.table_grid import Codebook, Scales, TableLayout, encode, fit
 from compress.weights.table import DATATYPES, SCALE_TYPES, ScaleType, Table, code_bits, select_bits
 
 DOUBLE = torch.zeros(1, dtype=torch.float64)
+quantize = partial(table_grid.quantize, block=BLOCK)
 every_datatype = pytest.mark.parametrize("datatype", DATATYPES)
 
 
