@@ -1,21 +1,21 @@
 """ALPS: mask and values by alternating directions, then the best values for the mask (Meng et al., arXiv 2406.07831).
 
-Problem   minimise E(V) = tr((W - V) H (W - V)^T) over V with a given number of values that are not 0: H is the mean of x x^T.
+Problem   minimise E(V) = tr((W - V) H (W - V)^T) over V with a given number of nonzeros; H is the mean of x x^T.
 Shapes    weight W (out, in), Hessian H (in, in), mask and values (out, in).
 Steps     1. H <- H / mean(diag H) + damp I; columns are scaled by n_j = sqrt(H_jj): A = H / (n n^T), B_0 = W n, G = B_0 A.
-          2. The problem is split into B, which makes the error small, and D, which has few values; they are made to agree by
-             multipliers V and a penalty rho:
+          2. The problem is split into B, which minimises the error, and D, which is sparse; multipliers V and a penalty rho make
+             them agree:
                  B = (G - V + rho D) (A + rho I)^-1,    D = P(B + V / rho),    V <- V + rho (B - D)
-             P keeps the largest, by matrix, by row, of every group of a pattern, or as runs of columns.
-          3. Every third time, rho grows by 1.3, 1.2 or 1.1: the more places have changed hands since, the faster. Where
-             hardly any have before rho ever grew, it was too large: it is divided by 5 and the search begins anew.
-             When less than 3e-4 of the places change after the 30th iteration, or none, the search is over.
-          4. The mask is that of P(B). Values are solved for by conjugate gradients, see `masked_least_squares`.
-Bits      values are rounded column by column under the mask, errors fed on; refinement goes back to the weight itself.
-Defaults  damp 0.01, rho 0.1, at most 300 iterations: those of the authors' program, and its rule for rho.
-Failures  some 30 iterations of products and a few factorisations per matrix: the slowest one-shot method here. Whole matrices
-          compete by default, so that rows keep between a third and two thirds: for kernels that want equal rows take
-          `within: row`. A mask is good for the values it was found with: do not change either alone.
+             P keeps the largest: of the matrix, of each row, of every group of a pattern, or as runs of columns.
+          3. Every third iteration, rho grows by 1.3, 1.2 or 1.1: the more of the mask has changed since the last, the faster.
+             If hardly any of it changes before rho has ever grown, rho was too large: it is divided by 5 and the search restarts.
+             The search ends when less than 3e-4 of the mask changes after the 30th iteration, or none of it.
+          4. The mask is that of P(B). Its values are solved for by conjugate gradients, see `masked_least_squares`.
+Bits      values are rounded column by column under the mask, with error feedback; refinement targets the original weight.
+Defaults  damp 0.01, rho 0.1, at most 300 iterations, and the rule for rho: those of the authors' program.
+Failures  some 30 iterations of products and a few factorisations per matrix: the slowest one-shot method here. By default the
+          whole matrix competes, and rows keep between a third and two thirds; for kernels that want equal rows, use
+          `within: row`. A mask is good only for the values it was found with: do not change either alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from compress.methods.solvers.mask_scores import exact
 from compress.methods.solvers.mask_selection import Target, Within, select
 from compress.methods.solvers.masked_least_squares import Normal, masked_lsq
 
-_EVERY = 3  # iterations between looks at the support
+_EVERY = 3  # iterations between checks of the support
 _SETTLED, _LEAST_ITERATIONS = 3e-4, 30
 
 
@@ -43,7 +43,7 @@ def alps(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return the mask (out, in) bool of weight (out, in) under hessian (in, in), the values on it, and notes.
 
-    In float32, or in float64 where either is.
+    Computes in float32, or in float64 if either is float64.
     """
     dtype = torch.promote_types(exact(weight).dtype, hessian.dtype)
     weight = weight.to(dtype)
@@ -60,7 +60,7 @@ def alps(
 
 
 def _alternate(begun: Tensor, matrix: Tensor, target: Target, rho: float, iterations: int) -> tuple[Tensor, dict[str, Any]]:
-    """Return B (out, in) when the support of D has settled, for scaled weights (out, in) and a matrix (in, in)."""
+    """Return B (out, in) once the support of D has settled, for scaled weights (out, in) and a matrix (in, in)."""
     aim = begun @ matrix
     support = select(begun.abs(), target)
     dense, sparse, multiplier = begun, begun.masked_fill(~support, 0.0), torch.zeros_like(begun)
@@ -84,7 +84,7 @@ def _alternate(begun: Tensor, matrix: Tensor, target: Target, rho: float, iterat
             rho, grown = rho * (1.3 if share > 0.1 else 1.2 if share > 0.005 else 1.1), True
         else:
             rho /= 5
-            if changed:  # begin anew
+            if changed:  # restart
                 seen = select(begun.abs(), target)
                 dense, sparse, multiplier = begun, begun.masked_fill(~seen, 0.0), torch.zeros_like(begun)
         if iteration >= _LEAST_ITERATIONS and share < _SETTLED:

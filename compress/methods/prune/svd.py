@@ -1,18 +1,18 @@
 """Low rank alone: a weight becomes a product of two thin factors, cut off in whitened coordinates (SVD-LLM, arXiv 2403.07378).
 
-Problem   of a weight W (out, in), minimise E(L) = tr((W - L) H (W - L)^T) over L = A B of rank r, H the mean of x x^T.
-Rank      `rank`, or what leaves the share 1 - `sparsity` of the numbers: r = floor((1 - sparsity) out in / (out + in)).
+Problem   for a weight W (out, in), minimise E(L) = tr((W - L) H (W - L)^T) over L = A B of rank r; H is the mean of x x^T.
+Rank      `rank`, or the one that leaves a share 1 - `sparsity` of the numbers: r = floor((1 - sparsity) out in / (out + in)).
 Answer    W S = U D V^T with H = S S^T, A = U_r D_r^1/2, B = D_r^1/2 V_r^T S^-1; E is the sum of the squares that are cut off.
-          A is then solved for anew with B as it is stored, in bfloat16.
+          A is then solved for again with B as stored, in bfloat16.
 Bound     with `perturbation` p, |W - L| <= p |W| in the Frobenius norm, so that inputs unlike the calibration's are served
-          too: H + d mean(diag H) I takes the place of H, with the least damping d that holds to it, by bisection. d goes from
-          whitening to plain SVD, which is as near to W as this rank can be; where even that is too far, it is taken, and the
+          too: H is replaced by H + d mean(diag H) I, with the least damping d that meets the bound, found by bisection. Larger d
+          leads from whitening to plain SVD, the closest to W at this rank; if even that exceeds the bound, it is used and the
           report says so. The idea that a bounded perturbation of weights keeps features is PELA's (arXiv 2310.10700), which
           bounds it while the factors are trained; this form is ours. `retrain/perp` with `weights: lora` trains the factors on
-          the block's outputs, and has a bound of its own there.
-Stored    an empty base, one bit for every row, and the factors. It costs 16 r (out + in) / (out in) bits per weight and 1 / in.
+          the block's outputs and has its own bound.
+Stored    an empty base, one bit for every row, and the factors: 16 r (out + in) / (out in) bits per weight, plus 1 / in.
 Defaults  damping 1 % of the mean diagonal (ours; the published code damps only where the Cholesky factor fails).
-Failures  at equal size codes lose far less: half of the numbers are the bits of 8-bit codes. Without any token it is plain SVD.
+Failures  at equal size, codes lose far less: half of the numbers take the bits of 8-bit codes. Without tokens it is plain SVD.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from compress.weights.mask import Bitmask, bitmask_bits
 from compress.weights.weight import CompressedWeight
 
 PLAIN = 1e6  # damping from which whitening makes no difference
-HALVINGS = 12  # of the range of dampings, on a logarithmic scale
+HALVINGS = 12  # bisection steps over the range of dampings, on a logarithmic scale
 
 
 def low_rank(weight: Tensor, hessian: Tensor, rank: int, damp: float) -> LowRank:
-    """Return the product of this rank for weight (out, in) under hessian (in, in), as it is stored."""
+    """Return the product of this rank for weight (out, in) under hessian (in, in), as stored."""
     right = factors(weight, hessian, rank, damp)[1].bfloat16()
     return LowRank(fitted(weight, hessian, right, damp).bfloat16(), right)
 
 
 def distance(weight: Tensor, part: LowRank) -> float:
-    """Return |W - L| / |W| in the Frobenius norm, of weight (out, in) that is not 0."""
+    """Return |W - L| / |W| in the Frobenius norm, for a nonzero weight (out, in)."""
     return float((weight - part.dequantize()).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def bounded(weight: Tensor, hessian: Tensor, rank: int, bound: float) -> tuple[LowRank, float]:
-    """Return the product that is within the bound by the least damping, and the damping; plain SVD where none is."""
+    """Return the product of least damping that meets the bound, and that damping; plain SVD where none does."""
     low, high = DAMP, PLAIN
     found = low_rank(weight, hessian, rank, low)
     if distance(weight, found) <= bound:

@@ -1,25 +1,25 @@
 """Gauss-Newton rounding: GPTQ's coordinate descent, led by the error of the whole block instead of each linear's own.
 
-Problem    minimise the mean squared error of a block's outputs, with inputs behind compressed blocks and the original's outputs
-           as targets, over the codes and scales of all its linears together.
-Model      around the values Q of now, with G = dLoss/dQ (out, in) and D the change of a weight,
+Problem    minimise the mean squared error of a block's outputs, with inputs taken after the compressed blocks and the original's
+           outputs as targets, over the codes and scales of all its linears together.
+Model      around the current values Q, with G = dLoss/dQ (out, in) and D the change of a weight,
                Loss(Q + D) ~ Loss(Q) + <G, D> + 1/2 sum_r mu k_r D_r H D_r^T
-           H is the damped mean of x x^T that GPTQ uses, and k_r how strongly the block's outputs hang on output r of the linear:
+           H is the damped mean of x x^T that GPTQ uses, k_r how strongly the block's outputs depend on output r of the linear:
            the Gauss-Newton matrix with one number per row, as if the inputs of a linear and what follows it were independent.
-Curvature  for random signs v at the block's N outputs, g = d<v, outputs>/dQ has E[g_r H^-1 g_r^T] = N k_r / 2 * in: one pass
-           backwards gives the k of every row of every linear, averaged over `in` directions. They are right for errors of
-           rounding, which have no direction; along G, where rows and linears pull together, the outputs move more. So the k of a
-           linear are multiplied by what the outputs really move along G H^-1 / k, over what the model says, if that is more.
-Step       the model is least at T_r = Q_r - G_r H^-1 / (mu k_r), so rounding is once more a matter of tr((T - Q) H (T - Q)^T):
-           one pass of coordinate descent from the codes of now, scales in closed form, see `error_feedback.refine`.
-Rule       all linears step together, and mu makes up for what the model leaves out (it couples no two linears). A step is kept
-           if the loss over all batches falls, with what would be stored; then mu is multiplied by 0.7, else by 2.
+Curvature  for random signs v at the block's N outputs, g = d<v, outputs>/dQ has E[g_r H^-1 g_r^T] = N k_r / 2 * in: one backward
+           pass gives the k of every row of every linear, averaged over `in` directions. They are right for rounding errors,
+           which have no direction; along G, where rows and linears act together, the outputs move more. So the k of a linear
+           are multiplied by how far the outputs really move along G H^-1 / k over what the model predicts, if that is above 1.
+Step       the model's minimum is T_r = Q_r - G_r H^-1 / (mu k_r), so rounding again minimises tr((T - Q) H (T - Q)^T): one pass
+           of coordinate descent from the current codes, scales in closed form, see `error_feedback.refine`.
+Rule       all linears step together, and mu compensates for what the model leaves out (it couples no two linears). A step is
+           kept if the loss over all batches falls, with weights as stored; then mu is multiplied by 0.7, else by 2.
 Start      GPTQ's solution with refined scales. The result is never worse than that.
-Compared   signed or normalised gradients move all weights at one pace, along directions of high curvature too, and leave GPTQ's
-           solution for a worse one unless bits are few. H makes up for that.
-Storage    codes on a uniform grid, as GPTQ's.
-Failures   needs gradients through the block. A linear that no token was routed to keeps its start. Few calibration tokens are
-           fitted and not learned from.
+Compared   signed or normalised gradients move all weights at one pace, also along directions of high curvature, and leave GPTQ's
+           solution for a worse one unless bits are few. H corrects for that.
+Storage    codes on a uniform grid, like GPTQ's.
+Failures   needs gradients through the block. A linear that no token was routed to keeps its start. Overfits few calibration
+           tokens.
 Source     the model is that of Levenberg (1944) and Marquardt (1963) with Hutchinson's estimate of the curvature (1989).
 """
 
@@ -43,20 +43,20 @@ from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
 
 _LEAST_MU, _MU = 0.25, 1.0
-_PROBED = 4  # batches on which the curvature along the gradient is looked at
+_PROBED = 4  # batches on which the curvature along the gradient is measured
 _SOFTER, _HARDER = 0.7, 2.0
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """One linear as it is now."""
+    """The current state of one linear."""
 
     codes: Tensor  # (out, in) uint8
     grid: Grid
     size: int
-    hessian: Tensor  # (in, in) damped, over its mean diagonal
+    hessian: Tensor  # (in, in) damped, divided by its mean diagonal
     lower: Tensor  # (in, in) its Cholesky factor
-    curvature: Tensor | None = None  # (out,) k_r; None: it stays
+    curvature: Tensor | None = None  # (out,) k_r; None: the linear keeps its start
 
     def part(self) -> Uniform:
         """Return the weight as it is stored."""
@@ -71,23 +71,23 @@ class Linear:
         return torch.cholesky_solve(rows.T, self.lower).T
 
     def curved(self, probed: Tensor, outputs: int, damp: float) -> Tensor:
-        """Return k_r (out,) by gradients (out, in) of the outputs with random signs."""
+        """Return k_r (out,) from gradients (out, in) of the outputs with random signs."""
         directions = self.hessian.shape[0] - damp * float(torch.cholesky_inverse(self.lower).trace())
         return 2 * (self.solved(probed) * probed).sum(1) / (outputs * max(directions, 1.0))
 
     def towards(self, gradient: Tensor) -> Tensor:
-        """Return -G H^-1 / k (out, in), and 0 where a row does not matter."""
+        """Return -G H^-1 / k (out, in), and 0 in rows without curvature."""
         assert self.curvature is not None
         curvature = self.curvature.unsqueeze(1)
         return torch.where(curvature > 0, -self.solved(gradient) / curvature, 0.0)
 
     def expected(self, change: Tensor) -> float:
-        """Return what the model says of how the outputs move, in the mean square, with a change (out, in)."""
+        """Return the mean squared movement of the outputs that the model predicts for a change (out, in)."""
         assert self.curvature is not None
         return float((0.5 * self.curvature * ((change @ self.hessian) * change).sum(1)).sum())
 
     def after(self, gradient: Tensor, mu: float) -> Linear:
-        """Return the linear after a pass of coordinate descent towards the least of the model, given G (out, in)."""
+        """Return the linear after a pass of coordinate descent towards the model's minimum, given G (out, in)."""
         if self.curvature is None:
             return self
         value, change = self.value(), self.towards(gradient) / mu
@@ -151,7 +151,7 @@ def gaussnewton(
 def corrected(
     block: Block, linears: dict[str, Linear], by_weight: dict[str, Tensor], values: dict[str, Tensor]
 ) -> dict[str, Linear]:
-    """Return linears whose curvature is what the outputs show along the way that the gradients point."""
+    """Return the linears, their curvature raised to what the outputs show along the gradients."""
     changes = {}
     for site, linear in linears.items():
         change = linear.towards(by_weight[site])

@@ -1,23 +1,23 @@
 """SignRound: where each weight is rounded, and to what range, learned by gradients of the block's error (arXiv 2309.05516).
 
-Problem   minimise the mean squared error of a block's outputs, with inputs behind compressed blocks and the original's outputs
-          as targets, over all linears of the block together. GPTQ minimises the error of each linear alone.
+Problem   minimise the mean squared error of a block's outputs, with inputs taken after the compressed blocks and the original's
+          outputs as targets, over all linears of the block together. GPTQ minimises the error of each linear alone.
 Weights   x = W / s + V,  q = clamp(round(x), low, high),  Q = s q                  W and V (out, in), s (out, groups)
-          symmetric    s = alpha s0, of either sign: the longer end of the range is at the larger weight
+          symmetric    s = alpha s0, of either sign: the longer end of the range is on the side of the larger weight
           asymmetric   lo = alpha lo0, hi = beta hi0, s = (hi - lo) / (2^b - 1), zero z = round(-lo / s), low = -z,
                        high = 2^b - 1 - z
           where s is rounded to bfloat16, the type it is stored in. V is in steps of the grid.
-Gradients G = dLoss/dQ is the block's; the rest is closed form, with round(y) taken to have the slope 1:
+Gradients G = dLoss/dQ is the block's; the rest is closed form, with the slope of round(y) taken as 1:
           dQ/dV = s inside the range and 0 outside;   dQ/ds = q - W/s inside, q outside;   dQ/dz = 0 inside, -s outside
-Step      p <- p - rate (1 - t/T) d, for V and for alpha and beta (theirs over 2^(b-1): all rates are in steps of the grid, at
-          the end of the range), with d the direction of Adam or, as in the paper, the sign of the gradient.
-Best      the loss over all batches is taken at the start and `evaluations` times on the way, with what would be stored; the
-          least is kept, so that the result is never worse than its start. (The paper keeps the step whose own batch lost least.)
-Start     gptq   V moves each x into the cell of the code that GPTQ with refined scales gives it, as little as it takes
+Step      p <- p - rate (1 - t/T) d, for V and for alpha and beta, whose rate is divided by 2^(b-1): all rates are in steps of the
+          grid, at the end of the range. d is the direction of Adam or, as in the paper, the sign of the gradient.
+Best      the loss over all batches, with weights as stored, is measured at the start and `evaluations` times during training; the
+          least is kept, so the result is never worse than its start. (The paper keeps the step whose own batch lost least.)
+Start     gptq   V moves each x just far enough into the cell of the code that GPTQ with refined scales gives it
           mse    V = 0 on the grid of least squared error
-Storage   codes on a uniform grid, as GPTQ's.
-Failures  needs gradients through the block: float32 V and G of its weights, and the activations of one batch. An expert that no
-          token was routed to keeps its start. Few calibration tokens are fitted and not learned from.
+Storage   codes on a uniform grid, like GPTQ's.
+Failures  needs gradients through the block, with float32 V and G of its weights and the activations of one batch. An expert that
+          no token was routed to keeps its start. Overfits few calibration tokens.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from compress.weights.weight import CompressedWeight
 
 Start = Literal["gptq", "mse"]
 Rule = Literal["adam", "sign"]
-# How far inside the cell of its code a weight is put that GPTQ rounded elsewhere, in steps of the grid.
+# How far inside the cell of its code a weight is put if GPTQ did not round it to nearest, in steps of the grid.
 _MARGIN = 0.05
-# How far V and the ends of a range can go in all steps together, in steps of the grid; with signs as in the paper.
+# How far V and the ends of a range can move over all steps, in steps of the grid; those of `sign` are the paper's.
 _REACH = {"adam": (0.25, 0.25), "sign": (0.5, 0.5)}
-_SHORTEST, _LONGEST = 0.1, 2.0  # of the range that a group starts with
+_SHORTEST, _LONGEST = 0.1, 2.0  # relative to the range that a group starts with
 
 
 @dataclass(eq=False)
 class Rounding:
-    """One weight on its way: where it is rounded to, what range it has, and gradients by both."""
+    """One weight in training: where it is rounded to, its range, and the gradients with respect to both."""
 
     weight: Tensor  # (out, groups, group size)
-    shift: Tensor  # V, the same
+    shift: Tensor  # V, the same shape
     start: Tensor  # (out, groups) s0 of a symmetric grid, hi0 of an asymmetric one
     low: Tensor | None  # (out, groups) lo0; None: symmetric
     range: Tensor  # (ends, out, groups) multipliers: of s0; or of lo0 and hi0
@@ -61,7 +61,7 @@ class Rounding:
 
     @classmethod
     def at(cls, weight: Tensor, grid: Grid, size: int, codes: Tensor | None) -> Rounding:
-        """Begin at a grid of weight (out, in), with the codes (out, in) given or else the nearest ones."""
+        """Start from a grid of weight (out, in), with the given codes (out, in) or else the nearest ones."""
         grouped, scale = weight.unflatten(1, (-1, size)), grid.scale.to(weight.dtype)
         top = (1 << grid.bits) - 1
         shift, zeros = torch.zeros_like(grouped), None if grid.zero is None else grid.zero.to(weight.dtype)
@@ -80,7 +80,7 @@ class Rounding:
         return cls(grouped, shift, (top - zeros) * scale, -zeros * scale, ends, grid.bits)
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
-        """Return scale as stored, and zero (out, groups), of the ranges as they are."""
+        """Return the scale as stored and the zero, both (out, groups), of the current ranges."""
         if self.low is None:
             return stored(self.range[0] * self.start), None
         top = (1 << self.bits) - 1
@@ -99,14 +99,14 @@ class Rounding:
         return (self.levels(scale, zero)[1] * scale.unsqueeze(2)).flatten(1)
 
     def part(self) -> Uniform:
-        """Return the weight as it is stored."""
+        """Return the weight as stored."""
         scale, zero = self.grid()
         code = self.levels(scale, zero)[1] + (middle(self.bits) if zero is None else zero.unsqueeze(2))
         codes, size = code.to(torch.uint8).flatten(1), self.weight.shape[2]
         return Uniform(codes, scale.to(torch.bfloat16), self.bits, size, None if zero is None else zero.to(torch.uint8))
 
     def gradients(self, by_value: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient by the weight (out, in) -> gradients by V (out, groups, group size) and by the range (ends, out, groups)."""
+        """Gradient for the weight (out, in) -> gradients for V (out, groups, group size) and the range (ends, out, groups)."""
         scale, zero = self.grid()
         scaled, level = self.levels(scale, zero)
         given = by_value.unflatten(1, (-1, self.weight.shape[2]))
@@ -123,7 +123,7 @@ class Rounding:
         return by_shift, torch.stack([(-whole / top - by_zero / scale) * self.low, whole / top * self.start])
 
     def step(self, by_value: Tensor, rate: float, range_rate: float) -> None:
-        """Move everything against its gradient, given that by the weight (out, in)."""
+        """Move V and the range against their gradients, given the gradient for the weight (out, in)."""
         by_shift, by_range = self.gradients(by_value)
         if self.adam is None:
             by_shift, by_range = by_shift.sign_(), by_range.sign_()
@@ -134,7 +134,7 @@ class Rounding:
 
 
 def _limits(bits: int, zero: Tensor | None) -> tuple[Any, Any]:
-    """Return the lowest and highest `code - zero`, to go with (out, groups, group size)."""
+    """Return the lowest and highest `code - zero`, broadcastable to (out, groups, group size)."""
     low = -middle(bits) if zero is None else -zero.unsqueeze(2)
     return low, low + ((1 << bits) - 1)
 
@@ -153,7 +153,7 @@ def signround(
     rule: Rule,
     evaluations: int,
 ) -> dict[str, Result]:
-    """Round all weights of a block together; rates of None are those of `_REACH`."""
+    """Round all weights of a block together; rates that are None follow from `_REACH`."""
     notes: dict[str, dict[str, Any]] = {site: {} for site in block.sites}
     roundings: dict[str, Rounding] = {}
     stats = block.observe((Hessian,)) if start == "gptq" else {}

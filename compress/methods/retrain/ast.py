@@ -1,20 +1,20 @@
 """AST: weights learn which of them to lose (Adaptive Sparse Trainer, Huang et al., arXiv 2407.20584).
 
 Problem   minimise the loss over weights W (out, in) and masks M of a given kind and size.
-Forward   M W, M the highest scores of every group of the mask that came: N of M, as many of a row, or as many of the matrix. The
-          score is |W|, or with `score: activations` |W| times the root mean square of the input's channel. M is found anew every
-          `interval` steps.
-Backward  straight through: the gradient g by M W goes to all of W, so that what is pruned can come back.
-Decay     annealed SR-STE: g + l min(1, t / T) u (1 - M) W, t the share of the training that is done, T = `anneal`. What is pruned
-          shrinks more and more, so masks first explore and then settle. u is the root mean square of g over that of W, so that l
+Forward   M W, with M the highest scores of every group of the given mask: N of M, or as many as it keeps per row or in the
+          matrix. The score is |W|, or with `score: activations` |W| times the root mean square of the input's channel. M is
+          recomputed every `interval` steps.
+Backward  straight through: the gradient g with respect to M W goes to all of W, so that pruned weights can come back.
+Decay     annealed SR-STE: g + l min(1, t / T) u (1 - M) W, t the share of the training that is done, T = `anneal`. Pruned weights
+          shrink more and more, so masks first explore and then settle. u is the root mean square of g over that of W, so that l
           has no unit and is the same for losses of every size; the paper's is absolute. 1 - M is of booleans: the published code
           negates integers there, and decays what is kept.
-Beside    `group` > 0: P sums every `group` neighbouring inputs and S (out, in / group) maps the sums (SLoRB). Both are factors
-          of a low-rank part, and both are trained. S starts as the best for a fixed P, least squares of what the mask removes:
+SLoRB     with `group` > 0, P sums every `group` neighbouring inputs and S (out, in / group) maps the sums. Both are factors of a
+          low-rank part, and both are trained. S starts as the best for a fixed P, least squares of what the mask removes:
           S = D H P^T (P H P^T)^-1, D = W - M W, H diagonal: the mean squares of the input's channels.
-Start     the kept values as they came, and the original's where nothing is kept.
+Start     the given weight's values where they are kept, and the original's elsewhere.
 Defaults  interval 10 (paper). Decay, anneal and settle are ours and have been tried on small blocks only.
-Failures  every weight is trained: needs far more text than `retrain/perp`. Needs dense bases and masks.
+Failures  every weight is trained, which needs far more text than `retrain/perp`. Needs dense bases and masks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from compress.weights.weight import CompressedWeight, Keep
 
 
 def reselected(score: Tensor, like: Keep) -> Keep:
-    """Return a mask of the kind and counts of another, of the highest scores (out, in)."""
+    """Return the mask of the highest scores (out, in), with the kind and counts of `like`."""
     rows, columns = score.shape
     if isinstance(like, Pattern):
         return Pattern.from_mask(highest(score.reshape(-1, like.of), like.kept).view(rows, columns), like.kept, like.of)
@@ -57,7 +57,7 @@ def group_sums(columns: int, group: int) -> Tensor:
 
 
 def best_left(removed: Tensor, square: Tensor, group: int) -> Tensor:
-    """Return S (out, in / group) of least |removed - S P|^2 weighted by the mean squares of the inputs' channels (in,)."""
+    """Return the S (out, in / group) of least |removed - S P|^2, weighted by the mean squares of the inputs' channels (in,)."""
     weight = square.clamp_min(float(square.mean()) * 1e-6 + torch.finfo(square.dtype).tiny)
     above: Tensor = (removed * weight).unflatten(1, (-1, group)).sum(2)
     below: Tensor = weight.unflatten(0, (-1, group)).sum(1)
@@ -65,7 +65,7 @@ def best_left(removed: Tensor, square: Tensor, group: int) -> Tensor:
 
 
 class Adapting:
-    """A weight all of whose values move, and its mask with them."""
+    """A weight whose values are all trained, and its mask with them."""
 
     relative = True
 
@@ -90,14 +90,14 @@ class Adapting:
         self.flipped = 0.0  # share of the mask that the last search changed
 
     def all_values(self) -> Tensor:
-        """Return W (out, in), pruned weights too."""
+        """Return W (out, in), including pruned weights."""
         return self.start + self.unit * self.leaves["p"]
 
     def _factor(self, name: str) -> Tensor:
         return self.factors[name] + size_of(self.factors[name]) * self.leaves[name]
 
     def values(self) -> Tensor:
-        """Return M W and what is beside it (out, in); gradients pass to all of W."""
+        """Return M W plus the weight's other parts (out, in); gradients pass to all of W."""
         whole = self.all_values()
         sparse = whole - whole.detach().masked_fill(self.mask, 0.0)
         if self.rest is not None:
@@ -105,7 +105,7 @@ class Adapting:
         return sparse + self._factor("left") @ self._factor("right") if self.factors else sparse
 
     def before_step(self, share: float) -> None:
-        """Add the decay of what is pruned to the gradient, and find the mask anew when it is time."""
+        """Add the decay of pruned weights to the gradient, and recompute the mask when it is due."""
         gradient = self.leaves["p"].grad
         with torch.no_grad():
             whole = self.all_values()
@@ -121,7 +121,7 @@ class Adapting:
             self.steps += 1
 
     def stored(self) -> CompressedWeight:
-        """Return what is kept in the base's own type, under the mask as it is now."""
+        """Return the kept values in the base's own type, under the current mask."""
         with torch.no_grad():
             base = Dense(self.all_values().to(self.weight.base.values.dtype))  # type: ignore[attr-defined]
             pruned = CompressedWeight.pruned(base, self.keep)
@@ -136,7 +136,7 @@ class Adapting:
         return leaves | {"mask": self.mask.clone(), "steps": torch.tensor(self.steps)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state` gave."""
+        """Restore what `state` returned."""
         with torch.no_grad():
             for name, value in self.leaves.items():
                 value.copy_(state[name])
@@ -155,24 +155,24 @@ class Ast(Retraining):
     group: Annotated[int, Field(ge=0, description="inputs that are summed for the factors beside the weight; 0: none")] = 0
 
     def statistics(self) -> tuple[type[Statistics], ...]:
-        """The mean squares of inputs, which scores and the start of the factors take."""
+        """The mean squares of inputs, for scores and the start of the factors."""
         return (MeanSquare,) if self.score == "activations" or self.group else ()
 
     def check(self, shape: tuple[int, int]) -> str | None:
-        """Say what does not divide the columns of a weight (out, in)."""
+        """Say whether `group` does not divide the columns of a weight (out, in)."""
         if self.group and shape[1] % self.group:
             return f"in={shape[1]} is not a multiple of group={self.group}; use one that divides it, or 0"
         return None
 
     def added_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) gets on top."""
+        """Bits that are added to a weight of this shape (out, in)."""
         return low_rank_bits(shape, shape[1] // self.group) if self.group else 0
 
     def trainable(
         self, weight: CompressedWeight, dense: Tensor, square: Tensor | None, generator: torch.Generator
     ) -> Trainable | None:
-        """Return what moves of a weight: all of it under a mask, else scales and offsets."""
-        # A low-rank part that was there stays as it is; a second one has no place.
+        """Return the trainable part of a weight: all of it under a mask, else scales and offsets."""
+        # An existing low-rank part stays as it is; there is no place for a second one.
         if isinstance(weight.base, Dense) and weight.keep is not None and not (self.group and weight.low_rank is not None):
             return Adapting(weight, dense, square, self)
         return trainable(weight, "none", 1, 1.0, True, generator)

@@ -1,22 +1,23 @@
 """PERP: what a pruned block lost is learned back by few parameters (Zimmer et al., arXiv 2312.15230).
 
 Problem   minimise the squared error of a block's outputs over its norms, its biases and, in its pruned weights, over what few
-          parameters can reach without making a zero anything else.
-Weights   W + c M (BA) with a pair of thin factors, merged in the end (MaskLoRA); see `trainable_weight` for the others:
+          parameters can reach without making any zero nonzero.
+Weights   W + c M (BA) with a pair of thin factors, merged at the end (MaskLoRA); see `trainable_weight` for the others:
           `scale_lora`, `lora_prune`, `full` (all kept weights), `lora` (a low-rank part of its own), `none` (norms and biases
-alone). Codes     stay: of a quantized base scales and offsets move, or with `lora` a low-rank part beside it.
+          alone).
+Codes     stay: of a quantized base, scales and offsets are trained, or with `lora` an added low-rank part.
 Training  `block_training`; of the whole model against the original's predictions with `compress retrain`.
-Zeros     stay exactly 0: through training, as gradients pass the mask; through merging, which is masked; and on disk, where a
-          mask of its own says what is kept.
-Bound     with `perturbation` p and `lora`, the weight stays within p |W| of the original, or as far as it came if that is more,
-          all through training, in the Frobenius norm; see `trainable_weight`. PELA (arXiv 2310.10700) bounds the perturbation of
-          factors while they are trained by a term of the loss; this form, which holds to it, is ours.
-Defaults  rank 16, alpha 32 (the paper's code). Rates and rounds are ours; docs/results.md has what they give. The paper starts
+Zeros     stay exactly 0: in training, as gradients pass the mask; in merging, which is masked; and on disk, where a separate
+          mask says what is kept.
+Bound     with `perturbation` p and `lora`, the weight stays within p |W| of the original throughout training, or within its
+          distance at the start if that is larger, in the Frobenius norm; see `trainable_weight`. PELA (arXiv 2310.10700) limits
+          the perturbation of factors in training by a term of the loss; this hard bound is ours.
+Defaults  rank 16, alpha 32 (the paper's code). Rates and rounds are ours; docs/results.md has their results. The paper starts
           ScaleLoRA from equal numbers in both factors, whose rows then stay equal for ever and have rank one; ours start as
           LoRA's do.
-Biases    those that are there; with `add_biases` every linear gets one where the model's config has a setting for it (llama:
+Biases    existing ones; with `add_biases` every linear gets one where the model's config has a setting for it (llama:
           `attention_bias` and `mlp_bias`; qwen3: `attention_bias`), which is then set. They are stored, and count in the bytes.
-Failures  `lora_prune` trains a weight that is not the one it stores, and loses at high sparsity.
+Failures  `lora_prune` trains a weight other than the one it stores, and loses at high sparsity.
 """
 
 from __future__ import annotations
@@ -52,13 +53,13 @@ class Perp(Retraining):
         return self
 
     def added_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) gets on top."""
+        """Bits that are added to a weight of this shape (out, in)."""
         return low_rank_bits(shape, self.rank) if self.weights == "lora" else 0
 
     def trainable(
         self, weight: CompressedWeight, dense: Tensor, square: Tensor | None, generator: torch.Generator
     ) -> Trainable | None:
-        """Return what moves of a weight."""
+        """Return the trainable part of a weight."""
         bound = Bound(dense, self.perturbation) if self.perturbation else None
         return trainable(weight, self.weights, self.rank, self.alpha, self.scales, generator, bound)
 

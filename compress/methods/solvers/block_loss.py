@@ -1,7 +1,7 @@
-"""How far a block's outputs are from what they should be, and gradients of that by its weights.
+"""How far a block's outputs are from their targets, and the gradients of that for its weights.
 
-The loss is the mean over all outputs of |block(inputs) - targets|^2, with inputs behind compressed blocks and targets of the
-original. What a step looks at is drawn from the batches of all ranks by one sequence of random numbers: every rank runs those
+The loss is the mean over all outputs of |block(inputs) - targets|^2, with inputs taken after the compressed blocks and targets of
+the original. The batches of a step are drawn from those of all ranks by one sequence of random numbers: every rank runs those
 that it has, sums are formed over ranks, and so all ranks take the same step whatever their number.
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from compress.methods.block import Block
 
 Tensors = Mapping[str, Tensor]
-Target = Callable[[int], Tensor]  # what the block should give for a batch
+Target = Callable[[int], Tensor]  # the wanted output of the block for a batch
 _BETAS = (0.9, 0.99)
 
 
 def drawn(block: Block, per_step: int) -> Iterator[list[int]]:
-    """Yield without end this rank's batches of a step: each round goes through all batches of all ranks in a new order."""
+    """Yield this rank's batches of each step, endlessly: every round goes through all batches of all ranks in a new order."""
     generator = block.generator()
     while True:
         order = torch.randperm(block.total_batches, generator=generator).tolist()
@@ -32,7 +32,7 @@ def drawn(block: Block, per_step: int) -> Iterator[list[int]]:
 def loss(block: Block, weights: Tensors, others: Tensors | None = None, target: Target | None = None) -> float:
     """Return the loss over the batches of all ranks, with weights (out, in) by site and other tensors replaced.
 
-    `target` gives what is wanted for a batch; the original's output if None.
+    `target` gives the target of a batch; None means the original's output.
     """
     total = _nothing(weights)
     with torch.no_grad():
@@ -46,9 +46,9 @@ def loss(block: Block, weights: Tensors, others: Tensors | None = None, target: 
 def gradients(
     block: Block, batches: Iterable[int], weights: Tensors, others: Tensors | None = None, target: Target | None = None
 ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-    """Return the loss of a step and its gradients by the weights (out, in) and other tensors, float32, of all ranks together.
+    """Return the loss of a step and its gradients for the weights (out, in) and other tensors, in float32, over all ranks.
 
-    What an output does not depend on (an expert that no token was routed to) has a gradient of zeros.
+    Tensors that no output depends on (an expert that no token was routed to) have a gradient of zeros.
     """
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     more = {name: value.detach().requires_grad_() for name, value in (others or {}).items()}
@@ -70,7 +70,7 @@ def gradients(
 
 
 def probe(block: Block, weights: Tensors) -> tuple[dict[str, Tensor], int]:
-    """Return gradients by the weights (out, in) of the sum of all outputs with random signs, and how many outputs there are."""
+    """Return the gradients of the sum of all outputs with random signs for the weights (out, in), and the number of outputs."""
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     summed = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     count = _nothing(weights)
@@ -91,7 +91,7 @@ def probe(block: Block, weights: Tensors) -> tuple[dict[str, Tensor], int]:
 
 
 def moved(block: Block, weights: Tensors, changes: Tensors, batches: int) -> dict[str, float]:
-    """Return the mean square of how outputs move when one weight (out, in) changes, by site, over the first `batches` batches."""
+    """Return by site the mean squared movement of outputs when its weight (out, in) changes, over the first `batches` batches."""
     total = {site: _nothing(weights) for site in changes}
     with torch.no_grad():
         for batch in range(max(0, min(block.batches, batches - block.first))):
@@ -105,7 +105,7 @@ def moved(block: Block, weights: Tensors, changes: Tensors, batches: int) -> dic
 
 
 def _error(block: Block, batch: int, weights: Tensors, others: Tensors | None, target: Target | None) -> tuple[Tensor, int]:
-    """Return the summed squared error of a batch in float32, and of how many outputs."""
+    """Return the summed squared error of a batch in float32, and the number of its outputs."""
     wanted = block.targets(batch) if target is None else target(batch)
     with torch.enable_grad() if any(w.requires_grad for w in weights.values()) else torch.no_grad():
         output = block.run(block.inputs(batch), weights, others)
@@ -113,7 +113,7 @@ def _error(block: Block, batch: int, weights: Tensors, others: Tensors | None, t
 
 
 def _nothing(weights: Tensors) -> Tensor:
-    """A sum of squares and a count, both 0, where the weights are."""
+    """A sum of squares and a count, both 0, on the device of the weights."""
     return torch.zeros(2, dtype=torch.float64, device=next(iter(weights.values())).device)
 
 
@@ -124,7 +124,7 @@ class Adam:
         self._mean, self._square, self._count = torch.zeros_like(like), torch.zeros_like(like), 0
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Take in a gradient and return what to move against; 0 where there was never any."""
+        """Add a gradient and return the direction to move against; 0 where all gradients so far are 0."""
         first, second = _BETAS
         self._count += 1
         self._mean.lerp_(gradient, 1 - first)

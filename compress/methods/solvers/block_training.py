@@ -1,11 +1,11 @@
-"""Block-wise reconstruction: what moves of a block's weights, norms and biases is trained on the block's outputs.
+"""Block-wise reconstruction: a block's weights, norms and biases are trained on its outputs.
 
-Loss      the mean of |block(x) - t|^2 over outputs, x behind compressed blocks, t = (1 - b) f(x) + b f(y): f is the original
-          block, y what the original model gives it, b = `original`. With b = 1 errors of earlier blocks are corrected too.
-Step      AdamW, weight decay 0, the rate rises over the first tenth of the steps and then falls linearly to 0. Gradients are
+Loss      the mean of |block(x) - t|^2 over outputs, x taken after the compressed blocks, t = (1 - b) f(x) + b f(y): f is the
+          original block, y its input in the original model, b = `original`. With b = 1, earlier blocks' errors are corrected too.
+Step      AdamW, weight decay 0; the rate rises over the first tenth of the steps and then falls linearly to 0. Gradients are
           summed over ranks, so all ranks take the same step.
-Best      the loss over all batches is taken before the first round and after each, with everything as it is stored; the least is
-          kept, so that the result is never worse than what came in.
+Best      the loss over all batches, with everything as stored, is measured before the first round and after each; the least is
+          kept, so the result is never worse than the start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from compress.methods.solvers.block_loss import drawn, gradients, loss
 from compress.methods.solvers.trainable_weight import Trainable, Vector
 from compress.weights.weight import CompressedWeight
 
-WARM_UP = 0.1  # of all steps
+WARM_UP = 0.1  # share of all steps
 BETAS = (0.9, 0.95)
 Make = Callable[[CompressedWeight, Tensor, Tensor | None, torch.Generator], Trainable | None]
 
@@ -43,7 +43,7 @@ class Settings:
 
 
 def optimizer(moving: Sequence[Trainable | Vector], rate: float, relative_rate: float) -> torch.optim.AdamW:
-    """Return AdamW over all leaves, with a rate for those that are relative and one for the others."""
+    """Return AdamW over all leaves, with one rate for those that are relative and one for the others."""
     groups: list[dict[str, Any]] = []
     for relative, first in ((False, rate), (True, relative_rate)):
         leaves = [value for m in moving if m.relative == relative for value in m.leaves.values()]
@@ -59,7 +59,7 @@ def pace(step: int, steps: int) -> float:
 
 
 def advance(adam: torch.optim.AdamW, moving: Sequence[Trainable | Vector], step: int, steps: int) -> None:
-    """Take one step on the gradients that the leaves have."""
+    """Take one step with the gradients of the leaves."""
     for m in moving:
         m.before_step(step / steps)
     for group in adam.param_groups:
@@ -69,12 +69,12 @@ def advance(adam: torch.optim.AdamW, moving: Sequence[Trainable | Vector], step:
 
 
 def vectors_of(others: Mapping[str, Tensor], norms: bool, biases: bool) -> dict[str, Vector]:
-    """Return the norms and biases among the other tensors of a block, by disk name, as what moves."""
+    """Return the norms and biases among the other tensors of a block, by disk name, as trainable vectors."""
     return {n: Vector(v) for n, v in others.items() if v.ndim == 1 and (biases if n.endswith("bias") else norms)}
 
 
 def reconstruct(block: Block, weights: Mapping[str, CompressedWeight], make: Make, settings: Settings) -> TuningResult:
-    """Train a block's compressed weights, norms and biases; weights of transformed inputs stay, named in the notes as fixed."""
+    """Train a block's compressed weights, norms and biases; weights with transformed inputs stay, noted as fixed."""
     seen = block.observe(settings.statistics) if settings.statistics else {}
     generator = block.generator()
     moving: dict[str, Trainable] = {}
@@ -119,7 +119,7 @@ def reconstruct(block: Block, weights: Mapping[str, CompressedWeight], make: Mak
 
 
 def _target(block: Block, original: float) -> Callable[[int], Tensor] | None:
-    """Return what gives the target of a batch; None where it is the original's output alone."""
+    """Return the function that gives the target of a batch; None where that is the original's output alone."""
     if original == 1:
         return None
     dense = {site: block.weight(site) for site in block.sites}

@@ -1,8 +1,8 @@
-"""Moving scales between tensors: what a producer's output is divided by, the columns of its readers are multiplied by.
+"""Moving scales between tensors: a producer's output is divided by them, and the columns of its readers are multiplied.
 
 A place is a `Scalable`: producer, readers, and the channel of the producer that each column of the readers comes from. Scales
-are given per channel, (channels,), all positive. A norm's weight is rounded to the dtype that it is stored in, and the scale that
-its readers get is what the norm was divided by in the end.
+are given per channel, (channels,), all positive. A norm's weight is rounded to its stored dtype, and its readers get the scale
+by which the norm was actually divided.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.methods.block import Block, Scalable, TransformResult
 
-# A norm that is rounded may miss its scale by so much and no more; a channel where it does keeps its norm.
+# Largest relative error of a scale from rounding its norm; a channel with a larger one keeps its norm.
 _MISS = 0.1
 
 
@@ -29,7 +29,7 @@ class Moved:
         self._before: dict[str, Tensor] = block.others()
 
     def weight(self, site: str) -> Tensor:
-        """Return the weight of a site (out, in) as it is by now."""
+        """Return the weight of a site (out, in) as it is now."""
         return self.weights[site] if site in self.weights else self.block.weight(site)
 
     def _other(self, name: str) -> Tensor:
@@ -43,11 +43,11 @@ class Moved:
         return self._before[place.producer].numel() if place.norm else self.block.sites[place.producer][0]
 
     def effective(self, place: Scalable, scales: Tensor) -> Tensor:
-        """Return the scales (channels,) that come of the wanted ones: 1 where nobody reads, and what a stored norm takes."""
+        """Return the scales (channels,) applied for the wanted ones: 1 without a reader, and what a stored norm allows."""
         return self._norm(place, scales)[1] if place.norm else torch.where(self.read(place).to(scales.device), scales, 1.0)
 
     def read(self, place: Scalable) -> Tensor:
-        """Which channels of a producer its readers read, (channels,): the values of a joint matrix, but not its queries."""
+        """Which channels of a producer its readers read, (channels,): of a joint matrix the values, but not the queries."""
         found = torch.ones(self.number(place), dtype=torch.bool)
         if place.channels is not None:
             found[:] = False
@@ -55,7 +55,7 @@ class Moved:
         return found
 
     def _norm(self, place: Scalable, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight of a norm over scales (channels,) as it is stored, and the scales that were really taken out of it."""
+        """The weight of a norm divided by scales (channels,), as stored, and the scales by which it was actually divided."""
         before = self._other(place.producer)
         after = self.block.stored(place.producer, (before.double() + place.offset) / scales.double() - place.offset)
         found = (before.double() + place.offset) / (after.double() + place.offset)
@@ -63,7 +63,7 @@ class Moved:
         return torch.where(sound, after, before), torch.where(sound, found, 1.0).to(scales.dtype)
 
     def move(self, place: Scalable, scales: Tensor) -> None:
-        """Divide the producer's channels by scales (channels,), or by what comes nearest, and multiply its readers' columns."""
+        """Divide the producer's channels by scales (channels,), as far as they apply, and multiply its readers' columns."""
         if place.norm:
             self.others[place.producer], scales = self._norm(place, scales)
         else:
@@ -79,7 +79,7 @@ class Moved:
             self._keep(name, self._other(name) * spread)
 
     def changed(self, notes: Mapping[str, object]) -> TransformResult:
-        """What the block becomes."""
+        """The transformed block."""
         return TransformResult(self.weights, self.others, dict(notes))
 
 
@@ -89,7 +89,7 @@ def expand(place: Scalable, channels: Tensor) -> Tensor:
 
 
 def gather(place: Scalable, columns: Tensor, number: int) -> Tensor:
-    """Values per column of the readers (in,), not negative -> the largest of each of `number` channels, 0 where none reads it."""
+    """Nonnegative values per column of the readers (in,) -> the largest of each of `number` channels, 0 without a reader."""
     if place.channels is None:
         return columns
     channels = columns.new_zeros(number)

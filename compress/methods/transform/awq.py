@@ -1,35 +1,35 @@
 """AWQ: scale channels with large inputs up before rounding, and what produces them down (arXiv 2306.00978).
 
-Problem     a rounding that knows nothing of inputs makes errors of the same size in every column of a group. Multiplying column j
+Problem     rounding that ignores the inputs makes errors of the same size in every column of a group. Multiplying column j
             of W by s_j and dividing input j by s_j changes nothing, but makes the error of that column 1/s_j of what it was, at
-            the price of the columns that share its group.
-Places      a set of linears that read one tensor, and what produces it: a norm (q, k, v; gate and up, with all experts, the
+            the expense of the columns that share its group.
+Places      a set of linears that read one tensor, and its producer: a norm (q, k, v; gate and up, with all experts, the
             router and whatever else reads the norm), v_proj for o_proj (heads that share values share scales), up_proj for
-            down_proj, fc1 for fc2 behind a ReLU. The family says where. A place with a reader that cannot be rescaled is left.
-Candidates  a_j = mean |x_j| over tokens, of a channel the largest over the columns that read it, at least 1e-4 of the largest;
+            down_proj, fc1 for fc2 after a ReLU. The family says where. A place with a reader that cannot be rescaled is skipped.
+Candidates  a_j = mean |x_j| over tokens, per channel the largest over the columns that read it, at least 1e-4 of the largest;
             s = a^alpha, alpha = 0, 1/n, .., (n-1)/n, divided by sqrt(max s * min s). alpha = 0 is the block as it is. Where the
-            producer is a norm, s is what its weight has been divided by once it is rounded to the dtype that it is stored in.
+            producer is a norm, s is what its weight is actually divided by, given that it is rounded to its stored dtype.
 Loss        L(s) = sum over the linears of the set of T tr((W - Q_s) H (W - Q_s)^T), Q_s = Q(W diag s) diag(1/s): the squared
             error of their outputs, summed over all T tokens; H is the mean of x x^T. The paper runs the attention or the MLP
-            on samples for every candidate instead. H has all tokens, costs as many multiplications as in tokens, takes no
-            forward pass, and serves experts, which each see tokens of their own, like any other linear. What it does not see
-            is what the softmax makes of errors in q and k.
+            on samples for every candidate instead. H covers all tokens, costs as many multiplications as `in` tokens, takes no
+            forward pass, and serves experts, each of which sees its own tokens, like any other linear. It does not see how the
+            softmax changes errors in q and k.
 Steps       1. mean |x| of all inputs, in one pass; candidates for every place.
-            2. H input by input; the losses of all candidates, all on the weights as they were.
-            3. The best candidate of each place is moved: norm weight (and bias) or producer rows divided, columns multiplied.
+            2. H input by input; the losses of all candidates, all on the original weights.
+            3. The best candidate of each place is applied: norm weight (and bias) or producer rows divided, columns multiplied.
             4. `clip`: for every row and group the bound among amax (1 - i/m), i = 0 .. m/2 - 1 at `clip_points` m, of least
                (w - Q(clamp w)) H_gg (w - Q(clamp w))^T, the error of the group's part of the output; H_gg is the block of H on
-               the group's columns, scaled as these are. The weight is clamped there. This step alone is no exact rewrite: it is
-            taken before methods that know nothing of inputs, and not before those that compensate, unless the option says so.
+               the group's columns, scaled as these are. The weight is clamped there. Only this step is not an exact rewrite: it
+               runs before methods that ignore the inputs, and not before those that compensate, unless the option says so.
 Shapes      W (out, in), s (in,), H (in, in), bounds (out, groups).
-Grid        Q is the grid of the method that rounds the sites afterwards, or what the options say: `quant/gptq` rounds better,
-            but its grid is the same.
+Grid        Q is the grid of the method that rounds the sites afterwards, or the one that the options give: `quant/gptq` rounds
+            better, but its grid is the same.
 Defaults    20 candidates and bounds down to half, as in the paper. Measured: on weights of a small llama under correlated inputs
             clamping takes 4 to 7 % off the output error of rounding to nearest and adds 2 to 3 % to that of GPTQ, which can
-            make up for rounding but not for a clamp.
+            compensate for rounding but not for a clamp.
 Failures    inputs of equal size leave nothing to gain; norms in few bits take scales only to their own precision (they are
             then the exact quotient, but a router, a bias of a norm or of v_proj is rounded once more). Compensation
-            (GPTQ) does more than scales at every width; before it, scales gain little where channels are of like size.
+            (GPTQ) does more than scales at every width; before it, scales gain little where channels are of similar size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from compress.methods.solvers.error_feedback import full_precision
 from compress.methods.solvers.uniform_grid import Range, encode, fit
 from compress.methods.transform._scaling import Moved, expand, gather
 
-_FLOOR = 1e-4  # of the largest mean magnitude: channels that are silent have no scale of their own
+_FLOOR = 1e-4  # of the largest mean magnitude: quieter channels share one scale
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Rounding:
 def candidates(magnitude: Tensor, read: Tensor, points: int) -> Tensor:
     """Mean magnitudes (channels,) and which channels are read at all -> scales (points, channels), the first all ones.
 
-    A channel that nobody reads keeps its size.
+    A channel without a reader keeps its size.
     """
     top = magnitude[read].max()
     if not bool(top > 0):
@@ -97,7 +97,7 @@ def losses(weight: Tensor, hessian: Tensor, scales: Tensor, rounding: Rounding) 
 
 
 def clip(weight: Tensor, hessian: Tensor, rounding: Rounding, points: int) -> Tensor:
-    """Clamp every row and group of weight (out, in) where its part of the output is best kept; H is (in, in)."""
+    """Clamp every row and group of weight (out, in) at the bound that best preserves its part of the output; H is (in, in)."""
     rows, columns = weight.shape
     size = group_columns(rounding.group_size, columns)
     inner = hessian.view(columns // size, size, columns // size, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -150,7 +150,7 @@ class AWQ(Method):
         return self
 
     def grid(self, rounding: Method) -> Rounding | str:
-        """The grid to search for where `rounding` follows, or what is missing to know it."""
+        """The grid to search for when `rounding` follows, or what is missing to know it."""
         values: dict[str, Any] = {name: getattr(rounding, name, None) for name in ("bits", "group_size", "symmetric", "range")}
         values |= {name: value for name in values if (value := getattr(self, name)) is not None}
         if missing := [name for name in ("bits", "group_size", "symmetric") if values[name] is None]:
@@ -222,11 +222,11 @@ class _Search:
                 self.notes[site] = {"alpha": best / self.options.points, "loss": round(ratio, 4)}
 
     def candidates(self, places: list[Scalable]) -> list[Tensor]:
-        """The scales (points, channels) to try at each place, as they would be in the end."""
+        """The scales (points, channels) to try at each place, as they would be applied."""
         stats = self.block.observe((Magnitude,))
         result = []
         for place in places:
-            # Tokens that reach several readers, as those of a norm before experts, count at each of them.
+            # Tokens that reach several readers, such as experts after one norm, count at each of them.
             taps = list({id(m): m for m in (statistic(stats[site], Magnitude) for site in place.sites)}.values())
             total = sum((m.total for m in taps[1:]), taps[0].total) / max(sum(m.tokens for m in taps), 1)
             channels = gather(place, total, self.moved.number(place))
@@ -235,7 +235,7 @@ class _Search:
         return result
 
     def joined(self, sites: list[str]) -> list[tuple[Rounding, Tensor]]:
-        """The weights of sites that read one tensor as they were, one above the other where their grids are the same."""
+        """The original weights of sites that read one tensor, stacked along the rows where their grids are the same."""
         by_grid: dict[Rounding, list[Tensor]] = {}
         for site in sites:
             by_grid.setdefault(self.grids[site], []).append(self.block.weight(site))

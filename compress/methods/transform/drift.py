@@ -1,22 +1,23 @@
 """Drift correction: weights make up for what compressed blocks did to their inputs (asymmetric calibration, arXiv 2504.02692).
 
-Problem     behind compressed blocks a linear reads x where the original model has y. What it should give is W y: minimise
+Problem     after the compressed blocks a linear reads x where it reads y in the original model. It should give W y: minimise
             sum over tokens |W y - Q x|^2 rather than |W x - Q x|^2. With H = mean x x^T and C = mean (y - x) x^T,
-                |W y - Q x|^2 = (Q - W*) H (Q - W*)^T + what no Q changes,    W* = W + W C H^-1
-            so any rounding that is good for W under H does it, given W* for W.
-Steps       1. Every batch goes through the block as it is, behind compressed blocks and as the original model has it; H and C of
-               every input. Experts see the tokens that the first pass routes to them in both.
+                |W y - Q x|^2 = (Q - W*) H (Q - W*)^T + a term without Q,    W* = W + W C H^-1
+            so any rounding that is good for W under H will do, with W* in place of W.
+Steps       1. Every batch passes through the block as it is twice, with its input after the compressed blocks and with that in
+               the original model; H and C of every input are collected. Experts see the tokens that the first pass routes to them
+               in both.
             2. W <- W + share * n / (n + in) * W C (H + damp mean(diag H) I)^-1, n the tokens of the input.
-            The inputs of o_proj and down_proj drift partly because of what the block's own q, k, v, gate and up read, and step 2
-            has corrected those by then: the statistics of the method that rounds are of the corrected block.
+            The inputs of o_proj and down_proj drift partly because of what the block's own q, k, v, gate and up read, which
+            step 2 has corrected by then: the method that rounds takes statistics of the corrected block.
 Shapes      W (out, in), H and C (in, in).
 Defaults    share 0.75. GPTQ with groups of 128, mean KL to the original on held-out text by share: small llama, 3 bits
-            0.0287 (0), 0.0256 (0.5), 0.0253 (0.75), 0.0258 (1), mean of three draws of the calibration's windows 0.0287,
+            0.0287 (0), 0.0256 (0.5), 0.0253 (0.75), 0.0258 (1), mean of three draws of calibration windows 0.0287,
             0.0258, 0.0254; 2 bits 0.1814 (0), 0.1438 (0.75); mixture of experts, 3 bits 0.0366 (0), 0.0314 (0.75).
-            n / (n + in) keeps experts that few tokens reach from learning them by heart.
-Failures    the first block has no drift. Where the inputs of a linear are few and alike, damping decides.
-Source      the asymmetric objective is that of GPTAQ, which changes the update of GPTQ column by column; taken out of the sweep
-            as a new target it serves every rounding and every pruning alike.
+            n / (n + in) keeps experts that few tokens reach from overfitting them.
+Failures    the first block has no drift. Where the inputs of a linear are few and similar, damping decides.
+Source      the asymmetric objective is that of GPTAQ, which changes GPTQ's update column by column; taken out of that loop
+            as a new target, it serves every rounding and every pruning alike.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from compress.methods.solvers.error_feedback import full_precision
 
 
 def correction(second: Tensor, cross: Tensor, damp: float) -> Tensor | None:
-    """Return C H^-1 (in, in) of sums of x x^T and of (y - x) x^T, both (in, in); None where H cannot be inverted."""
+    """Return C H^-1 (in, in) from sums of x x^T and of (y - x) x^T, both (in, in); None where H cannot be inverted."""
     damped = second.clone()
     mean = damped.diagonal().mean()
     damped.diagonal().add_(torch.where(mean > 0, damp * mean, 1.0))
@@ -82,7 +83,7 @@ class DriftCorrection(Method):
 
 
 def _moved(weight: Tensor, step: Tensor, second: Tensor) -> float:
-    """How much of the output the change is: tr(S H S^T) / tr(W H W^T) for a step S of weight W (out, in)."""
+    """The change's share of the output: tr(S H S^T) / tr(W H W^T) for a step S of weight W (out, in)."""
     whole = float(((weight @ second) * weight).sum())
     return float(((step @ second) * step).sum()) / whole if whole > 0 else 0.0
 

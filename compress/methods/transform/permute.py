@@ -1,33 +1,33 @@
 """Channels in another order before N:M, so that those worth keeping do not meet in one group (Zhang et al., ICLR 2024).
 
-Problem     N:M keeps N of every M neighbouring columns. Where more than N of them matter something is lost, while other groups
-            keep what nobody needs. Reordering columns changes who meets whom: maximise K(order) = sum over rows and groups of
-            the N highest scores S_ij in a group of the reordered matrix.
+Problem     N:M keeps N of every M neighbouring columns. Where more than N of them matter, something is lost, while other groups
+            keep columns that do not. Reordering changes which columns share a group: maximise K(order) = sum over rows and
+            groups of the N highest scores S_ij in a group of the reordered matrix.
 Places      where an order costs nothing at run time, because the rows that a column comes from can move with it: down_proj with
             rows of gate and up, every expert by itself; o_proj within a head with rows of v, one order for all heads that share a
-            KV group. Inputs of q, k, v, gate and up are the residual stream and stay in their order. The family says where.
+            KV group. Inputs of q, k, v, gate and up are the residual stream and keep their order. The family says where.
 Scores      ria     (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) (mean x_j^2)^(1/4), the paper's
             wanda   |W_ij| (mean x_j^2)^(1/2)
             error   W_ij^2 mean x_j^2, what removing the weight alone adds to the squared error of the outputs
 Steps       1. Deal: columns by the sum of their scores, in M strips of d / M; group g gets number g of every even strip and
-               number g from the end of every odd one, so that strong and weak meet. What was there stays where it keeps more.
-            2. Refine: take the column at one position out of every group, and give the groups these columns anew by a linear
+               number g from the end of every odd one, which mixes strong and weak. The old order stays where it keeps more.
+            2. Refine: take the column at one position out of every group, and reassign these columns to the groups by a linear
                sum assignment. With t_rg the Nth highest score left in row r of group g and a_rg the sum of the N - 1 above it,
                group g keeps sum_r a_rg + max(t_rg, S_rc) with column c; max(t, s) = (t + s + |t - s|) / 2, of which only the
-               last term depends on who meets whom. So the assignment maximises the L1 distances of the columns of t and S. All
-               positions in turn, `rounds` times, or until nothing is gained; after each round the columns of group g move on
-               by g positions, so that others can be exchanged. What was there is one of the assignments, so K never falls;
-               it is summed in float64, and an order that does not raise it is not taken. Of more than `together` groups every
-               n-th is a part, which exchanges columns within itself.
-Shapes      S (sets, rows, size): heads that share an order lie one below the other; order (sets, size); distances (sets, groups,
+               last term depends on the pairing. So the assignment maximises the L1 distances of the columns of t and S. All
+               positions in turn, `rounds` times, or until nothing is gained; after each round the columns of group g shift
+               by g positions, so that others can be exchanged. The old order is one of the assignments, so K never falls;
+               it is summed in float64, and an order that does not raise it is rejected. Of more than `together` groups, every
+               n-th is in one part, and columns are exchanged within parts.
+Shapes      S (sets, rows, size): heads that share an order are stacked; order (sets, size); distances (sets, groups,
             groups). A round takes out d^2 / M operations, in parts of g groups out d g.
 Exactness   rows and columns move, no value changes: the block's function is the same up to the order of sums.
 Defaults    `error` and 10 rounds. At 2:4 on the small dense model, KL to the original on held-out text: RIA 0.430, with an order
             for `ria` 0.407, for `error` 0.376; Wanda 0.447, with one for `ria` 0.410, `wanda` 0.404, `error` 0.394. Ten rounds
             keep all but 4e-4 of what forty do.
-Failures    it takes time: a round of a matrix (4096, 11008) 42 s on one busy core of an AMD EPYC, and a single position of it
-            46 s where it is not cut into parts; assignments are found on the CPU also where a GPU does the rest. There is
-            nothing to gain where columns are alike, and little to choose from where heads are narrow.
+Failures    slow: a round of a matrix (4096, 11008) takes 42 s on one busy core of an AMD EPYC, and a single position of it
+            46 s without parts; assignments are solved on the CPU even where a GPU does the rest. There is nothing to gain
+            where columns are alike, and little to choose from where heads are narrow.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def reordered(score: Tensor, order: Tensor) -> Tensor:
 
 
 def dealt(score: Tensor, of: int) -> Tensor:
-    """Return the order (sets, size) of columns of scores (sets, rows, size) that lets strong and weak ones meet in groups."""
+    """Return the order (sets, size) of columns of scores (sets, rows, size) that mixes strong and weak ones in groups."""
     strips: Tensor = score.sum(1, dtype=torch.float64).argsort(dim=1, stable=True).unflatten(1, (of, -1)).clone()
     strips[:, 1::2] = strips[:, 1::2].flip(2)
     return strips.transpose(1, 2).flatten(1)
 
 
 def assigned(score: Tensor, order: Tensor, position: int, pattern: tuple[int, int]) -> Tensor:
-    """Return the order (sets, size) with the columns at one position of groups given to the groups that keep most with them."""
+    """Return the order (sets, size) with the columns at one position reassigned to the groups that keep most with them."""
     count, of = pattern
     groups = reordered(score, order).unflatten(2, (-1, of))  # (sets, rows, groups, M)
     rest = torch.cat([groups[..., :position], groups[..., position + 1 :]], 3)
@@ -82,7 +82,7 @@ def assigned(score: Tensor, order: Tensor, position: int, pattern: tuple[int, in
 
 
 def turned(order: Tensor, of: int) -> Tensor:
-    """Return an order (sets, size) with each group's columns in other positions, so that others can be exchanged."""
+    """Return an order (sets, size) with each group's columns shifted to other positions, so that others can be exchanged."""
     groups: Tensor = order.unflatten(1, (-1, of))
     first = torch.arange(groups.shape[1], device=order.device).unsqueeze(1)
     places = (torch.arange(of, device=order.device) + first) % of
@@ -90,7 +90,7 @@ def turned(order: Tensor, of: int) -> Tensor:
 
 
 def refined(score: Tensor, order: Tensor, pattern: tuple[int, int], rounds: int) -> Tensor:
-    """Return an order (sets, size) that keeps as much of scores (sets, rows, size) or more."""
+    """Return an order (sets, size) that keeps at least as much of scores (sets, rows, size)."""
     held = kept(reordered(score, order), pattern)
     idle = 0
     for _ in range(rounds):
@@ -108,13 +108,13 @@ def refined(score: Tensor, order: Tensor, pattern: tuple[int, int], rounds: int)
 
 
 def parts_of(groups: int, most: int) -> int:
-    """Return into how many equal parts so many groups are cut so that none has more than `most`; 1 where parts would be tiny."""
+    """Return the number of equal parts that `groups` are cut into, each of at most `most`; 1 where parts would be tiny."""
     found = next(n for n in range(-(-groups // most), groups + 1) if groups % n == 0)
     return found if groups // found * 4 >= most else 1
 
 
 def refined_in_parts(score: Tensor, order: Tensor, pattern: tuple[int, int], rounds: int, parts: int) -> Tensor:
-    """Return what `refined` does where only groups of the same part exchange columns; a part has every `parts`-th group."""
+    """Return what `refined` does if only groups of the same part exchange columns; a part has every `parts`-th group."""
     sets = len(order)
     spread = order.unflatten(1, (-1, parts, pattern[1])).transpose(1, 2).flatten(2)  # (sets, parts, size / parts)
     rows = reordered(score, spread.flatten(1)).unflatten(2, (parts, -1)).transpose(1, 2).flatten(0, 1)
@@ -124,20 +124,20 @@ def refined_in_parts(score: Tensor, order: Tensor, pattern: tuple[int, int], rou
 
 
 def best_order(score: Tensor, pattern: tuple[int, int], rounds: int, together: int = 512) -> Tensor:
-    """Return the order (sets, size) in which N:M keeps most of scores (sets, rows, size), as far as the two steps find it."""
+    """Return the order (sets, size), of those that the two steps find, in which N:M keeps most of scores (sets, rows, size)."""
     sets, _, size = score.shape
     first = torch.arange(size, device=score.device).expand(sets, size)
     other = dealt(score, pattern[1])
     better = kept(reordered(score, other), pattern) > kept(score, pattern)
     start = torch.where(better.unsqueeze(1), other, first)
     found = refined_in_parts(score, start, pattern, rounds, parts_of(size // pattern[1], together))
-    # Neither the order within groups nor that of groups matters: the one nearest to what was there.
+    # Neither the order within groups nor that of groups matters: take the one nearest to the old order.
     groups: Tensor = found.unflatten(1, (-1, pattern[1])).sort(2).values
     return groups.gather(1, groups[..., :1].argsort(1).expand_as(groups)).flatten(1)
 
 
 def moved(values: Tensor, places: Tensor, order: Tensor) -> Tensor:
-    """Return values with what is at places (sets, parts, size) of its first axis in an order (sets, size)."""
+    """Return values with those at places (sets, parts, size) of the first axis reordered by order (sets, size)."""
     result = values.clone()
     result[places.flatten()] = values[places.gather(2, order.unsqueeze(1).expand_as(places)).flatten()]
     return result
@@ -156,7 +156,7 @@ class Permute(Method):
     together: Annotated[int, Field(ge=2, description="groups of M that exchange columns with each other; fewer are faster")] = 512
 
     def pattern_of(self, pruning: Method) -> tuple[int, int] | str:
-        """The N and M to search for where `pruning` follows, or what is missing to know them."""
+        """The N and M to search for when `pruning` follows, or what is missing to know them."""
         text = self.pattern or getattr(pruning, "pattern", None)
         if text is None:
             return f"{pruning.path} has no pattern here, so give it to the transform, as pattern: '2:4', or leave the weight out"
@@ -168,7 +168,7 @@ class Permute(Method):
         return found if isinstance(found, str) else None
 
     def __call__(self, block: Block) -> TransformResult:
-        """Put the channels of a block in another order."""
+        """Reorder the channels of a block."""
         places = {place.reader: place for place in block.permutables}
         notes: dict[str, Any] = {site: {"order": "as it was: its input is read by all of the block"} for site in block.sites}
         weights: dict[str, Tensor] = {}
@@ -195,7 +195,7 @@ class Permute(Method):
         return TransformResult(weights, others, notes)
 
     def order(self, block: Block, place: Permutable, square: Tensor) -> tuple[Tensor | None, Mapping[str, Any]]:
-        """Return the order (sets, size) for a place, None where it stays as it is, and what the report should know."""
+        """Return the order (sets, size) for a place, None where it stays as it is, and notes for the report."""
         if place.obstacle is not None:
             return None, {"order": f"as it was: {place.obstacle}"}
         pattern = self.pattern_of(block.rounding(place.reader))

@@ -1,16 +1,16 @@
 """Grid: scales and offsets of compressed weights, and norms, trained so that the block gives what the original gave.
 
-Problem   minimise the mean squared error of a block's outputs, with inputs behind compressed blocks and the original's outputs
-          as targets, over the scales s and offsets o (out, groups) of all its compressed weights, codes fixed, and over its norms
-          and biases. A weight is linear in them, Q = (code - zero) s + o, so there is nothing to round but how they are stored.
+Problem   minimise the mean squared error of a block's outputs, with inputs taken after the compressed blocks and the original's
+          outputs as targets, over the scales s and offsets o (out, groups) of all its compressed weights, codes fixed, and over
+          its norms and biases. A weight is linear in them, Q = (code - zero) s + o, so only their storage needs rounding.
 Step      Adam on p, with s = s0 + |s0| p, o = o0 + |s0| p and n = n0 + rms(n0) p for other vectors: one rate suits all, as it is
-          relative to what is there. Masters are float32; the rate falls linearly to 0.
-Best      the loss over all batches is taken before the first round and after each, with everything rounded as it is stored; the
-          least is kept, so that the result is never worse than what came in.
-Parts     every floating-point field `scale` and `offset` of a weight's base by which its values can be differentiated. Other
+          relative to the initial values. Master copies are float32; the rate falls linearly to 0.
+Best      the loss over all batches, with everything rounded as stored, is measured before the first round and after each; the
+          least is kept, so the result is never worse than the start.
+Parts     every floating-point field `scale` and `offset` of a weight's base in which its values are differentiable. Other
           parts stay as they are, and the notes name their sites.
 Source    the block-wise step of decoupleQ (arXiv 2404.12759), which takes absolute steps of 1e-5.
-Failures  few calibration tokens are fitted and not learned from; needs gradients through the block.
+Failures  overfits few calibration tokens; needs gradients through the block.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from compress.methods.solvers.block_loss import Adam, drawn, gradients, loss
 from compress.methods.solvers.trainable_fields import trainable_fields, unit_of, with_fields
 from compress.weights.weight import CompressedWeight
 
-_LEAST = 1e-3  # of the root mean square of a vector, as the unit of its steps: gains of norms may begin at zero
+_LEAST = 1e-3  # least unit of a vector's steps, which is its root mean square: gains of norms may start at zero
 
 
 class Master:
-    """Float32 values behind a stored tensor: start + unit * p."""
+    """The float32 master copy of a stored tensor: start + unit * p."""
 
     def __init__(self, start: Tensor, unit: Tensor) -> None:
         self.start, self.unit = start.float(), unit.float()
@@ -40,17 +40,17 @@ class Master:
         self._adam = Adam(self.p)
 
     def value(self) -> Tensor:
-        """Return what p stands for."""
+        """Return the values at the current p."""
         return self.start + self.unit * self.p
 
     def step(self, gradient: Tensor, rate: float) -> None:
-        """Take one step of Adam, given the gradient by the value."""
-        # The unit is a factor of the gradient by p, and directions do not change with it.
+        """Take one step of Adam, given the gradient for the values."""
+        # The gradient for p has the unit as a factor, on which directions do not depend.
         self.p.sub_(self._adam.direction(gradient), alpha=rate)
 
 
 class Weight:
-    """A compressed weight whose scales and offsets move."""
+    """A compressed weight whose scales and offsets are trained."""
 
     def __init__(self, weight: CompressedWeight) -> None:
         self.weight = weight
@@ -62,13 +62,13 @@ class Weight:
         return with_fields(self.weight, {name: master.value() for name, master in self.masters.items()}).dequantize()
 
     def stored(self) -> CompressedWeight:
-        """Return the weight with its fields rounded to how they are stored."""
+        """Return the weight with its fields rounded to their stored types."""
         base: Any = self.weight.base
         rounded = {name: master.value().to(getattr(base, name).dtype) for name, master in self.masters.items()}
         return with_fields(self.weight, rounded)
 
     def step(self, by_value: Tensor, rate: float) -> None:
-        """Move the masters, given the gradient by the weight (out, in)."""
+        """Move the masters, given the gradient for the weight (out, in)."""
         leaves = {name: master.value().requires_grad_() for name, master in self.masters.items()}
         with torch.enable_grad():
             found = torch.autograd.grad(with_fields(self.weight, leaves).dequantize(), list(leaves.values()), by_value)
@@ -86,7 +86,7 @@ def grid(
     norms: bool,
     biases: bool,
 ) -> TuningResult:
-    """Train the scales and offsets of the weights of a block, and its norms and biases; codes stay."""
+    """Train the scales and offsets of a block's weights, and its norms and biases; codes stay."""
     moving = {site: tuned for site, weight in weights.items() if (tuned := Weight(weight)).masters}
     fixed = {site: weight.dequantize() for site, weight in weights.items() if site not in moving}
     vectors = {
@@ -136,7 +136,7 @@ class GridTuning(Method):
     biases: Annotated[bool, Field(description="train the block's biases too")] = True
 
     def __call__(self, block: Block, weights: Mapping[str, CompressedWeight]) -> TuningResult:
-        """Train what is not a code of the weights of a block."""
+        """Train a block's scales, offsets, norms and biases."""
         return grid(block, weights, **self.model_dump())
 
 

@@ -1,17 +1,17 @@
 """A low-rank part for what compression took: truncated SVD in whitened coordinates (SVD-LLM, arXiv 2403.07378).
 
-Problem   with R = W - Q (out, in), what a compressed weight Q misses, and the mean H of x x^T over its inputs, minimise
+Problem   with R = W - Q (out, in), the error of a compressed weight Q, and the mean H of x x^T over its inputs, minimise
           E(L) = tr((R - L) H (R - L)^T) over matrices L of rank r.
 Answer    H = S S^T (Cholesky), R S = U D V^T, L = U_r D_r V_r^T S^-1: E(L) is the sum of the squares of the singular values
           cut off. Stored as left = U_r D_r^1/2 and right = D_r^1/2 V_r^T S^-1 in bfloat16, the inverse by a triangular solve.
-Order     inputs are those behind compressed blocks, with the block's weights as they came out of its step.
-Fit       then the left factor is solved for anew with the right one as it is stored: left = R H right^T (right H right^T)^-1.
-Bits      16 r (out + in) / (out in) per weight on top, counted: this is for what codes or masks miss; `prune/svd` is low rank
-          alone. `retrain/perp` with `weights: lora` trains the factors (PELA, arXiv 2310.10700, trains
-          such factors on the features of the original).
+Order     inputs are taken after the compressed blocks, with the block's weights as its own step left them.
+Fit       then the left factor is solved for again with the right one as stored: left = R H right^T (right H right^T)^-1.
+Bits      16 r (out + in) / (out in) more per weight, which are counted. This is for what codes or masks miss; `prune/svd` is low
+          rank alone. `retrain/perp` with `weights: lora` trains the factors (PELA, arXiv 2310.10700, trains such factors on the
+          features of the original).
 Defaults  rank 16, damping 1 % of the mean diagonal (ours; the published code damps only where the Cholesky factor fails).
-Failures  weights that have a low-rank part already, or a transformed input, are left alone, and named in the notes. Without any
-          token nothing is added.
+Failures  weights that already have a low-rank part, or a transformed input, are left alone and named in the notes. Without
+          tokens nothing is added.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from compress.weights.weight import CompressedWeight
 
 
 def part(weight: Tensor, compressed: Tensor, hessian: Tensor, rank: int) -> LowRank:
-    """Return the low-rank part for what a compressed weight (out, in) misses of weight (out, in)."""
+    """Return the low-rank part for the error of a compressed weight (out, in) against weight (out, in)."""
     rest = weight - compressed
     right = factors(rest, hessian, rank)[1].bfloat16()
     return LowRank(fitted(rest, hessian, right).bfloat16(), right)
@@ -51,7 +51,7 @@ class Svd(Method):
         return None if self.rank < most else f"rank={self.rank} is not below {most}, what a weight of {list(shape)} has; use less"
 
     def added_bits(self, shape: tuple[int, int]) -> int:
-        """Bits that a weight of this shape (out, in) gets on top."""
+        """Bits that are added to a weight of this shape (out, in)."""
         return low_rank_bits(shape, self.rank)
 
     def __call__(self, block: Block, weights: Mapping[str, CompressedWeight]) -> TuningResult:
