@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a checkpoint: which are the weights that can be compressed, and what is copied or dropped."""
+"""What happens to every tensor of a checkpoint: whether it can be compressed, is copied, or is dropped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compress.errors import CheckpointError
 
 @dataclass
 class Inventory:
-    """What becomes of every tensor of a source: a site is made of it, it is copied, or it is dropped by a rule."""
+    """What happens to each tensor of a source: it becomes one or more sites, is copied, or is dropped by a rule."""
 
     family: Family
     sites: list[Site] = field(default_factory=list)
@@ -38,7 +38,7 @@ def _linear_sites(source: Source, family: Family, block: int, names: set[str]) -
     for group in family.taps:
         for linear in (name for name in group if f"{base}{name}.weight" in names):
             tensor = f"{base}{linear}.weight"
-            # A packed weight is decoded to (out, in); what was left as it was beside it is stored as ever.
+            # A packed weight is decoded to (out, in); linears that were not compressed keep their original layout.
             transposed = family.transposed and not (isinstance(source, PackedSource) and base + linear in source.table)
             shape = _shape(source, source.entries[tensor], transposed, fused=False)
             sites.append(Site(base + linear, shape, block, group[0], linear, tensor, transposed=transposed))
@@ -53,7 +53,7 @@ def _expert_sites(source: Source, family: Family, block: int, names: set[str]) -
     sites = []
     linears = [(name, "input") for name in layout.inputs] + [(layout.output, "hidden")]
     for linear, side in linears:
-        fused = layout.fused and f"{base}.{linear}" in names  # packed ones are single whatever they were made of
+        fused = layout.fused and f"{base}.{linear}" in names  # packed experts are stored singly, even if they were fused before
         if fused:
             numbers = range(source.entries[f"{base}.{linear}"].shape[0])
         else:
@@ -75,7 +75,7 @@ def _expert_sites(source: Source, family: Family, block: int, names: set[str]) -
 
 
 def _missing(source: Source, family: Family, block: int, sites: list[Site]) -> None:
-    """A block has all linears of a group or none, and one of those that are alternatives."""
+    """Raise CheckpointError if a block has only part of a group of linears, or no linear; of alternatives one suffices."""
     kinds = {site.kind for site in sites}
     for group in family.taps:
         had = [name for name in group if name in kinds]
@@ -93,9 +93,9 @@ def _missing(source: Source, family: Family, block: int, sites: list[Site]) -> N
 
 
 def take_inventory(source: Source, family: Family, copy: tuple[str, ...] = (), drop: tuple[str, ...] = ()) -> Inventory:
-    """Give every tensor of a source its disposition; one that no rule or two rules claim raises CheckpointError.
+    """Classify every tensor of a source. Raises CheckpointError for a tensor that no rule or two rules claim.
 
-    `copy` and `drop` are a recipe's own globs over disk names, and win over the family's.
+    `copy` and `drop` are a recipe's globs over disk names; they take precedence over the family's.
     """
     inventory = Inventory(family)
     by_block: dict[int, set[str]] = {block: set() for block in range(number_of_blocks(source))}
@@ -129,8 +129,8 @@ def _dispose(source: Source, inventory: Inventory, copy: tuple[str, ...], drop: 
         if match and int(match[1]) < blocks:
             rules += [matches(within, family.keep)]
         else:
-            # Outside the blocks nothing is compressed but the head: embeddings, and what the model class does not load, such as
-            # prediction heads (blocks beyond the config's count, `mtp.*`) and towers, go along byte for byte.
+            # Outside the blocks only the head is compressed. Embeddings, and tensors that the model class does not load, such as
+            # prediction heads (blocks beyond the config's count, `mtp.*`) and towers, are copied byte for byte.
             rules += [name not in made and not matches(name, family.drop)]
         rules += [matches(name, family.drop)]
         if matches(name, drop) or matches(name, copy):

@@ -33,20 +33,20 @@ def compress_block(
     read: Callable[[Site], Tensor] | None = None,
     cache: BlockCache | None = None,
 ) -> Iterator[tuple[str, CompressedSite]]:
-    """Compress the sites of one filled block that are this rank's, and yield each with its report row; see `observed`.
+    """Compress this rank's sites of one filled block, and yield each with its report row; see `observed`.
 
-    `read` gives the weight (out, in) of a site in float32: the source's if None.
+    `read` returns the weight (out, in) of a site in float32; None reads the source's.
     """
     read = read or (lambda site: streamed.weight(site).to(streamed.device).float())
     for unit, stats, pooled in observed(streamed, assignments, run, budget, progress, cache):
-        memory.give_back()  # holes that the calibration or the last weight has left, before others are torn beside them
+        memory.give_back()  # holes left by calibration or the last weight, before new allocations add more
         yield from _compress_unit(read, unit, stats, pooled)
 
 
 def _compress_unit(
     read: Callable[[Site], Tensor], unit: Unit, stats: Stats, pooled: Stats
 ) -> Iterator[tuple[str, CompressedSite]]:
-    """Compress the sites of one tap: those of one step in one call where the method treats rows independently."""
+    """Compress the sites of one tap; sites of one step share a call if the method treats rows independently."""
     by_step: dict[int, list[Assignment]] = {}
     for position, assignment in enumerate(unit.assignments):
         joined = assignment.method.rows_independent and (assignment.fallback is None or assignment.fallback.rows_independent)
@@ -80,7 +80,7 @@ def site_row(
     tokens: int | None = None,
     seconds: float = 0.0,
 ) -> SiteRow:
-    """Describe what became of a weight (out, in). Raises CalibrationError where it is not finite."""
+    """Return the report row of a compressed weight (out, in). Raises CalibrationError if it is not finite."""
     decoded = _finite(compressed, site.name)
     if (sparsity := compressed.sparsity) is not None:
         notes = {**notes, "sparsity": sparsity}

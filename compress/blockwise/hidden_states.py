@@ -28,7 +28,7 @@ class States(Protocol):
 class HiddenStates:
     """Batches of hidden states (samples, length, width) in `dtype`, one after the other in memory or in one file.
 
-    On disk (`folder`) the output of a block is written beside its input and takes its place when it is whole.
+    On disk (`folder`) the output of a block is written next to its input, and replaces it once complete.
     """
 
     def __init__(self, samples: list[int], length: int, width: int, dtype: torch.dtype, folder: Path | None) -> None:
@@ -66,7 +66,7 @@ class HiddenStates:
         return buffer
 
     def update(self, outputs: Iterator[Tensor], name: str) -> None:
-        """Replace every batch by the next of `outputs`; on disk the new file is `name`, and the old one is left to the caller."""
+        """Replace the batches with `outputs`, in order; on disk the new file is `name`, and the old one is left to the caller."""
         if self.folder is None:
             for batch, output in enumerate(outputs):
                 self._memory[batch] = output.to("cpu", self.dtype)
@@ -78,13 +78,13 @@ class HiddenStates:
         self._file = path
 
     def after(self, outputs: Iterator[Tensor], name: str) -> HiddenStates:
-        """Return what comes after these states, and keep them; on disk in a file of its own."""
+        """Return `outputs` as new states, on disk in a file of their own; these states do not change."""
         result = HiddenStates([count for count, _, _ in self.shapes], *self._inner, self.dtype, self.folder)
         result.update(outputs, name)
         return result
 
     def copy(self) -> HiddenStates:
-        """Return the same states in memory; what becomes of either leaves the other alone."""
+        """Return the same states in memory; updating either leaves the other unchanged."""
         result = HiddenStates([count for count, _, _ in self.shapes], *self._inner, self.dtype, None)
         result.put(self.batches())
         return result
@@ -94,12 +94,12 @@ class HiddenStates:
         return [self.read(batch) for batch in range(len(self.shapes))]
 
     def put(self, batches: Sequence[Tensor]) -> None:
-        """Take these batches in memory, in place of all that was there."""
+        """Hold these batches in memory instead of the present ones."""
         self.shapes = [(batch.shape[0], batch.shape[1], batch.shape[2]) for batch in batches]
         self._memory, self._file = list(batches), None
 
     def save(self, path: Path) -> None:
-        """Write all batches into a file that `restore` reads; on disk they are there already."""
+        """Write all batches to a file that `restore` reads; does nothing if they are on disk already."""
         if self._file is not None:
             return
         with replacing(path) as temporary, temporary.open("wb") as stream:
@@ -107,11 +107,11 @@ class HiddenStates:
                 stream.write(bytes_of(self.read(batch)))
 
     def fits(self, path: Path) -> bool:
-        """Whether there is a file of this size."""
+        """Whether `path` is a file of the same size as these states."""
         return path.is_file() and path.stat().st_size == self.nbytes
 
     def restore(self, path: Path) -> None:
-        """Take all batches from a file that fits."""
+        """Load all batches from a file that `fits`."""
         if self.folder is not None:
             self._file = path
         else:

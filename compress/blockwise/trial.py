@@ -1,4 +1,4 @@
-"""A model compressed in memory, block by block, beside the original: what a plan or a sweep measures. Nothing is written."""
+"""Compression in memory, block by block, next to the original model, for a plan or a sweep to measure. Nothing is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compress.system.progress import Progress
 
 @dataclass
 class Before:
-    """What is done to every block before it is calibrated, and the calibration on its way through the original's blocks."""
+    """What is done to every block before its calibration, and the calibration stream through the original's blocks."""
 
     stages: Sequence[StageAssignment]
     untouched: Stream
@@ -36,8 +36,8 @@ def compress_in_memory(
 ) -> list[SiteRow]:
     """Compress all blocks and send streams through them; return the report rows.
 
-    As a run does it, the calibration `fit` goes on through the compressed weights; None for methods that need none, unless
-    there is something to do `before`. `others` follow the original or the compressed weights, as they say.
+    As in a run, the calibration stream `fit` continues through the compressed weights. It may be None if no method needs
+    calibration and `before` is None. Each of `others` says whether it follows the original or the compressed weights.
     """
     blocks = len(streamed.blocks)
     rows = []

@@ -1,4 +1,4 @@
-"""One block: which of its taps are watched, who compresses what, and what comes of it."""
+"""One block: which taps are observed, which rank compresses which sites, and with which statistics."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Unit:
 
     @property
     def cost(self) -> float:
-        """Work, up to a factor: factoring the Hessian and sweeping the rows."""
+        """Work up to a constant factor: factoring the Hessian and sweeping the rows."""
         rows = sum(int(a.site.shape[0]) for a in self.assignments)
         return float(self.columns**2 * (self.columns + rows))
 
     @property
     def pool(self) -> str | None:
-        """Name of the tap that pools all experts of the block, when a site may need it."""
+        """Name of the tap that pools all experts of the block, or None if no site can need it."""
         site = self.assignments[0].site
         wanted = any(a.fallback is None and a.min_tokens > 0 for a in self.assignments)
         return (
@@ -57,7 +57,7 @@ def units(assignments: Sequence[Assignment]) -> list[Unit]:
 
 
 def taps(streamed: StreamedModel, work: Sequence[Unit]) -> list[Tap]:
-    """The taps to watch, pooled ones first, because every expert may need them."""
+    """Return the taps to observe, pooled ones first, because every expert may need them."""
     pooled: dict[str, list[Unit]] = {}
     for unit in work:
         if unit.pool is not None:
@@ -73,7 +73,7 @@ def taps(streamed: StreamedModel, work: Sequence[Unit]) -> list[Tap]:
 
 
 def _reduce(collected: dict[str, Stats], owners: dict[str, int]) -> None:
-    """Add up the ranks' statistics: each tap's at its owner, pooled ones everywhere."""
+    """Sum statistics over ranks: each tap's at its owner, pooled ones on all ranks."""
     for tap, stats in collected.items():
         for statistic in stats.values():
             distributed.reduce_to(statistic.tensors(), owners.get(tap))
@@ -91,9 +91,9 @@ def observed(
     progress: Callable[[str, float], None],
     cache: BlockCache | None = None,
 ) -> Iterator[tuple[Unit, Stats, Stats]]:
-    """Yield the units of one filled block that are this rank's, each with its statistics and those pooled over experts.
+    """Yield this rank's units of one filled block, each with its statistics and those pooled over experts.
 
-    `run` sends the calibration through the block; it is called once per pass, and each pass's statistics fit `budget` bytes.
+    `run` sends the calibration data through the block, once per pass; the statistics of a pass fit in `budget` bytes.
     """
     work = units(assignments)
     owner = dict(zip([u.tap for u in work], distributed.assign([u.cost for u in work], distributed.world()), strict=True))
@@ -118,7 +118,7 @@ def observed(
 
 
 def choose(assignment: Assignment, stats: Stats, pooled: Stats) -> tuple[Any, Stats, str | None]:
-    """The method and statistics for a site: the step's own, or the fallback where too few tokens were seen."""
+    """Return method, statistics and note for a site: the step's own, or a fallback if the site saw too few tokens."""
     tokens = min((s.tokens for s in stats.values()), default=None)
     if tokens is None or tokens >= assignment.min_tokens:
         return assignment.method, stats, None

@@ -1,4 +1,4 @@
-"""Methods that see a whole block: transforms before it is calibrated, joint compression, and tuning of what was compressed."""
+"""A block as whole-block methods see it: transforms before calibration, joint compression, and tuning after compression."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ class BlockRun:
 
     streamed: StreamedModel
     number: int
-    inputs: States  # behind compressed blocks
-    originals: States | None  # behind original blocks, where a method compares
-    targets: States | None  # what the original block gives behind original blocks
-    send: Callable[[], None]  # sends the calibration through the block, for hooks on it
+    inputs: States  # after the compressed blocks
+    originals: States | None  # after the original blocks; None unless a method compares
+    targets: States | None  # the original block's output for `originals`
+    send: Callable[[], None]  # sends the calibration data through the block, for hooks on it
     budget: int  # bytes of statistics at a time
     seed: int
     progress: Callable[[str, float], None]
-    weights: dict[str, Tensor] = field(default_factory=dict)  # (out, in) float32, of sites that a transform has changed
-    others: dict[str, Tensor] = field(default_factory=dict)  # tensors that are stored instead of the source's, by disk name
+    weights: dict[str, Tensor] = field(default_factory=dict)  # (out, in) float32, of sites changed by a transform
+    others: dict[str, Tensor] = field(default_factory=dict)  # tensors stored instead of the source's, by disk name
 
     def weight(self, site: Any) -> Tensor:
-        """Return a site's weight (out, in) in float32, as transforms have left it."""
+        """Return a site's weight (out, in) in float32, after any transforms."""
         changed = self.weights.get(site.name)
         return self.streamed.weight(site).to(self.streamed.device).float() if changed is None else changed
 
     def replace_others(self, others: Mapping[str, Tensor]) -> None:
-        """Store other tensors in the dtype that the source has them in, and let the block run with them."""
+        """Store other tensors in the source's dtypes, and let the block run with them. Raises CalibrationError if not finite."""
         for name, value in others.items():
             if not bool(value.isfinite().all()):
                 raise CalibrationError(f"{name}: is not finite after a transform or tuning; check the calibration data")
@@ -54,7 +54,7 @@ class BlockRun:
 
 
 class MethodView:
-    """A block as one method sees it: `compress.method.Block`."""
+    """A block as one method sees it: `compress.methods.block.Block`."""
 
     def __init__(self, around: BlockRun, assignments: Sequence[Any], step: str) -> None:
         self._around, self._step = around, step
@@ -66,13 +66,13 @@ class MethodView:
         self.first, self.total_batches = sum(counts[: distributed.rank()]), sum(counts)
 
     def weight(self, site: str) -> Tensor:
-        """Return the weight of a site (out, in) in float32, as transforms have left it."""
+        """Return the weight of a site (out, in) in float32, after any transforms."""
         return self._around.weight(self._sites[site])
 
     def others(self) -> dict[str, Tensor]:
         """Return the block's other floating-point tensors by disk name, in float32."""
         around, source = self._around, self._around.streamed.source
-        names = around.streamed.others(around.number)  # the model may compute in less precision than the source is stored in
+        names = around.streamed.others(around.number)  # only the names: the model may compute in lower precision than the source
         values = {name: around.others[name] if name in around.others else source.tensor(name) for name in names}
         return {name: value.to(around.streamed.device).float() for name, value in values.items()}
 
@@ -89,20 +89,20 @@ class MethodView:
         return orders.resolve(streamed.inventory, settings(streamed.source), self._around.number, self._sites)
 
     def rounding(self, site: str) -> Method:
-        """Return the method that will compress a site, or has."""
+        """Return the method that compresses a site."""
         method: Method = self._rounding[site]
         return method
 
     def stored(self, name: str, value: Tensor) -> Tensor:
-        """Return a value of one of the other tensors as it comes back from where it is stored, in float32."""
+        """Return a value of one of the other tensors as rounded by storage, in float32."""
         return value.to(self._around.streamed.source.dtype(name)).float()
 
     def observe(self, kinds: Sequence[type[Statistics]]) -> dict[str, Stats]:
-        """Return statistics of the inputs of every site, over the calibration of all ranks."""
+        """Return statistics of every site's inputs, over the calibration data of all ranks."""
         return {name: stats for names, stats in self.observe_in_turn(kinds) for name in names}
 
     def observe_in_turn(self, kinds: Sequence[type[Statistics]]) -> Iterator[tuple[tuple[str, ...], Stats]]:
-        """Yield the same tensor by tensor, with the sites that read it, observed in passes within the budget."""
+        """Yield the same, one input tensor at a time with the sites that read it, observed in passes within the budget."""
         by_tap = self._by_tap()
         for group in passes(self._taps(by_tap, tuple(kinds)), self._around.budget):
             found = observe(group, self._around.send, self._around.streamed.device)
@@ -113,7 +113,7 @@ class MethodView:
                 yield tuple(site.name for site in by_tap[tap]), stats
 
     def drift_in_turn(self) -> Iterator[tuple[tuple[str, ...], Drift]]:
-        """Yield, tensor by tensor, how it differs from the original model's, with the sites that read it, as the block is now."""
+        """Yield each input tensor's drift from the original model's, with the sites that read it, for the block as it is now."""
         by_tap, streamed = self._by_tap(), self._around.streamed
         for group in passes(self._taps(by_tap, (Drift,)), self._around.budget):
             found = observe_drift(group, streamed.expert_loops(self._around.number), self._both, streamed.device)
@@ -124,7 +124,7 @@ class MethodView:
                 yield tuple(site.name for site in by_tap[tap]), drift
 
     def _both(self) -> Iterator[bool]:
-        """Send every batch through the block behind compressed blocks, then as the original model has it."""
+        """Run each batch after the compressed blocks, then after the original ones; yield before each, True for the latter."""
         around = self._around
         if around.originals is None:
             raise RuntimeError(f"{self._step} does not say that it compares")
@@ -145,11 +145,11 @@ class MethodView:
         return [Tap(tap, (linear(sites[0]),), sites[0].shape[1], kinds) for tap, sites in by_tap.items()]
 
     def inputs(self, batch: int) -> Tensor:
-        """Return one batch of hidden states (samples, length, width) that enter the block behind compressed ones."""
+        """Return one batch of the block's input states (samples, length, width), after the compressed blocks."""
         return self._around.inputs.read(batch).to(self._around.streamed.device)
 
     def targets(self, batch: int) -> Tensor:
-        """Return what the original model's block gives for this batch of the original model (samples, length, width)."""
+        """Return the output of this block in the original model for a batch (samples, length, width)."""
         if self._around.targets is None:
             raise RuntimeError(f"{self._step} does not say that it compares")
         return self._around.targets.read(batch).to(self._around.streamed.device)
@@ -160,22 +160,22 @@ class MethodView:
         return self._around.streamed.differentiable(self._around.number, hidden, given, others or {})
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum over ranks."""
+        """Sum values over ranks, in place."""
         distributed.reduce_to([values], None)
         return values
 
     def generator(self) -> torch.Generator:
-        """Return a source of random numbers that is the same for this block and step on all ranks and in every run."""
+        """Return a random generator that is the same for this block and step on all ranks and in every run."""
         name = f"{self._step} of block {self._around.number}"
         digest = hashlib.sha256(f"{self._around.seed}: {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def say(self, share: float) -> None:
-        """Tell how much of the work is done, from 0 to 1."""
+        """Report the share of the work that is done, 0 to 1."""
         self._around.progress("tuning", share)
 
 
 def _sum_over_ranks(statistic: Statistics) -> None:
-    """Make a rank's statistic that of all ranks."""
+    """Sum a statistic over ranks, in place."""
     distributed.reduce_to(statistic.tensors(), None)
     statistic.tokens = sum(distributed.gather(statistic.tokens))

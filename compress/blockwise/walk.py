@@ -1,4 +1,4 @@
-"""The one walk over the blocks of a model, one loaded at a time: whatever sends windows through blocks is a visitor of it."""
+"""The one walk over a model's blocks, one loaded at a time; everything that sends windows through blocks is a visitor."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from compress.blockwise.stream import ORIGINAL, Stream
 from compress.model.streamed import StreamedModel, Weights
 
-# Sees a filled block and yields weights for it, each with the name of the streams that go through them.
+# Takes the number of a filled block and yields weights for it, each with the name of the streams that follow them.
 Visit = Callable[[int], Iterable[tuple[str, Weights]]]
-Tell = Callable[[int, str, float], None]  # block, what is done, share of it
+Tell = Callable[[int, str, float], None]  # block, step, share done
 
 
 def nothing(block: int) -> Iterator[tuple[str, Weights]]:
-    """A visitor that leaves every block as it is."""
+    """A visitor that leaves every block unchanged."""
     return iter(())
 
 
 def quiet(block: int, step: str, share: float) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 def walk(
@@ -31,9 +31,9 @@ def walk(
 ) -> None:
     """Send streams through blocks, each filled from the source, shown to a visitor, and released.
 
-    Streams that follow the original have run through the block before the visitor sees it: `states` are its inputs, `outputs`
-    what it gives. Lazy ones run before its weights are replaced for the first time. Each time the visitor yields weights, the
-    block is given them, and the streams that follow them advance; then the visitor goes on.
+    Streams that follow the original run through the block before the visitor sees it: `states` are its inputs, `outputs` its
+    outputs. Lazy ones run later, before its weights are first replaced. Each time the visitor yields weights, they are set in
+    the block and the streams that follow them advance; then the visitor resumes.
     """
     for block in blocks:
 
@@ -61,5 +61,5 @@ def _advance(streams: Iterable[Stream], model: StreamedModel, block: int, progre
 
 
 def catch_up(model: StreamedModel, stream: Stream, block: int, tell: Tell = quiet) -> None:
-    """Send a stream that follows the original through the blocks that it was left behind at, up to this one."""
+    """Advance a stream that follows the original from its present position to the input of this block."""
     walk(model, [stream], range(stream.position, block), tell=tell)

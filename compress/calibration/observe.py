@@ -1,4 +1,4 @@
-"""What reaches the linears of a block: one accumulator per tap and kind of statistic, in as many passes as the memory takes."""
+"""Statistics of the inputs of a block's linears: one accumulator per tap and kind, in as many passes as memory requires."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from compress.calibration.statistics import Drift, Statistics, Stats
 
 @dataclass(frozen=True)
 class Tap:
-    """A tensor that linears read, and what is to be known of its rows."""
+    """A tensor that linears read, and the statistics to take of its rows."""
 
     name: str
-    modules: tuple[nn.Module, ...]  # those whose input is watched: one for a tap, all experts' for a pooled one
+    modules: tuple[nn.Module, ...]  # modules whose input is observed: one, or all experts' for a pooled tap
     columns: int
     kinds: tuple[type[Statistics], ...]
-    pooled: tuple[str, ...] = ()  # names of the taps that a pooled one adds up
+    pooled: tuple[str, ...] = ()  # names of the taps that a pooled tap sums
 
     @property
     def nbytes(self) -> int:
@@ -72,9 +72,9 @@ def observe_drift(
 ) -> dict[str, Drift]:
     """Return how the inputs of each tap differ between two passes of every batch.
 
-    `run` makes the forward passes and yields before each: False before the one behind compressed blocks, then True before that of
-    the same batch in the original model. `routed` modules (hidden, index, weights) send tokens to experts; in the second pass
-    they send them where the first did, so that the rows of an expert are of the same tokens.
+    `run` makes the forward passes and yields before each: False before a batch's pass after the compressed blocks, then True
+    before its pass in the original model. `routed` modules (hidden, index, weights) send tokens to experts; the second pass
+    uses the routes of the first, so that an expert's rows are of the same tokens in both.
     """
     collected = {tap.name: Drift(tap.columns, device) for tap in taps}
     rows: dict[str, Tensor] = {}
@@ -100,7 +100,7 @@ def observe_drift(
     handles = [module.register_forward_pre_hook(pair(tap.name)) for tap in taps for module in tap.modules]
     handles += [module.register_forward_pre_hook(route, with_kwargs=True) for module in routed]
     try:
-        for second in run():  # noqa: B007, what the hooks see
+        for second in run():  # noqa: B007, the hooks read it
             pass
     finally:
         for handle in handles:
@@ -109,7 +109,7 @@ def observe_drift(
 
 
 def batches(count: int, length: int, tokens: int) -> Iterator[range]:
-    """Cut `count` samples of `length` tokens into batches of at most `tokens` tokens; the same however many ranks there are."""
+    """Cut `count` samples of `length` tokens into batches of at most `tokens` tokens, whatever the number of ranks."""
     size = max(1, tokens // length)
     for start in range(0, count, size):
         yield range(start, min(start + size, count))

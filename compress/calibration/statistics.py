@@ -1,4 +1,4 @@
-"""What calibration knows of the rows seen at one tap: sums and counts, so that passes and ranks add up exactly."""
+"""Statistics of the rows seen at one tap: sums and counts, so that passes and ranks add up exactly."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _BLOCK = (
 )
 
 
-_TOKENS = 4096  # whose products tensor cores sum up before they are added in float64
+_TOKENS = 4096  # tokens whose products tensor cores sum before they are added in float64
 
 
 def _short(rows: Tensor) -> bool:
-    """Whether tensor cores form products of these rows: 16-bit values on a GPU, with sums in float32."""
+    """Whether tensor cores multiply these rows: 16-bit values on a GPU, with sums in float32."""
     return rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype")
 
 
 def _moments(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right in float32 of rows (tokens, columns). A product in the rows' own type would round its result to that."""
+    """left^T right in float32 of rows (tokens, columns). A product in the rows' own dtype would round its result to it."""
     if _short(left):
         return torch.mm(left.T, right, out_dtype=torch.float32)
     return left.float().T @ right.float()
@@ -41,7 +41,7 @@ class Statistics(Protocol):
         ...
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (tokens, in)."""
+        """Add rows (tokens, in)."""
         ...
 
     def merge(self, other: Self) -> None:
@@ -56,9 +56,9 @@ class Statistics(Protocol):
 class Hessian:
     """The second moment of a linear's inputs, the sum of x x^T over tokens.
 
-    Products are formed in float32 and summed in float64. Batches are the same however the work is split, so totals of different
-    passes and ranks differ by float64 rounding only, and the float32 matrix that a method sees does not. Only the part on and
-    above the diagonal is kept up.
+    Products are formed in float32 and summed in float64. Batches do not depend on how the work is split, so totals over
+    different passes and ranks differ only by float64 rounding, and the float32 matrix that a method sees is the same. Only the
+    upper triangle, with the diagonal, is kept up to date.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class Hessian:
         return columns * columns * 12
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (tokens, in); products of bfloat16 and float16 values are exact in float32."""
+        """Add rows (tokens, in); products of bfloat16 and float16 values are exact in float32."""
         if rows.shape[0] == 0:
             return
         for part in rows.split(_TOKENS if _short(rows) else rows.shape[0]):
@@ -135,7 +135,7 @@ class Magnitude(_ByChannel):
     """The mean magnitude of each channel: the mean of |x|."""
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (tokens, in)."""
+        """Add rows (tokens, in)."""
         self.total += rows.abs().sum(0, dtype=torch.float64)
         self.tokens += rows.shape[0]
 
@@ -144,15 +144,15 @@ class MeanSquare(_ByChannel):
     """The mean square of each channel, the diagonal of the Hessian: the mean of x^2."""
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (tokens, in)."""
+        """Add rows (tokens, in)."""
         self.total += rows.float().square().sum(0, dtype=torch.float64)
         self.tokens += rows.shape[0]
 
 
 class Drift:
-    """How far a linear's inputs x behind compressed blocks are from y, those of the original: sums of x x^T and (y - x) x^T.
+    """How far a linear's inputs x after the compressed blocks are from the original's y: sums of x x^T and (y - x) x^T.
 
-    Both in float64, products in float32. Neither is kept up in halves: the second is not symmetric.
+    Sums are in float64, products in float32. Both are stored whole, as the second is not symmetric.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -166,11 +166,11 @@ class Drift:
         return columns * columns * 20
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (tokens, in) that have not drifted."""
+        """Add rows (tokens, in) without drift."""
         self.add_pair(rows, rows)
 
     def add_pair(self, rows: Tensor, original: Tensor) -> None:
-        """Take in rows (tokens, in) behind compressed blocks, and the same tokens' in the original model."""
+        """Add rows (tokens, in) after the compressed blocks, and those of the same tokens in the original model."""
         rows, original = rows.float(), original.float()
         self.second += rows.T @ rows
         self.cross += (original - rows).T @ rows
@@ -192,7 +192,7 @@ Kind = TypeVar("Kind", bound=Statistics)
 
 
 def statistic(stats: Mapping[type[Statistics], Statistics], kind: type[Kind]) -> Kind:
-    """Return the statistic of a kind. Raises RuntimeError where it is not there: a method gets what it says in `needs`."""
+    """Return the statistic of a kind. Raises RuntimeError if it was not taken: a method gets those it names in `needs`."""
     found = stats.get(kind)
     if not isinstance(found, kind):
         there = ", ".join(other.__name__ for other in stats) or "none"

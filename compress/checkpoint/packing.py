@@ -35,7 +35,7 @@ def _format_of(part: Any) -> Any:
 
 
 def pack(weight: CompressedWeight) -> tuple[dict[str, Tensor], Spec]:
-    """Return the tensors of a compressed weight, by the name they have within their site, and what is needed to read them."""
+    """Return a compressed weight's tensors, by name within the site, and the description needed to read them."""
     tensors: dict[str, Tensor] = {}
     spec: Spec = {"shape": list(weight.shape)}
     for role, part in weight.parts.items():
@@ -47,7 +47,7 @@ def pack(weight: CompressedWeight) -> tuple[dict[str, Tensor], Spec]:
 
 
 def digest(weight: CompressedWeight) -> str:
-    """SHA-256 of a weight's values before they are packed, which whoever decodes the file can compare: float32, row by row."""
+    """SHA-256 of a weight's values before packing, to compare with those decoded from the file: float32, row by row."""
     result = hashlib.sha256(bytes_of(weight.exact().cpu()))
     for factor in weight.low_rank.factors() if weight.low_rank is not None else ():
         result.update(bytes_of(factor.cpu().contiguous()))
@@ -101,18 +101,18 @@ def _format(role: str, described: Spec) -> Any:
 
 
 def base_type(spec: Mapping[str, Any]) -> type | None:
-    """Return the class of the base that a description is of, None where no format has its name."""
+    """Return the class of the base in a description, or None if no format has its name."""
     name = spec["base"]["format"]
     return registry.lookup("formats", name).part if name in registry.names("formats") else None
 
 
 def short(spec: Spec) -> str:
-    """Return how a site is stored, in a few words for a table. Raises FormatError."""
+    """Return a short description of how a site is stored, for tables. Raises FormatError."""
     return " + ".join(str(_format(role, described).short(described)) for role, described in _parts(spec).items())
 
 
 def layout(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of every tensor of a site, by the name within the site. Raises FormatError."""
+    """Return dtype and shape of every tensor of a site, by name within the site. Raises FormatError."""
     result: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for role, described in _parts(spec).items():
         form = _format(role, described)
@@ -129,7 +129,7 @@ def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedWeight:
 
 
 def site_input(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SiteInput | None:
-    """Return what the input of a packed site goes through before the product, None where it is read as it comes."""
+    """Return the transform and rounding of a packed site's input before the product, or None if it has neither."""
     if "input" not in spec:
         return None
     described = dict(spec)
@@ -145,7 +145,7 @@ def unpack_base(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _in_turn(spec: Spec, parts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Spec, tuple[Tensor, ...]]]:
-    """Yield role, format and description of each part, the mask first: the base is read with the one in `parts` by then."""
+    """Yield role, format, description and mask of each part; the mask comes first, since the base is read with it."""
     described = _parts(spec)
     for role in sorted(described, key=lambda role: role != "keep"):
         under = (parts["keep"].mask(),) if role == "base" and "keep" in described else ()
@@ -153,14 +153,14 @@ def _in_turn(spec: Spec, parts: Mapping[str, Any]) -> Iterator[tuple[str, Any, S
 
 
 def _tensors_of(role: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one part, by the name they have within it."""
+    """The tensors of one part, by name within the part."""
     others = tuple(_prefix(other) for other in ROLES if other not in ("base", role))
     prefix = _prefix(role)
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix) and not n.startswith(others)}
 
 
 def unpack_rows(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], start: int, stop: int) -> CompressedWeight:
-    """Return the rows start..stop of a packed weight; `start` must be a multiple of 32, where every row begins on a word."""
+    """Return rows start..stop of a packed weight; `start` must be a multiple of 32, which begins on a word in every stream."""
     rows, columns = _shape(dict(spec))
     if (start, stop) == (0, rows):
         return unpack(dict(spec), tensors)

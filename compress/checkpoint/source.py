@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk or on the Hub: its config, its tensors by name, and what must be carried along."""
+"""A Hugging Face checkpoint on disk or on the Hub: its config, its tensors by name, and the side files to copy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from compress.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SIZES_KEY = "compress_sizes"  # of config.json: [out, in] of the linears that are smaller than it says elsewhere
+SIZES_KEY = "compress_sizes"  # in config.json: [out, in] of linears that are smaller than its other entries say
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = (
     "*.safetensors",
@@ -37,7 +37,7 @@ _HUB_FILES = (
     "USE_POLICY*",
     "NOTICE*",
 )
-# Files of a model that go along byte for byte; weights, indexes, configs and cards are written anew.
+# Files of a model that are copied byte for byte; weights, indexes, configs and cards are written from scratch.
 _CARRIED = (
     "*.json",
     "*.jinja",
@@ -65,7 +65,7 @@ class Source:
     entries: dict[str, Entry]
     revision: str | None = None
     remote: bool = False  # only headers were read; weights are on the Hub
-    coded: str | None = None  # what weights are stored in that are decoded to bfloat16 as they are read
+    coded: str | None = None  # stored type of weights that are decoded to bfloat16 when read
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None) -> Source:
@@ -83,7 +83,7 @@ class Source:
 
     @classmethod
     def headers(cls, model: str | Path, revision: str | None = None) -> Source:
-        """Open a folder, or of a Hub id read config and headers alone, by ranges of bytes. Raises CheckpointError."""
+        """Open a folder, or read only config and headers of a Hub id, by byte ranges. Raises CheckpointError."""
         if os.path.isdir(os.path.expanduser(model)):
             return cls.open(model, revision)
         folder, entries = _fetch_headers(str(model), revision)
@@ -104,7 +104,7 @@ class Source:
 
     @property
     def stored_nbytes(self) -> int:
-        """Bytes of all tensors as they lie in files."""
+        """Bytes of all tensors as stored in files."""
         return sum(entry.stored for entry in self.entries.values())
 
     @property
@@ -131,11 +131,11 @@ class Source:
         return sorted({p for pattern in _CARRIED for p in self.folder.glob(pattern) if p.is_file()} - rewritten)
 
     def placed(self) -> Iterable[Entry]:
-        """The tensors as they lie in files."""
+        """The tensors as stored in files."""
         return self.entries.values()
 
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the files: a hash of the config; per weight file its size, time of change and a hash of its header."""
+        """Identify the files: a hash of the config; size, modification time and header hash of each weight file."""
         result = {"config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()}
         for file in sorted({entry.file for entry in self.placed()}):
             mine = sorted((e.name, e.dtype, e.shape, e.start) for e in self.placed() if e.file == file)
@@ -148,7 +148,7 @@ class Source:
 def check_finite(tensor: Tensor, place: str) -> None:
     """Raise CheckpointError when a tensor holds a value that is not finite."""
     values = tensor if tensor.itemsize > 1 else tensor.to(torch.bfloat16)
-    # NaN and infinities survive a sum, which costs one pass and no memory; an overflow only means a second look.
+    # NaN and infinities survive a sum, which costs one pass and no memory; an overflow only costs a second check.
     if not bool(values.sum(dtype=torch.float32).isfinite()) and not bool(values.isfinite().all()):
         bad = int((~values.isfinite()).sum())
         raise CheckpointError(
@@ -159,7 +159,7 @@ def check_finite(tensor: Tensor, place: str) -> None:
 def _read_json(path: Path, advice: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # a text that cannot be written again, such as "\ud800", fails now
+        json.dumps(value, ensure_ascii=False).encode()  # text that cannot be encoded again, such as "\ud800", fails here
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; {advice}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -170,8 +170,8 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
 
 
 def _check_config(path: Path, config: dict[str, Any], entries: dict[str, Entry]) -> None:
-    """Check what decides how much is built from a config before a tensor is read. Raises CheckpointError."""
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]  # of a model that also sees: text_config
+    """Check the entries of a config that decide how much is built before a tensor is read. Raises CheckpointError."""
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]  # multimodal: text_config
     for key, count in ((key, part.get(key)) for part in parts for key in ("num_hidden_layers", "n_layer")):
         # transformers would build them all.
         if isinstance(count, int) and (isinstance(count, bool) or count > len(entries)):
@@ -179,11 +179,11 @@ def _check_config(path: Path, config: dict[str, Any], entries: dict[str, Entry])
                 f"{path}: {key} is {count!r:.80}; expected a number of blocks. There are {len(entries)} tensors: fetch it again"
             )
     if SIZES_KEY in config and (config.get("quantization_config") or {}).get("sites") == {}:
-        # Nothing is compressed: the entry is there for transformers alone, which is to ask compress for the sizes.
+        # Nothing is compressed: the entry only makes transformers call compress for the sizes.
         del config["quantization_config"]
         config.pop("transformers_weights", None)
     if config.get("quantization_config") is None:
-        config.pop("quantization_config", None)  # null is how some tools write that there is none
+        config.pop("quantization_config", None)  # some tools write null for none
     elif not isinstance(config["quantization_config"], dict):
         raise CheckpointError(
             f"{path}: quantization_config is {config['quantization_config']!r:.80}; expected an object. Fetch the file again"
@@ -192,7 +192,7 @@ def _check_config(path: Path, config: dict[str, Any], entries: dict[str, Entry])
 
 @contextmanager
 def _asking(model: str) -> Iterator[None]:
-    """Turn what the Hub's client says about a model into a CheckpointError."""
+    """Turn errors of the Hub's client about a model into a CheckpointError."""
     from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
 
     advice = "give the folder of a checkpoint, or a Hub id such as org/name that can be reached from here"
@@ -218,7 +218,7 @@ def _fetch(model: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _fetch_headers(model: str, revision: str | None) -> tuple[Path, dict[str, Entry]]:
-    """Return the folder of the cache that has the config, and the tensors of all files."""
+    """Return the cache folder with the config, and the tensors of all files."""
     from huggingface_hub import HfApi, hf_hub_download
 
     with _asking(model):
@@ -235,13 +235,13 @@ def _fetch_headers(model: str, revision: str | None) -> tuple[Path, dict[str, En
 
 
 def _index(folder: Path) -> dict[str, str]:
-    """Read the index: file name by tensor name. Names of files are taken from within the folder only."""
+    """Read the index: file name by tensor name. Only files within the folder are accepted."""
     path = folder / INDEX
     weight_map = _read_json(path, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no weight_map; expected file names by tensor name. Fetch the file again")
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and file.isprintable() and len(file.encode()) <= 255  # what a file system takes
+        plain = isinstance(file, str) and file.isprintable() and len(file.encode()) <= 255  # limit of file systems
         if not plain or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{path}: {name[:80]!r} lies in {file!r:.80}; expected the name of a .safetensors file in the same folder. "

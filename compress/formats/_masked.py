@@ -1,9 +1,9 @@
-"""What formats of a base share where only kept weights are stored: how many fields their stream has, and where tiles begin.
+"""Shared by formats of a base that store only kept weights: the number of fields in their stream, and where tiles begin.
 
-A description has `kept`, the number of weights that every row keeps; or, where rows differ, `fields`, the length of the stream,
-and a tensor beside it:
+A description has `kept`, the number of weights that every row keeps; or, if rows differ, `fields`, the length of the stream, and
+there is an additional tensor:
 
-    pointers  I32 (ceil(out / 32) + 1,)   where each 32 rows begin in the stream, in units of 32 codes or of one value
+    pointers  I32 (ceil(out / 32) + 1,)   where every 32 rows begin in the stream, in units of 32 codes or of one value
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def describe(stream: Stream) -> dict[str, Any]:
-    """Return what the description of a base says of its stream."""
+    """Return the entries for a stream in the description of its base."""
     return {"kept": stream.count // stream.keep.shape[0]} if stream.pointers is None else {"fields": stream.count}
 
 
 def layout(described: dict[str, Any], shape: tuple[int, int], align: int) -> Layout:
-    """Return the tensors beside the stream; of a base without a mask none. Raises FormatError."""
+    """Return dtype and shape of the additional tensors; none for a base without a mask. Raises FormatError."""
     given = [key for key in KEYS if key in described]
     if not given:
         return {}
@@ -47,12 +47,12 @@ def fields(described: dict[str, Any], shape: tuple[int, int]) -> int:
 
 
 def pointers(stream: Stream | None) -> dict[str, Tensor]:
-    """Return the tensors beside a stream."""
+    """Return the additional tensors of a stream."""
     return {} if stream is None or stream.pointers is None else {"pointers": stream.pointers}
 
 
 def stream(name: str, described: dict[str, Any], tensors: dict[str, Tensor], keep: Tensor | None, align: int) -> Stream | None:
-    """Return where the weights of a mask (out, in) are; None without one. Raises FormatError where they do not fit."""
+    """Return the stream of a mask (out, in); None without one. Raises FormatError if description or tensors do not fit it."""
     if (keep is None) == any(key in described for key in KEYS):
         found = "no mask" if keep is None else "a mask"
         raise FormatError(f"{name}: {found} beside the base; kept or fields say otherwise. The config is damaged")
@@ -76,10 +76,10 @@ def cut(
     align: int,
     keep: Tensor | None,
 ) -> tuple[dict[str, Any], tuple[int, int], dict[str, Tensor]]:
-    """Return the description of rows start..stop, their first and last field, and the tensors beside them.
+    """Return the description of rows start..stop, their first and last field, and the additional tensors.
 
-    `start` is a multiple of 32; `keep` is the mask of these rows, which says where they end within their last tile. Raises
-    FormatError where pointers do not rise within the stream.
+    `start` is a multiple of 32; `keep` is the mask of these rows, which determines where they end within their last tile. Raises
+    FormatError if pointers do not rise within the stream.
     """
     if "fields" not in described or keep is None:
         each = described.get("kept", columns)

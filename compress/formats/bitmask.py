@@ -1,6 +1,6 @@
 """`bitmask`: a `Bitmask` part as bytes.
 
-bits  I32 (words,)   row by row a bit for every run of `size` columns, 1 for kept; a dense stream
+bits  I32 (words,)   one bit per run of `size` columns, row by row, 1 for kept; a dense stream
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class BitmaskFormat:
     roles = ("keep",)
 
     def describe(self, part: Bitmask) -> dict[str, Any]:
-        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        """Return what is needed to read the tensors, as JSON values for the model's config."""
         return {"format": self.name, "size": part.size}
 
     def short(self, described: dict[str, Any]) -> str:
-        """Return how a part is stored, in a few words for a table."""
+        """Return a short description of how a part is stored, for tables."""
         return "mask" if described["size"] == 1 else f"mask of {described['size']}s"
 
     def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> Layout:
@@ -62,7 +62,7 @@ class BitmaskFormat:
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return description and tensors of rows start..stop; `start` is a multiple of 32, where the stream begins a word."""
+        """Return description and tensors of rows start..stop; `start`, a multiple of 32, begins on a word."""
         runs = shape[1] // described["size"]
         return described, {"bits": tensors["bits"][start * runs // 32 : _bits.words(stop * runs, 1)]}
 

@@ -1,13 +1,13 @@
 """`bitpack`: a `Uniform` part as bytes. Codes and zero codes are dense bit streams of width 1 to 8, without padding between rows.
 
     codes   I32 (words,)            the codes row by row: (out * in * bits) bits, rounded up to one word
-    scale   BF16 (out, groups)      F16 or F32 where the description says so: what other tools have made stays as it is
+    scale   BF16 (out, groups)      F16 or F32 where the description says so, to keep other tools' scales exactly
     zero    I32 (words,)            zero codes row by row, only on asymmetric grids
-    offset  BF16 (out, groups)      added to the values of a group, only where there are such
-    group   U8, I16 or I32 (in,)    group of each column, only where columns of a group are not neighbours
+    offset  BF16 (out, groups)      added to the values of a group, only if there are offsets
+    group   U8, I16 or I32 (in,)    group of each column, only if a group's columns are not adjacent
 
-Under a mask only the codes of kept weights are there, in the same order, see `_masked`; and where each row keeps something in the
-same number of groups, only their scales, zero codes and offsets.
+Under a mask only the codes of kept weights are stored, in the same order, see `_masked`; and if each row keeps weights in the
+same number of groups, only the scales, zero codes and offsets of these groups.
 
 Where `in * bits` is a multiple of 32 every row begins on a word, which is the layout that kernels read.
 """
@@ -29,7 +29,7 @@ from compress.weights.uniform import Uniform
 
 _GROUP_DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 _GROUP_NAMES = {dtype: name for name, dtype in _GROUP_DTYPES.items()}
-_SCALE_DTYPES = {"F16": torch.float16, "F32": torch.float32}  # beside bfloat16, which needs no word
+_SCALE_DTYPES = {"F16": torch.float16, "F32": torch.float32}  # bfloat16 is the default and is not named
 _SCALE_NAMES = {dtype: name for name, dtype in _SCALE_DTYPES.items()}
 _KEYS = ("format", "bits", "group_size", "zero", "group", "offset", "bipolar", "scale", *_masked.KEYS, "scales")
 
@@ -49,7 +49,7 @@ class BitPack:
     masked = True
 
     def describe(self, part: Uniform, keep: Tensor | None = None) -> dict[str, Any]:
-        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        """Return what is needed to read the tensors, as JSON values for the model's config."""
         described: dict[str, Any] = {
             "format": self.name,
             "bits": part.bits,
@@ -71,7 +71,7 @@ class BitPack:
         return described
 
     def short(self, described: dict[str, Any]) -> str:
-        """Return how a part is stored, in a few words for a table."""
+        """Return a short description of how a part is stored, for tables."""
         more = (" with zeros", "zero"), (" with offsets", "offset"), (" bipolar", "bipolar"), (" scattered", "group")
         return f"{described['bits']}-bit g{described['group_size']}" + "".join(text for text, key in more if described.get(key))
 
@@ -117,7 +117,7 @@ class BitPack:
         return layout
 
     def pack(self, part: Uniform, keep: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the tensors of a part, of which only what is under the mask `keep` (out, in) is stored."""
+        """Return the tensors of a part; under a mask `keep` (out, in), only of what it keeps."""
         stream = None if keep is None else Stream.of(keep, WORD)
         live = None
         if keep is not None and stored_groups(keep, part.group_size, part.group) is not None:
@@ -191,7 +191,7 @@ class BitPack:
         stop: int,
         keep: Tensor | None = None,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return description and tensors of rows start..stop with their mask; `start` is a multiple of 32, on a word."""
+        """Return description and tensors of rows start..stop under their mask; `start`, a multiple of 32, begins on a word."""
         columns, bits = shape[1], described["bits"]
         groups = described.get("scales", columns // described["group_size"])
         fewer, (first, last), pointers = _masked.cut(described, columns, tensors, start, stop, WORD, keep)

@@ -1,7 +1,7 @@
-"""`dense`: a `Dense` part as bytes, the values as they are; under a mask only those that are kept, see `_masked`.
+"""`dense`: a `Dense` part as bytes, the values unchanged; under a mask only those that are kept, see `_masked`.
 
 values    BF16, F16 or F32 (out, in); under a mask (fields,), row by row
-pointers  I32 (ceil(out / 32) + 1,)   under a mask whose rows keep different numbers: where each 32 rows begin in the values
+pointers  I32 (ceil(out / 32) + 1,)   under a mask whose rows keep different numbers: where every 32 rows begin in the values
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class DenseValues:
     masked = True
 
     def describe(self, part: Dense, keep: Tensor | None = None) -> dict[str, Any]:
-        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        """Return what is needed to read the tensors, as JSON values for the model's config."""
         described = {"format": self.name, "dtype": _NAMES[part.values.dtype]}
         return described if keep is None else described | _masked.describe(Stream.of(keep, 1))
 
     def short(self, described: dict[str, Any]) -> str:
-        """Return how a part is stored, in a few words for a table."""
+        """Return a short description of how a part is stored, for tables."""
         return str(described["dtype"])
 
     def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> _masked.Layout:
@@ -50,7 +50,7 @@ class DenseValues:
         return layout | {"values": (DENSE_DTYPES[dtype], (_masked.fields(described, shape),) if under else shape)}
 
     def pack(self, part: Dense, keep: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the tensors of a part, of which only what is under the mask `keep` (out, in) is stored."""
+        """Return the tensors of a part; under a mask `keep` (out, in), only of what it keeps."""
         if keep is None:
             return {"values": part.values.contiguous()}
         stream = Stream.of(keep, 1)
@@ -77,7 +77,7 @@ class DenseValues:
         stop: int,
         keep: Tensor | None = None,
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return description and tensors of rows start..stop with their mask; `start` is a multiple of 32."""
+        """Return description and tensors of rows start..stop under their mask; `start` is a multiple of 32."""
         if not any(key in described for key in _masked.KEYS):
             return described, {"values": tensors["values"][start:stop]}
         fewer, (first, last), pointers = _masked.cut(described, shape[1], tensors, start, stop, 1, keep)

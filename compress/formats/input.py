@@ -1,11 +1,11 @@
-"""`input`: a `SiteInput` part as bytes, what a site's input goes through before the product.
+"""`input`: a `SiteInput` part as bytes, the transform and rounding of a site's input before the product.
 
 factors  BF16, F16 or F32 (in,)     of a diagonal transform
-signs    I32 (words,)               of a Hadamard transform: a bit for each column, 1 for -1; a dense stream
+signs    I32 (words,)               of a Hadamard transform: one bit per column, 1 for -1; a dense stream
 left     BF16, F16 or F32 (a, a)    of a Kronecker product
 right    the same type, (b, b)
 scale    F32 (1,) or (groups,)      static scales of rounding
-zero     U8, as many                their zero codes, where the grid is not symmetric
+zero     U8, the same shape         their zero codes, on asymmetric grids
 
 A description has `transform`, with `kind`, or `activation`, with `datatype`, `per`, `symmetric` and `static`, or both.
 """
@@ -50,7 +50,7 @@ def _described_activation(activation: Activation) -> dict[str, Any]:
 
 
 def _check_keys(what: str, described: Any, known: tuple[str, ...]) -> None:
-    """Raise FormatError where a description is no object, or says something that is not known."""
+    """Raise FormatError if a description is not an object or has an unknown key."""
     if not isinstance(described, dict):
         raise FormatError(f"input: {what} is {described!r:.80}; expected an object. The config is damaged")
     if unknown := sorted(described.keys() - known):
@@ -58,7 +58,7 @@ def _check_keys(what: str, described: Any, known: tuple[str, ...]) -> None:
 
 
 def _transform_layout(described: Any, columns: int) -> Layout:
-    """Return the tensors of a described transform. Raises FormatError."""
+    """Return dtype and shape of the tensors of a described transform. Raises FormatError."""
     kind = described.get("kind") if isinstance(described, dict) else None
     if not isinstance(kind, str) or kind not in _TRANSFORM_KEYS:
         raise FormatError(
@@ -83,7 +83,7 @@ def _transform_layout(described: Any, columns: int) -> Layout:
 
 
 def _activation_layout(described: Any, columns: int) -> Layout:
-    """Return the tensors of a described rounding. Raises FormatError."""
+    """Return dtype and shape of the tensors of a described rounding. Raises FormatError."""
     _check_keys("activation", described, _ACTIVATION_KEYS)
     if described.get("group_size", 1) is None:
         raise FormatError("input: group_size is None; expected a number, or no group_size")
@@ -105,7 +105,7 @@ class Input:
     roles = ("input",)
 
     def describe(self, part: SiteInput) -> dict[str, Any]:
-        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        """Return what is needed to read the tensors, as JSON values for the model's config."""
         described: dict[str, Any] = {"format": self.name}
         if part.transform is not None:
             described["transform"] = _described_transform(part.transform)
@@ -114,7 +114,7 @@ class Input:
         return described
 
     def short(self, described: dict[str, Any]) -> str:
-        """Return how a part is stored, in a few words for a table."""
+        """Return a short description of how a part is stored, for tables."""
         words = []
         if (transform := described.get("transform")) is not None:
             size = {"hadamard": " {block}", "kronecker": " {left}x{right}"}.get(transform["kind"], "")
@@ -176,7 +176,7 @@ class Input:
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return description and tensors of rows start..stop of a weight: all of them."""
+        """Return description and tensors of rows start..stop of a weight: the same for all rows."""
         return described, tensors
 
 

@@ -1,4 +1,4 @@
-"""`low_rank`: a `LowRank` part as bytes, the two factors as they are.
+"""`low_rank`: a `LowRank` part as bytes, the two factors unchanged.
 
 left   BF16, F16 or F32 (out, rank)
 right  the same type, (rank, in)
@@ -29,11 +29,11 @@ class Factors:
     roles = ("low_rank",)
 
     def describe(self, part: LowRank) -> dict[str, Any]:
-        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        """Return what is needed to read the tensors, as JSON values for the model's config."""
         return {"format": self.name, "dtype": _NAMES[part.left.dtype], "rank": part.rank}
 
     def short(self, described: dict[str, Any]) -> str:
-        """Return how a part is stored, in a few words for a table."""
+        """Return a short description of how a part is stored, for tables."""
         return f"rank {described['rank']} {described['dtype']}"
 
     def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> Layout:

@@ -1,10 +1,10 @@
 """`mixed`: a `Mixed` part as bytes. For each width that occurs, the codes of its groups are one dense bit stream of that width.
 
-    widths          I32 (words,)        width less one of each group, fields of 3 bits
+    widths          I32 (words,)        width minus one of each group, in fields of 3 bits
     codes1..codes8  I32 (words,)        codes of the columns of all groups of that width, in column order, row by row
     scale           BF16 (out, groups)
-    zero2..zero8    I32 (words,)        zero codes of the groups of that width, row by row, only where grids have such
-    group           I32 (words,)        group of each column, only where columns of a group are not neighbours: fields of
+    zero2..zero8    I32 (words,)        zero codes of the groups of that width, row by row, only on asymmetric grids
+    group           I32 (words,)        group of each column, only if a group's columns are not adjacent: fields of
                                         ceil(log2 groups) bits, at least 1; for more than 256 groups I16 or I32 (in,)
 
 The description counts the groups of each width, so that sizes are known without data; the order of groups is in `widths`. 32
@@ -44,12 +44,12 @@ class MixedWidths:
     roles = ("base",)
 
     def describe(self, part: Mixed) -> dict[str, Any]:
-        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        """Return what is needed to read the tensors, as JSON values for the model's config."""
         described = {"format": self.name, "group_size": part.group_size, "groups": part.counts, "zero": part.zero is not None}
         return described if part.group is None else {**described, "scattered": True}
 
     def short(self, described: dict[str, Any]) -> str:
-        """Return how a part is stored, in a few words for a table."""
+        """Return a short description of how a part is stored, for tables."""
         counts = described["groups"]
         mean = sum(bits * count for bits, count in zip(WIDTHS, counts, strict=True)) / sum(counts)
         present = [bits for bits, count in zip(WIDTHS, counts, strict=True) if count]
@@ -134,7 +134,7 @@ class MixedWidths:
         return Mixed(codes, scale, widths, size, zero, group)
 
     def _group(self, stored: Tensor, columns: int, groups: int) -> Tensor:
-        """The group of each column, all of which have as many."""
+        """Return the group of each column. Raises FormatError unless all groups have the same number of columns."""
         group = _bits.unpack(stored, group_bits(groups), columns) if groups <= 256 else stored
         inside = bool(((group >= 0) & (group < groups)).all())
         if not inside or bool((torch.bincount(group.long(), minlength=groups) != columns // groups).any()):
@@ -146,7 +146,7 @@ class MixedWidths:
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return description and tensors of rows start..stop; `start` is a multiple of 32, where each stream begins a word."""
+        """Return description and tensors of rows start..stop; `start`, a multiple of 32, begins on a word in each stream."""
         cut = {**tensors, "scale": tensors["scale"][start:stop]}
         for bits, count in zip(WIDTHS, described["groups"], strict=True):
             for name, fields in ((f"codes{bits}", count * described["group_size"]), (f"zero{bits}", count)):

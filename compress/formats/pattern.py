@@ -1,8 +1,8 @@
 """`pattern`: a `Pattern` part as bytes, a mask that keeps N of every M.
 
-choice  I32 (words,)   row by row the combination that each group keeps, fields of ceil(log2 (M over N)) bits: 3 for 2:4
+choice  I32 (words,)   the combination that each group keeps, row by row, in fields of ceil(log2 (M choose N)) bits: 3 for 2:4
 
-Combinations are numbered in lexicographic order of the places kept: of 2:4 they are 01, 02, 03, 12, 13, 23.
+Combinations are numbered in lexicographic order of the positions kept: for 2:4 they are 01, 02, 03, 12, 13, 23.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class PatternFormat:
     roles = ("keep",)
 
     def describe(self, part: Pattern) -> dict[str, Any]:
-        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        """Return what is needed to read the tensors, as JSON values for the model's config."""
         return {"format": self.name, "kept": part.kept, "of": part.of}
 
     def short(self, described: dict[str, Any]) -> str:
-        """Return how a part is stored, in a few words for a table."""
+        """Return a short description of how a part is stored, for tables."""
         return f"{described['kept']}:{described['of']}"
 
     def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> Layout:
@@ -72,7 +72,7 @@ class PatternFormat:
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return description and tensors of rows start..stop; `start` is a multiple of 32, where the stream begins a word."""
+        """Return description and tensors of rows start..stop; `start`, a multiple of 32, begins on a word."""
         groups, bits = shape[1] // described["of"], choice_bits(described["kept"], described["of"])
         return described, {"choice": tensors["choice"][start * groups * bits // 32 : _bits.words(stop * groups, bits)]}
 

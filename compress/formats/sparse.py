@@ -1,7 +1,7 @@
 """`sparse`: a `Sparse` part as bytes, compressed sparse rows.
 
-pointers  I32 (out + 1,)             where each row begins in the two others, and their length
-columns   U8, I16 or I32 (nnz,)      the smallest that holds all columns of the weight, rising within each row
+pointers  I32 (out + 1,)             where each row begins in the other two, then their length
+columns   U8, I16 or I32 (nnz,)      the smallest type that holds all columns of the weight; rising within each row
 values    BF16 (nnz,)
 """
 
@@ -28,11 +28,11 @@ class SparseRows:
     roles = ("outliers",)
 
     def describe(self, part: Sparse) -> dict[str, Any]:
-        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        """Return what is needed to read the tensors, as JSON values for the model's config."""
         return {"format": self.name, "nnz": part.columns.shape[0]}
 
     def short(self, described: dict[str, Any]) -> str:
-        """Return how a part is stored, in a few words for a table."""
+        """Return a short description of how a part is stored, for tables."""
         return f"{described['nnz']} sparse"
 
     def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> Layout:
@@ -67,7 +67,7 @@ class SparseRows:
         index = columns.long()
         if not bool(((index >= 0) & (index < shape[1])).all()):
             raise FormatError(f"sparse: columns names a column outside 0..{shape[1] - 1}; the file is damaged, fetch it again")
-        # A column may only fall where a row begins: row by row, the places rise over the whole matrix.
+        # Columns may only decrease where a row begins: the flat indices, row by row, rise over the whole matrix.
         row = torch.arange(shape[0], device=index.device).repeat_interleave(pointers.diff().long(), output_size=nnz)
         if not bool(((row * shape[1] + index).diff() > 0).all()):
             raise FormatError("sparse: columns do not rise within a row; the file is damaged, fetch it again")
@@ -76,7 +76,7 @@ class SparseRows:
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return description and tensors of rows start..stop; the number of values becomes theirs."""
+        """Return description and tensors of rows start..stop, with their own number of values. Raises FormatError."""
         pointers = tensors["pointers"][start : stop + 1]
         first, last = int(pointers[0]), int(pointers[-1])
         if not 0 <= first <= last <= described["nnz"]:

@@ -1,15 +1,15 @@
-"""`table`: a `Table` part as bytes. Codes and choices of tables are dense bit streams, without padding between rows.
+"""`table`: a `Table` part as bytes. Codes and table choices are dense bit streams, without padding between rows.
 
     codes      I32 (words,)         the codes row by row: (out * in * bits) bits, rounded up to one word
-    scale      by the scale type:
+    scale      depends on the scale type:
                bfloat16  BF16 (out, groups)
                uint8     U8 (out, groups)       times row_scale
                e8m0      U8 (out, groups)       2^(code - 127), 255 is refused
-               e4m3      F8_E4M3 (out, groups)  times row_scale; what is not a number is refused
+               e4m3      F8_E4M3 (out, groups)  times row_scale; NaN is refused
     row_scale  BF16 (out,) with uint8, F32 (out,) with e4m3
-    select     I32 (words,)         the table of each group, row by row, where the datatype has several
+    select     I32 (words,)         the table of each group, row by row, if the datatype has several
 
-The values of a datatype are part of the format: the description has its name.
+The values of a datatype are part of the format; the description has only its name.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class TableFormat:
     roles = ("base",)
 
     def describe(self, part: Table) -> dict[str, Any]:
-        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        """Return what is needed to read the tensors, as JSON values for the model's config."""
         return {
             "format": self.name,
             "datatype": part.datatype,
-            "bits": code_bits(part.datatype),  # follows from the datatype; for those who do not know it
+            "bits": code_bits(part.datatype),  # follows from the datatype; for readers that do not know it
             "group_size": part.group_size,
             "scale": part.scale_type,
         }
 
     def short(self, described: dict[str, Any]) -> str:
-        """Return how a part is stored, in a few words for a table."""
+        """Return a short description of how a part is stored, for tables."""
         return f"{described['datatype']} g{described['group_size']} with {described['scale']} scales"
 
     def layout(self, described: dict[str, Any], shape: tuple[int, int]) -> Layout:
@@ -102,7 +102,7 @@ class TableFormat:
                 found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
                 raise FormatError(f"table: {name} is {found}; expected {dtype} {expected}")
         datatype, group_size, scale = described["datatype"], described["group_size"], tensors["scale"]
-        # The exponents and floats of a byte have values that are no numbers; all codes and choices have an entry.
+        # 8-bit exponents and floats can be NaN; all codes and choices have an entry.
         wrong = scale == 255 if described["scale"] == "e8m0" else scale.view(torch.uint8) & 127 == 127
         if described["scale"] in ("e8m0", "e4m3") and bool(wrong.any()):
             raise FormatError("table: scale has values that are not numbers; expected finite ones. The file is damaged")
@@ -116,7 +116,7 @@ class TableFormat:
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return description and tensors of rows start..stop; `start` is a multiple of 32, where each stream begins a word."""
+        """Return description and tensors of rows start..stop; `start`, a multiple of 32, begins on a word in each stream."""
 
         def stream(name: str, fields: int, bits: int) -> Tensor:
             return tensors[name][start * fields * bits // 32 : _bits.words(stop * fields, bits)]

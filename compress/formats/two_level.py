@@ -7,7 +7,7 @@ scale_top    BF16 (tiles, groups)    largest scale of 16 rows; the last tile may
 scale_step   U8 (tiles, groups)
 zero_offset  U8 (tiles, groups)
 zero_step    U8 (tiles, groups)
-group        U8, I16 or I32 (in,)    group of each column, only where columns of a group are not neighbours
+group        U8, I16 or I32 (in,)    group of each column, only if a group's columns are not adjacent
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _whole(value: Any) -> TypeGuard[int]:
 
 
 def _streams(described: dict[str, Any], columns: int) -> dict[str, tuple[int, int]]:
-    """Of each bit stream, the fields per row and their width."""
+    """Return the fields per row of each bit stream, and their width."""
     groups = columns // described["group_size"]
     return {
         "codes": (columns, described["bits"]),
@@ -52,14 +52,14 @@ class TwoLevelPack:
     roles = ("base",)
 
     def describe(self, part: TwoLevel) -> dict[str, Any]:
-        """Return what, beside the tensors, is needed to read them: JSON values that go into the model's config."""
+        """Return what is needed to read the tensors, as JSON values for the model's config."""
         described: dict[str, Any] = {"format": self.name, **{key: getattr(part, key) for key in (*_WIDTHS, "group_size")}}
         if part.group is not None:
             described["group"] = _GROUP_NAMES[part.group.dtype]
         return described
 
     def short(self, described: dict[str, Any]) -> str:
-        """Return how a part is stored, in a few words for a table."""
+        """Return a short description of how a part is stored, for tables."""
         scattered = " scattered" if "group" in described else ""
         grids = f"{described['scale_bits']}-bit scales, {described['zero_bits']}-bit zeros"
         return f"{described['bits']}-bit g{described['group_size']}, {grids}{scattered}"
@@ -124,7 +124,7 @@ class TwoLevelPack:
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return description and tensors of rows start..stop; `start` is a multiple of 32, where each stream begins a word."""
+        """Return description and tensors of rows start..stop; `start`, a multiple of 32, begins on a word in each stream."""
         cut = dict(tensors)
         for name, (fields, width) in _streams(described, shape[1]).items():
             cut[name] = tensors[name][start * fields * width // 32 : _bits.words(stop * fields, width)]

@@ -1,10 +1,10 @@
 """CUDA kernels through CuPy: compiled once per device, launched on torch tensors and torch's current stream.
 
-A kernel is an instantiation of a template in a .cu file of this folder. Its source is that file behind the shared headers, as one
-text without any #include, so that CuPy's cache of compiled kernels, whose key is the text, never serves an old one.
+A kernel is an instantiation of a template in a .cu file of this folder. Its source is the shared headers and that file, as one
+text without any #include, so that CuPy's cache of compiled kernels, whose key is the text, never serves a stale one.
 
-Launches take part in CUDA graphs: memory is torch's, and whatever compiles or loads runs at the first launch on a device, which
-must therefore come before a capture; a capture that meets a new kernel is an error and not a broken graph.
+CUDA graphs can capture launches: memory is torch's, and kernels are compiled and loaded at their first launch on a device, which
+must therefore come before a capture; capturing a new kernel is an error, not a broken graph.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from compress.kernels.kernel import Use
 HEADERS = ("_device.cuh", "_decode.cuh", "_panel.cuh")
 OPTIONS = ("-std=c++17", "-default-device")
 OLDEST = (8, 0)  # compute capability: cp.async, bfloat16 in tensor cores
-TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}  # of activations, as kernels call them
+TYPES = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}  # dtypes of activations, and their names in kernels
 _COUNTERS = 1 << 20
 
 Argument = Tensor | np.generic | int | float | None
@@ -34,7 +34,7 @@ Argument = Tensor | np.generic | int | float | None
 
 @dataclass(frozen=True)
 class Kernel:
-    """An instantiation of a template in the file `stem`.cu, as C++ writes it, and the threads of a block."""
+    """An instantiation of a template in the file `stem`.cu, in C++ syntax, and its threads per block."""
 
     stem: str
     name: str
@@ -43,22 +43,22 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Device:
-    """What launch shapes depend on."""
+    """The properties of a GPU that launch shapes depend on."""
 
     capability: tuple[int, int]
     processors: int
-    shared: int  # bytes of shared memory that a block may have
+    shared: int  # maximum bytes of shared memory per block
 
 
 def source(stem: str, headers: Sequence[str] = HEADERS) -> str:
-    """Return the text of a .cu file behind the headers."""
+    """Return the text of the headers, followed by that of a .cu file."""
     folder = Path(__file__).parent
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in (*headers, f"{stem}.cu"))
 
 
 @cache
 def device(index: int) -> Device:
-    """Return what is known of a GPU."""
+    """Return the properties of a GPU."""
     import cupy
 
     shared = int(cupy.cuda.Device(index).attributes["MaxSharedMemoryPerBlockOptin"])
@@ -80,19 +80,19 @@ def _obstacle(index: int) -> str | None:
 
 
 def obstacle(where: torch.device) -> str | None:
-    """Say why no kernel can run on a device, or None if they can."""
+    """Return why no kernel can run on a device, or None if kernels can."""
     if where.type != "cuda":
         return f"tensors are on {where.type}; kernels run on cuda"
     return _obstacle(torch.cuda.current_device() if where.index is None else where.index)
 
 
 def takes(use: Use) -> bool:
-    """Whether activations are on a GPU and of a type that kernels multiply."""
+    """Whether kernels multiply such activations: on a GPU, of a supported type, without a gradient."""
     return use.device.type == "cuda" and use.dtype in TYPES and not use.gradient
 
 
 def why_not(use: Use) -> str | None:
-    """Say why no kernel for a GPU multiplies by such activations, or None if one may."""
+    """Return why no GPU kernel multiplies by such activations, or None if one may."""
     if (why := obstacle(use.device)) is not None:
         return why
     if use.dtype not in TYPES:
@@ -111,7 +111,7 @@ def _compiled(kernel: Kernel, index: int) -> Any:
     try:
         with torch.cuda.device(index):
             function = module.get_function(kernel.name)
-            # A limit that a launch may use up; what is not used costs nothing.
+            # The most that a launch may use; unused shared memory costs nothing.
             function.max_dynamic_shared_size_bytes = device(index).shared
     except cupy.cuda.compiler.CompileException as error:
         raise KernelError(f"{kernel.stem}.cu, {kernel.name}: does not compile on device {index}:\n{error}") from error
@@ -120,7 +120,7 @@ def _compiled(kernel: Kernel, index: int) -> Any:
 
 @cache
 def _stream(stream: torch.cuda.Stream) -> Any:
-    """CuPy's name for a stream of torch, the default one included, which has no address of its own to be known by."""
+    """Return CuPy's object for a stream of torch, also for the default stream, which has no address of its own."""
     import cupy
 
     if hasattr(stream, "__cuda_stream__") and hasattr(cupy.cuda.Stream, "from_external"):
@@ -129,7 +129,7 @@ def _stream(stream: torch.cuda.Stream) -> Any:
 
 
 def value(argument: Argument) -> np.generic:
-    """Return an argument in the type that the kernel reads: addresses, int and float of 32 bits. Raises KernelError."""
+    """Return an argument in the type that the kernel reads: address, 32-bit int or 32-bit float. Raises KernelError."""
     if argument is None or isinstance(argument, Tensor):
         return np.uintp(0 if argument is None else argument.data_ptr())
     if isinstance(argument, np.generic):
@@ -151,7 +151,7 @@ def launch(
 ) -> None:
     """Launch a kernel on torch's current stream of a device, with `shared` bytes of shared memory. Raises KernelError.
 
-    `reads` are tensors that the kernel knows by addresses in other tensors alone.
+    `reads` are tensors that the kernel reaches only through addresses in other tensors.
     """
     index = torch.cuda.current_device() if where.index is None else where.index
     tensors = [a for a in (*arguments, *reads) if isinstance(a, Tensor)]
@@ -169,7 +169,7 @@ def launch(
 
 @cache
 def _arena(index: int) -> list[Tensor]:
-    """Zeros that nobody has taken yet."""
+    """Zeros that are not yet in use."""
     return [torch.zeros(_COUNTERS, dtype=torch.int32, device=torch.device("cuda", index))]
 
 
@@ -179,16 +179,16 @@ def _shared_counters(index: int, pointer: int) -> list[Tensor]:
 
 
 def counters(count: int, where: torch.device) -> Tensor:
-    """Return `count` int32 zeros that the kernel leaves as zeros.
+    """Return `count` int32 zeros, which the kernel must reset to zero.
 
-    Launches of one stream follow one another and share them. A launch that is captured gets its own, as graphs may run at the
-    same time: from a supply that is made beforehand, since what a capture allocates is not zero when the graph first runs.
+    Launches on one stream run in order and share them. A captured launch gets its own, as graphs may run concurrently. These come
+    from a supply allocated beforehand, since memory that a capture allocates is not zero when the graph first runs.
     """
     index = torch.cuda.current_device() if where.index is None else where.index
     arena = _arena(index) if not torch.cuda.is_current_stream_capturing() or _arena.cache_info().currsize else []
     if torch.cuda.is_current_stream_capturing():
         if not arena or len(arena[0]) < count:
-            return torch.zeros(count, dtype=torch.int32, device=where)  # a step of the graph of its own
+            return torch.zeros(count, dtype=torch.int32, device=where)  # zeroed by the graph itself
         taken, arena[0] = arena[0][:count], arena[0][count:]
         return taken
     mine = _shared_counters(index, torch.cuda.current_stream(index).cuda_stream)

@@ -1,8 +1,8 @@
-"""Quantized weights as kernels read them: codes in tiles, and what a group has beside its codes in records of 16 rows.
+"""Quantized weights as kernels read them: codes in tiles, and the metadata of groups in records of 16 rows.
 
-A group's value is `scale * number + shift`, where the number is the code less the middle of its range, or an entry of a table.
-`Meta` in _decode.cuh says what a record holds. Scales are exact in bfloat16, or in float32 beside their shifts;
-scales of whole rows stand apart in float32.
+A value is `scale * number + shift`, where the number is the code minus the middle of its range, or an entry of a table.
+`Meta` in _decode.cuh says what a record holds. Scales are exact in bfloat16, or in float32 next to their shifts;
+scales of whole rows are separate, in float32.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Tiles:
     meta: Tensor  # (groups, row-blocks, record) uint8
     table: Tensor | None  # (tables * 2^bits,) float32
     row_scale: Tensor | None  # (out,) float32
-    order: Tensor | None  # (in,) int64: the column of x that each column of the tiles belongs to
+    order: Tensor | None  # (in,) int64: the column of x for each column of the tiles
     shape: tuple[int, int]
     bits: int
-    steps: int  # of 16 columns, in a group
-    kind: str  # of the records
-    field: int = 16  # bits of a code's place in a register: 16, or 8 where x consists of bytes
+    steps: int  # steps of 16 columns per group
+    kind: str  # kind of records
+    field: int = 16  # bits that a code takes in a register: 16, or 8 if x consists of bytes
 
 
 def reason(spec: Mapping[str, Any]) -> str | None:
-    """Say why the kernels do not read codes of this description, or None if they do."""
+    """Return why the kernels do not read codes of this description, or None if they do."""
     base, columns, kind = spec["base"], spec["shape"][1], packing.base_type(spec)
     if kind not in (Uniform, Table, TwoLevel, Mixed):
         return f"format {base['format']} has no kernel"
@@ -70,21 +70,21 @@ def _octets(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Beside:
-    """What groups have beside their codes, by row: the value of a code is (code - middle) * scale + shift."""
+    """Metadata of groups, by row: the value of a code is (code - middle) * scale + shift."""
 
     kind: str
-    scale: Tensor  # (out, groups) bfloat16; of WIDE float32
-    second: Tensor | None  # (out, groups): of ZERO zero codes, of SHIFT and WIDE the shift in float32
+    scale: Tensor  # (out, groups) bfloat16; float32 for WIDE
+    second: Tensor | None  # (out, groups): zero codes for ZERO, shifts in float32 for SHIFT and WIDE
 
     def rows(self, start: int, stop: int) -> Beside:
-        """Return that of rows start..stop."""
+        """Return those of rows start..stop."""
         return Beside(self.kind, self.scale[start:stop], None if self.second is None else self.second[start:stop])
 
 
 def beside(part: Uniform) -> Beside:
-    """Say what the groups of a part have beside their codes."""
+    """Return the metadata of a part's groups."""
     bits, scale = part.bits, part.scale
-    wide = scale.dtype != torch.bfloat16  # as other tools have stored it
+    wide = scale.dtype != torch.bfloat16  # as stored by other tools
     if part.offset is not None or wide:
         away = middle_of(bits) - (middle(bits, part.bipolar) if part.zero is None else part.zero.float())
         shift = scale.float() * away + (0 if part.offset is None else part.offset.float())
@@ -95,13 +95,13 @@ def beside(part: Uniform) -> Beside:
 
 
 def record_blocks(more: Beside, groups: int) -> Tensor:
-    """Lay out what groups have beside their codes in records: (groups, row-blocks, record) uint8."""
+    """Lay out the metadata of groups in records: (groups, row-blocks, record) uint8."""
     values = [_of_blocks(v, len(v), groups) for v in (more.scale, more.second) if v is not None]
     return torch.cat([_octets(v) for v in values], 2).contiguous()
 
 
 def prepare(part: Part, field: int = 16) -> Tiles:
-    """Lay out a part for the kernels, on the device where it is. Raises KernelError for a kind of part that they do not know."""
+    """Lay out a part for the kernels, on its device. Raises KernelError for a kind of part that they do not read."""
     if not isinstance(part, Uniform | Table | TwoLevel):
         raise KernelError(f"{type(part).__name__}: no kernel reads such a part")
     (rows, columns), size, device = part.shape, part.group_size, part.codes.device
@@ -122,7 +122,7 @@ def prepare(part: Part, field: int = 16) -> Tiles:
         bits = code_bits(part.datatype)
         scale, row_scale = _table_scales(part)
         tables = torch.tensor(DATATYPES[part.datatype], dtype=torch.float32, device=device)
-        # The code of -0 is that of no value; where the table is not symmetric it is an entry like any other.
+        # No value is encoded as -0; if the table is not symmetric, that code is an ordinary entry.
         table = tables.flatten()
         kind, fields = "SYMMETRIC", [of_blocks(scale)]
         if part.select is not None:
@@ -147,24 +147,24 @@ def prepare(part: Part, field: int = 16) -> Tiles:
 
 
 def middle_of(bits: int) -> int:
-    """What decoders take away from a code."""
+    """The middle of the range of codes, which decoders subtract."""
     return 1 << (bits - 1)
 
 
 def _table_scales(part: Table) -> tuple[Tensor, Tensor | None]:
-    """Scales of groups, exact in bfloat16, and of rows."""
+    """Return the scales of groups, exact in bfloat16, and of rows."""
     row_scale = None if part.row_scale is None else part.row_scale.float()
     scale = part.scales() if part.scale_type == "e8m0" else part.scale.float()
     return scale.to(torch.bfloat16), row_scale
 
 
 def decode(tiles: Tiles) -> Tensor:
-    """Return W (out, in) in float32 from tiles, in the columns of x, by plain torch."""
+    """Return W (out, in) in float32 from tiles, with columns in the order of x, by plain torch."""
     (rows, columns), high = tiles.shape, _tiles.padded(tiles.shape)[0]
     groups = len(tiles.meta)
 
     def field(start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """What a record has for each of its rows -> (out, groups)"""
+        """Read a field that records have for each of their rows -> (out, groups)."""
         values: Tensor = tiles.meta[:, :, start:stop].contiguous().view(dtype)  # (groups, row-blocks, 16)
         ordered: Tensor = values.unflatten(2, (8, 2)).transpose(2, 3).reshape(groups, high).T
         return ordered[:rows]

@@ -1,7 +1,7 @@
 """torch's 4-bit CPU kernel, for few rows of bfloat16 activations.
 
-It multiplies without decoding the weight to memory, which is what limits generation. Its own layout is made when it is first
-used and kept beside the stored one; it takes 4 bits per weight also of weights that are stored in fewer:
+It multiplies without decoding the weight to memory, the bottleneck of generation. Its own layout is made at first use and kept
+next to the stored one; it takes 4 bits per weight, even for weights that are stored in fewer:
 
     value = (code4 - 8) scale4    code4 = code - 2^(bits - 1) + 8        scale4 = scale
     bipolar integers, single bits code4 = 2 code - (2^bits - 1) + 8      scale4 = scale / 2
@@ -36,13 +36,13 @@ from compress.weights.uniform import Uniform
 GROUP_SIZES = (32, 64, 128, 256)  # the kernel refuses others
 _KEYS = {"format", "bits", "group_size", "zero", "bipolar", "kept", "fields", "scales"}  # of a base without offsets
 _ROLES = frozenset({"base", "keep"})
-MAX_ROWS = 128  # beyond this, decoding and a dense product are as fast: see above
+MAX_ROWS = 128  # beyond this, decoding and a dense product are as fast, see above
 
 
 def supports(spec: Mapping[str, Any]) -> bool:
-    """Whether a site's weight fits: up to 4 bits without zero points, neighbouring columns in groups, out a multiple of 16.
+    """Whether the kernel takes a weight: up to 4 bits without zero points, groups of adjacent columns, out a multiple of 16.
 
-    Bipolar integers of up to 3 bits fit; masks over all of these too.
+    It takes bipolar integers of up to 3 bits, and masks over all of these.
     """
     base = spec["base"]
     if packing.base_type(spec) is not Uniform or not set(base) <= _KEYS or base["zero"]:
@@ -52,9 +52,9 @@ def supports(spec: Mapping[str, Any]) -> bool:
 
 
 def pays(use: Use) -> bool:
-    """Whether the kernel is the faster way for such activations, and does what is wanted.
+    """Whether the kernel is faster for such activations and supports them.
 
-    Float32 activations take an unvectorised path; gradients do not pass the kernel.
+    Float32 activations take an unvectorised path; the kernel does not pass gradients.
     """
     fits = use.device.type == "cpu" and use.dtype == torch.bfloat16 and use.tokens <= MAX_ROWS
     return fits and not use.gradient
@@ -87,7 +87,7 @@ def matmul(x: Tensor, spec: Mapping[str, Any], prepared: tuple[Tensor, Tensor]) 
 
 @dataclass(frozen=True, eq=False)
 class Laid:
-    """A weight in torch's own layout, beside the stored one."""
+    """A weight in torch's own layout, in addition to the stored one."""
 
     spec: Mapping[str, Any]
     prepared: tuple[Tensor, Tensor]
@@ -96,11 +96,11 @@ class Laid:
 
     @property
     def kernel(self) -> Kernel:
-        """This file's."""
+        """The kernel of this file."""
         return KERNEL
 
     def takes(self, use: Use) -> bool:
-        """Whether the kernel is the faster way for such activations."""
+        """Whether the kernel is faster for such activations."""
         return pays(use) and use.activation_bits == self.activation_bits
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,7 +109,7 @@ class Laid:
         return y if bias is None else y + bias
 
     def stored(self) -> dict[str, Tensor]:
-        """Nothing: all is stored besides."""
+        """Return nothing: the stored tensors are kept."""
         return {}
 
 

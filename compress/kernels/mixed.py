@@ -1,7 +1,7 @@
 """y = x W^T for weights whose groups of columns have codes of different widths: one product per width, added in float32.
 
-x is gathered once per width, the columns of its groups beside each other; the sums of one product are what the next one adds to,
-and the last rounds the result. Everything else is `weight_only`.
+x is gathered once per width, with the columns of its groups next to each other; each product adds to the sums of the previous
+one, and the last rounds the result. Everything else is as in `weight_only`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from compress.weights.uniform import Uniform
 
 
 def prepare(part: Mixed) -> list[Tiles]:
-    """Lay out a part for the kernels, width by width; `order` of each has the columns of x that are its."""
+    """Lay out a part for the kernels, width by width; the `order` of each lists its columns of x."""
     columns = part.codes.shape[1]
     group = torch.arange(columns, device=part.codes.device) // part.group_size if part.group is None else part.group.long()
     found = []
@@ -42,7 +42,7 @@ def prepare(part: Mixed) -> list[Tiles]:
 
 
 def _gathered(x: Tensor, tiles: Tiles) -> tuple[Tensor, Tiles]:
-    """The columns of x for one width, and its tiles for them as they are."""
+    """Return the columns of x for one width, and its tiles without `order`."""
     assert tiles.order is not None
     plain = Tiles(tiles.codes, tiles.meta, None, None, None, tiles.shape, tiles.bits, tiles.steps, tiles.kind)
     return x.index_select(1, tiles.order), plain
@@ -72,7 +72,7 @@ def matmul_tiles(x: Tensor, widths: Sequence[Tiles], addend: Tensor | None = Non
 
 
 def _dense(x: Tensor, widths: Sequence[Tiles], addend: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The same by decoding W."""
+    """Compute the same by decoding W."""
     flat = x.reshape(-1, x.shape[-1])
     y = None if addend is None else addend.clone()
     for tiles in widths:
@@ -89,19 +89,19 @@ def _dense(x: Tensor, widths: Sequence[Tiles], addend: Tensor | None, bias: Tens
 
 @dataclass(frozen=True, eq=False)
 class Widths:
-    """The tiles of all widths, as the operator is given them."""
+    """The tiles of all widths, as the operator takes them."""
 
     codes: tuple[Tensor, ...]
     meta: tuple[Tensor, ...]
     order: tuple[Tensor, ...]
     bits: tuple[int, ...]
     steps: tuple[int, ...]
-    kinds: str  # with blanks between
+    kinds: str  # separated by blanks
     rows: int
 
     @classmethod
     def of(cls, tiles: Sequence[Tiles]) -> Widths:
-        """Bring them together."""
+        """Collect the tiles of all widths."""
         codes, meta = tuple(t.codes for t in tiles), tuple(t.meta for t in tiles)
         order = tuple(t.order for t in tiles if t.order is not None)
         bits, steps = tuple(t.bits for t in tiles), tuple(t.steps for t in tiles)

@@ -1,13 +1,13 @@
-"""y = x W^T for quantized W and 16-bit x: few rows of x by tensor cores from the codes, many by decoding W first.
+"""y = x W^T for quantized W and 16-bit x: few rows of x on tensor cores from the codes, many by decoding W first.
 
 Shapes      x (tokens, in), W (out, in) as `_weights.Tiles`, y (tokens, out) in the type of x.
 Arithmetic  values are scale * number + shift; numbers are exact in both types, but entries of tables are rounded. Tensor
             cores sum numbers times x over a group in float32; scale and shift are applied to that sum in float32, the shift to
-            the sum of x, which an additional product with ones gives. So y differs from the exact product by the rounding of
-            sums and of the result alone.
-Order       teams of warps share the columns of their rows out among themselves, and several blocks may share those of the same
-            rows. Sums of teams and blocks are added in their order: results do not depend on timing.
-Rows        a block has 32 rows for up to 8 tokens and 64 or 128 for more, as each block reads x anew.
+            the sum of x, which comes from an additional product with ones. So y differs from the exact product only by the
+            rounding of sums and of the result.
+Order       teams of warps divide the columns of their rows among themselves, and several blocks may divide those of the same
+            rows. Sums of teams and blocks are added in a fixed order: results do not depend on timing.
+Rows        a block has 32 rows for up to 8 tokens and 64 or 128 for more, as each block reads x again.
 Many tokens from `CROSSOVER` on, rows of W are decoded into a buffer, rounded to the type of x, and multiplied by torch.
 Limits      groups of a multiple of 16 columns, or one group per row; two-level scales and zeros of at most 4 bits.
 """
@@ -32,49 +32,49 @@ from compress.kernels._weights import RECORD, STEP, Tiles, decode, prepare
 from compress.kernels.kernel import Kernel, Use
 from compress.weights.mixed import Mixed
 
-# Tokens from which decoding W for a product of torch is taken to be faster; not measured yet, see docs/kernels.md.
+# Tokens from which decoding W and multiplying with torch is assumed to be faster; not measured yet, see docs/kernels.md.
 CROSSOVER = 129
-TOKENS = (8, 16, 32, 64)  # of a block
-_WARPS, BLOCKS = 8, 2  # of a block; row-blocks of a warp
+TOKENS = (8, 16, 32, 64)  # tokens per block
+_WARPS, BLOCKS = 8, 2  # warps per block; row-blocks per warp
 _DENSE = 1 << 27  # numbers of W decoded at a time, 256 MB
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What both kernels are told of a weight."""
+    """What both kernels need to know of a weight."""
 
     tiles: int  # along the columns
     row_blocks: int
-    steps: int  # of 16 columns, in a group
+    steps: int  # steps of 16 columns per group
     reciprocal: np.uint32
-    entries: int  # of the table
+    entries: int  # entries of the table
 
 
 @dataclass(frozen=True)
 class Plan:
     """How `wqmm` is launched."""
 
-    tokens: int  # of a block
-    tiles: int  # of a piece of columns
-    stages: int  # of a ring
+    tokens: int  # tokens per block
+    tiles: int  # tiles per piece of columns
+    stages: int  # stages per ring
     record_bits: int  # log2 of records per piece
     shared: int  # bytes
-    per_split: int  # pieces of a block
+    per_split: int  # pieces per block
     splits: int
 
     @property
     def rows(self) -> int:
-        """Rows of W of a block."""
+        """Rows of W per block."""
         return 16 * BLOCKS * team(self.tokens)
 
 
 def team(tokens: int) -> int:
-    """How many warps of a block share x and differ in rows, so that reading x costs no more than reading codes."""
+    """Return how many warps of a block share x and differ in rows, so that reading x costs no more than reading codes."""
     return {8: 1, 16: 2}.get(tokens, 4)
 
 
 def pieces(tokens: int) -> tuple[int, ...]:
-    """Tiles of a piece of columns that there are kernels for, the best first: two cost fewer instructions, one less memory."""
+    """Return the supported numbers of tiles per piece, the best first: two cost fewer instructions, one less memory."""
     return (1,) if tokens == 64 else (2, 1)
 
 
@@ -82,7 +82,7 @@ def shape_of(tiles: Tiles) -> _Shape:
     high, wide = _tiles.padded(tiles.shape)
     if wide // STEP >= 1 << 15:
         raise KernelError(f"in={tiles.shape[1]}: kernels take fewer than {(1 << 15) * STEP} columns; cut the weight")
-    # floor((2 s + 1) r / 2^32) with r = 2^31 / steps, rounded up, is floor(s / steps) as (2 s + 1) steps < 2^31.
+    # floor((2 s + 1) r / 2^32) with r = 2^31 / steps, rounded up, is floor(s / steps), since (2 s + 1) steps < 2^31.
     reciprocal = np.uint32(-(-(1 << 31) // tiles.steps))
     entries = 0 if tiles.table is None else tiles.table.numel()
     return _Shape(wide // _tiles.COLUMNS, high // 16, tiles.steps, reciprocal, entries)
@@ -110,12 +110,12 @@ def _table_bytes(bits: int, lookup: bool) -> int:
 
 
 def sums_bytes(tokens: int, members: int) -> int:
-    """Bytes of shared memory for the sums of a block whose teams have so many warps, see `add_up`."""
+    """Bytes of shared memory for the sums of a block with teams of `members` warps, see `add_up`."""
     return _WARPS // members * tokens * (16 * BLOCKS * members + 4) * 4 + 16
 
 
 def _shared(tiles: Tiles, tokens: int, wide: int, stages: int, records: int) -> int:
-    """Bytes of shared memory of `wqmm`: the table and the teams' rings, or the sums that take their place."""
+    """Bytes of shared memory of `wqmm`: the table and the teams' rings, or the sums that replace them."""
     members = team(tokens)
     codes = members * BLOCKS * (wide * 128 * tiles.bits + records * RECORD[tiles.kind])
     rings = _WARPS // members * stages * (wide * tokens * 8 * tiles.field + codes)
@@ -123,7 +123,7 @@ def _shared(tiles: Tiles, tokens: int, wide: int, stages: int, records: int) -> 
 
 
 def _record_bits(shape: _Shape, wide: int) -> int:
-    """log2 of the parts of a piece that lie in one group each, however pieces and groups meet."""
+    """log2 of the number of parts of a piece that lie in one group each, however pieces and groups are aligned."""
     steps = 4 * wide
     if shape.steps >= 4 * shape.tiles:
         return 0
@@ -141,14 +141,14 @@ def plan_of(
     resident: int,
     waves: int = 1,
 ) -> Plan | None:
-    """Say how to launch `wqmm` for `count` tokens by blocks of so many tokens, pieces of so many tiles and stages of a ring.
+    """Return how to launch `wqmm` for `count` tokens, with `tokens` per block, `wide` tiles per piece and `stages` per ring.
 
-    `resident` blocks shall fit a multiprocessor, and rows whose blocks would leave multiprocessors idle share their columns out
-    until there are blocks for so many waves. None if that does not fit.
+    `resident` blocks must fit on a multiprocessor. If there are too few blocks for `waves` waves on all multiprocessors, the
+    columns are split among more blocks. Returns None if shared memory does not suffice.
     """
     record_bits = _record_bits(shape, wide)
     shared = _shared(tiles, tokens, wide, stages, 1 << record_bits)
-    if shared > (device.shared + 1024) // resident - 1024:  # the system takes 1 kB of each
+    if shared > (device.shared + 1024) // resident - 1024:  # the system reserves 1 kB per block
         return None
     teams, number = _WARPS // team(tokens), -(-shape.tiles // wide)
     blocks = -(-shape.row_blocks // (BLOCKS * team(tokens))) * -(-count // tokens)
@@ -158,10 +158,10 @@ def plan_of(
 
 
 def plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> Plan:
-    """Choose how to launch `wqmm` for `count` tokens; `bench/tune.py` times what else there is. Raises KernelError."""
+    """Choose how to launch `wqmm` for `count` tokens; `bench/tune.py` times the alternatives. Raises KernelError."""
     largest = next((n for n in TOKENS if n >= count), TOKENS[-1])
     for tokens in sorted((n for n in TOKENS if n <= largest), reverse=True):
-        for resident in range(2 if tokens <= 16 else 1, 0, -1):  # as __launch_bounds__ asks for
+        for resident in range(2 if tokens <= 16 else 1, 0, -1):  # as in __launch_bounds__
             for wide in pieces(tokens):
                 for stages in (4, 3, 2):
                     if (found := plan_of(count, tiles, shape, device, tokens, wide, stages, resident)) is not None:
@@ -170,14 +170,14 @@ def plan(count: int, tiles: Tiles, shape: _Shape, device: _cuda.Device) -> Plan:
 
 
 def rows_of(x: Tensor, tiles: Tiles) -> Tensor:
-    """x (..., in) as rows that 16-byte copies can read: in the tiles' order, addresses and strides multiples of 8 numbers."""
+    """Return x (..., in) as rows for 16-byte copies: in the tiles' order, addresses and strides multiples of 8 numbers."""
     if tiles.field != 16:
         raise KernelError("weights are laid out for activations of bytes; expected fields of 16 bits")
     return aligned_rows(x, tiles.shape[1], tiles.order)
 
 
 def aligned_rows(x: Tensor, columns: int, order: Tensor | None) -> Tensor:
-    """x (..., in) as rows that 16-byte copies can read, their columns in an order. Raises KernelError."""
+    """Return x (..., in) as rows for 16-byte copies, with columns in the given order. Raises KernelError."""
     if x.dtype not in TYPES:
         raise KernelError(f"x is {x.dtype}; expected {' or '.join(map(str, TYPES))}")
     if x.shape[-1] != columns:
@@ -203,7 +203,7 @@ def check_added(x: Tensor, outputs: int, addend: Tensor | None, bias: Tensor | N
 def matmul_tiles(x: Tensor, tiles: Tiles, addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times W^T, plus `addend` (tokens, out) in float32, plus bias (out,) in the type of x -> (..., out).
 
-    Reads W from its codes, however many tokens there are. Raises KernelError.
+    Reads W from its codes, for any number of tokens. Raises KernelError.
     """
     rows = rows_of(x, tiles)
     count, outputs = len(rows), tiles.shape[0]
@@ -223,9 +223,9 @@ def launch(
     y: Tensor | None,
     whole: Tensor | None = None,
 ) -> None:
-    """Write the product of rows (tokens, in), aligned to 16 bytes, to y: of 16-bit numbers, or of bytes with a scale per row.
+    """Write the product of rows (tokens, in), aligned to 16 bytes, to y; rows are 16-bit numbers, or bytes with a scale per row.
 
-    It goes to `whole` (tokens, out) in float32 instead, without the bias, where there is no y; addend may be the same tensor.
+    If y is None, write it to `whole` (tokens, out) in float32, without the bias; addend may be the same tensor.
     """
     shape = shape_of(tiles)
     p = plan(len(rows), tiles, shape, _cuda.device(rows.device.index or 0))
@@ -302,7 +302,7 @@ def _op(x: Tensor, tiles: Tiles, addend: Tensor | None, bias: Tensor | None) -> 
 def product(x: Tensor, tiles: Tiles, addend: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times W^T, plus `addend` (tokens, out) float32, plus bias (out,) -> (..., out); an operator for torch.compile.
 
-    Takes the way that suits the number of tokens and the device; on a CPU, plain torch. Raises KernelError.
+    Chooses the implementation by the number of tokens and the device; on a CPU, plain torch. Raises KernelError.
     """
     return _op(x, tiles, addend, bias)
 
@@ -315,7 +315,7 @@ def matmul(x: Tensor, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 
 def reason(spec: Mapping[str, Any]) -> str | None:
-    """Say why the kernel does not take the base of a site of this description, or None if it does."""
+    """Return why the kernel does not take the base of a site of this description, or None if it does."""
     if packing.base_type(spec) is Mixed:
         return "groups have codes of different widths"
     return _weights.reason(spec)
@@ -328,7 +328,7 @@ def _why_not(spec: Mapping[str, Any], use: Use) -> str | None:
 
 
 def codes_again(tiles: Tiles) -> dict[str, Tensor]:
-    """Return the codes of tiles as they are stored, by their name."""
+    """Return the codes of tiles as stored, by name."""
     return {"codes": _weights.stored_codes(tiles)}
 
 

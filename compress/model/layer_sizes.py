@@ -1,9 +1,9 @@
-"""Models whose blocks differ in size, as `compress cut --uneven` leaves them: which linears are smaller than the config says.
+"""Models whose blocks differ in size, as `compress cut --uneven` makes them: which linears are smaller than the config says.
 
-transformers' configs have one number of heads and channels for all blocks. So config.json names the sizes of single linears, and
-whoever builds the model makes these smaller: ours while it streams, and the quantizer, whose name stands in `quantization_config`
-though nothing is quantized. Attention goes on, because it takes the number of heads from what the linears give it; how many
-heads read one KV group must stay.
+transformers' configs have one number of heads and channels for all blocks. So config.json lists the sizes of single linears, and
+callers that build the model make these smaller: the streamed model, and the quantizer, which `quantization_config` names although
+nothing is quantized. Attention still works, because it takes the number of heads from the outputs of the linears; the number of
+heads per KV group must not change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_AXIS = 2**31 - 1
 
 
 def config_with(config: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """Return config.json for a model whose linears have these sizes (out, in), by disk name; as it was where there are none."""
+    """Return config.json for a model whose linears have these sizes (out, in), by disk name; unchanged if there are none."""
     if not sizes:
         return dict(config)
     return packed_config({**config, SIZES_KEY: {n: list(size) for n, size in sizes.items()}}, write_table({}, None))
@@ -43,7 +43,7 @@ def _is_size(size: Any) -> bool:
 
 
 def resize(model: nn.Module, sizes: Mapping[str, tuple[int, int]], path_of: Callable[[str], str]) -> None:
-    """Give linears of a model on meta other sizes (out, in), by disk name. Raises FormatError for one that is not there."""
+    """Shrink linears of a model on meta to (out, in), by disk name. Raises FormatError for one that is missing or smaller."""
     for name, (rows, columns) in sizes.items():
         try:
             linear = model.get_submodule(path_of(name))

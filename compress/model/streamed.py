@@ -25,7 +25,7 @@ from compress.model.expert_loop import ExpertLoop
 from compress.model.meta import build_model
 from compress.system import memory
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside the hidden states: masks, positions
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block in addition to the hidden states: masks, positions
 
 
 class _Linear(nn.Linear):
@@ -37,7 +37,7 @@ class _Linear(nn.Linear):
 
 @dataclass(frozen=True)
 class Weights:
-    """What takes the place of a block's own tensors: weights (out, in) by site, other tensors by disk name."""
+    """Replacements of a block's own tensors: weights (out, in) by site, other tensors by disk name."""
 
     sites: Mapping[str, Tensor]
     others: Mapping[str, Tensor] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class StreamedModel:
             block, _, rest = name.removeprefix(self.family.blocks + ".").partition(".")
             inside = name.startswith(self.family.blocks + ".") and block.isdigit()
             self._copied.setdefault(block if inside else "", []).append(rest if inside else name)
-        self._calls: dict[tuple[int, ...], list[Call]] = {}  # by samples and length, one per block
+        self._calls: dict[tuple[int, ...], list[Call]] = {}  # by samples and length; one call per block
 
     def _split_experts(self) -> None:
         layout = self.family.experts
@@ -83,7 +83,7 @@ class StreamedModel:
                 block.set_submodule(layout.module, ExpertLoop(block.get_submodule(layout.module), layout, make))
 
     def linear(self, site: Site) -> nn.Module:
-        """The module whose weight a site is."""
+        """Return the module that has a site's weight."""
         if site.block is None:
             module: nn.Module = self.model.get_submodule(parameter_name(self.family, site.name))
             return module
@@ -108,7 +108,7 @@ class StreamedModel:
         return tensor.T.contiguous() if site.transposed else tensor
 
     def set_weight(self, site: Site, weight: Tensor) -> None:
-        """Give a site's module a weight (out, in), cast to the dtype that the model computes in."""
+        """Set the weight (out, in) of a site's module, cast to the dtype that the model computes in."""
         module: Any = self.linear(site)
         weight = weight.to(self.device, self.dtype)
         if type(module).__name__ == "Conv1D":  # GPT-2's linear, which holds (in, out)
@@ -120,9 +120,9 @@ class StreamedModel:
         module.weight = nn.Parameter(weight, requires_grad=False)
 
     def load(self, number: int, decoded: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """Fill block `number` and return it: sites from `decoded` (by site name) where it has them, all else from the source.
+        """Fill block `number` and return it: sites from `decoded` (by site name) if present, all else from the source.
 
-        Raises CheckpointError when a parameter is left without a value or a tensor has no parameter.
+        Raises CheckpointError if a parameter is left without a value or a tensor has no parameter.
         """
         block: nn.Module = self.blocks[number]
         for site in self.sites[number]:
@@ -134,14 +134,14 @@ class StreamedModel:
         return block
 
     def set_weights(self, number: int, weights: Weights) -> None:
-        """Give a filled block other weights and tensors than the source's."""
+        """Replace weights and other tensors of a filled block."""
         by_name = {site.name: site for site in self.sites[number]}
         for name, weight in weights.sites.items():
             self.set_weight(by_name[name], weight)
         self.set_tensors(number, weights.others)
 
     def _assign(self, module: nn.Module, inside: str, name: str) -> None:
-        """Give the parameter or buffer `inside` of a module the tensor `name` of the source."""
+        """Set the parameter or buffer `inside` of a module to the tensor `name` of the source."""
         path, _, leaf = inside.rpartition(".")
         try:
             owner = module.get_submodule(path)
@@ -168,17 +168,17 @@ class StreamedModel:
             )
 
     def release(self, number: int) -> None:
-        """Let the weights of a block go."""
+        """Free the weights of a block."""
         _to_meta(self.blocks[number])
         memory.give_back()
 
     @contextmanager
     def embeddings_and_head(self) -> Iterator[None]:
-        """Within this block of code, embeddings, the last norm and the head are filled."""
+        """Fill the embeddings, the last norm and the head within a `with` statement."""
         known = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         for name in self._copied.get("", []):
             module = parameter_name(self.family, name)
-            if module in known:  # prediction heads that go along have no module
+            if module in known:  # prediction heads that are copied have no module
                 self._assign(self.model, module, name)
         for site in self.sites.get(None, []):
             self.set_weight(site, self.weight(site))
@@ -197,7 +197,7 @@ class StreamedModel:
 
     @contextmanager
     def _bypassed(self, first: Callable[[Tensor], Tensor], calls: list[Call]) -> Iterator[None]:
-        """Let every block return its input and record what it is called with; the first one returns what `first` says."""
+        """Make every block return its input and record its arguments; the first one returns the result of `first`."""
 
         passed: list[Tensor] = []
 
@@ -260,7 +260,7 @@ class StreamedModel:
 
     @contextmanager
     def all_blocks(self) -> Iterator[None]:
-        """Within this block of code all blocks are filled, and embeddings, the last norm and the head."""
+        """Fill all blocks, the embeddings, the last norm and the head within a `with` statement."""
         with self.embeddings_and_head():
             for number in range(len(self.blocks)):
                 self.load(number)
@@ -312,7 +312,7 @@ class StreamedModel:
         return name.startswith(f"{self.family.blocks}.{number}.") and not matches(name, self.family.aside)
 
     def set_tensors(self, number: int, others: Mapping[str, Tensor]) -> None:
-        """Give parameters of a filled block the values of tensors by disk name, instead of the source's."""
+        """Replace parameters of a filled block by tensors, by disk name."""
         for name, value in others.items():
             path, _, leaf = self._inside(number, name).rpartition(".")
             owner = self.blocks[number].get_submodule(path)

@@ -1,4 +1,4 @@
-"""Files that survive a crash: a file is under its name whole or not at all."""
+"""Files that survive a crash: a file is complete under its name, or not there at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from compress.errors import OutputError
 
-CHUNK = 16 << 20  # bytes moved at a time, so that copying needs no memory to speak of
+CHUNK = 16 << 20  # bytes moved at a time, so that copying needs little memory
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or choose another place, then run the same command again",
@@ -30,7 +30,7 @@ _ADVICE = {
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system says while `path` is written into an OutputError with advice."""
+    """Turn errors of the operating system while `path` is written into an OutputError with advice."""
     try:
         yield
     except OSError as error:
@@ -54,7 +54,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; when the block ends well the file there is made durable and renamed to `path`."""
+    """Yield a temporary name next to `path`; if the block succeeds, the file there is made durable and renamed to `path`."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with writing(path):
         try:
@@ -72,7 +72,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file, durably and all at once."""
+    """Write a whole text file, durably and atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -83,12 +83,12 @@ def as_json(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, durably and all at once."""
+    """Write `value` as indented JSON, durably and atomically."""
     write_text(path, as_json(value))
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file byte for byte, durably and all at once."""
+    """Copy a file byte for byte, durably and atomically."""
     with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
 
@@ -103,7 +103,7 @@ def sha256(path: Path) -> str:
 
 
 def human_bytes(count: float) -> str:
-    """Write a number of bytes as people read it: 11.5 MB."""
+    """Format a number of bytes for people: 11.50 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
@@ -112,5 +112,5 @@ def human_bytes(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a time as people read it: 12.3 min."""
+    """Format a time for people: 12.3 min."""
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

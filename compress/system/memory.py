@@ -9,14 +9,14 @@ import resource
 import sys
 from pathlib import Path
 
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+_M_MMAP_THRESHOLD = -3  # from malloc.h
 _LARGE = 1 << 23
-_SHAPES = 32  # whose compiled products are kept
+_SHAPES = 32  # number of shapes whose compiled products are kept
 
 
 def peak() -> int:
     """Peak resident bytes of this process so far."""
-    # What getrusage says is that of the parent where a process was started by one that was larger.
+    # getrusage reports the parent's peak if the process was started by a larger one.
     if (high := _status("VmHWM")) is not None:
         return high
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -24,7 +24,7 @@ def peak() -> int:
 
 
 def current() -> int | None:
-    """Resident bytes of this process now; None where the system does not say."""
+    """Resident bytes of this process now; None if the system does not report them."""
     return _status("VmRSS")
 
 
@@ -37,7 +37,7 @@ def _status(key: str) -> int | None:
 
 
 def machine() -> str:
-    """The processor by name, and how many of its cores this process may use."""
+    """The name of the processor, and how many of its cores this process may use."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -48,27 +48,27 @@ def machine() -> str:
 
 
 def be_sparing() -> None:
-    """Keep libraries from holding on to memory that nobody uses; before the first product is computed."""
+    """Keep libraries from holding unused memory. To be called before the first product is computed."""
     _few_shapes()
     _return_large()
 
 
 def _few_shapes() -> None:
-    """Make oneDNN keep what it has compiled for few shapes.
+    """Make oneDNN keep compiled code for few shapes only.
 
-    By default it keeps 1024, and experts see other numbers of tokens in every batch: 16 blocks of 8 experts took 15 MB more for
-    every block, and with this nothing. A model without experts has some twenty shapes.
+    By default it keeps 1024, and experts see different numbers of tokens in every batch: in a model of 16 blocks with 8 experts
+    each, memory grew by 15 MB per block, and with this limit not at all. A model without experts has some twenty shapes.
     """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # of oneDNN, and of what torch puts around it
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read by oneDNN, and by torch's wrapper of it
         os.environ.setdefault(name, str(_SHAPES))
 
 
 def _return_large() -> None:
     """Make the C library map every block of 8 MB or more on its own, so that freeing it returns it to the system at once.
 
-    glibc raises that limit to 32 MB as it goes, and the holes that tensors of many sizes then leave in its heap grow with the
-    number of blocks of a model: peaks of `bench/memory.py` with 32 blocks were 14 to 17 % above those with 4. A limit of 1 MB
-    gives 2 to 3 %, but mapping is slow: small models then took 40 % longer.
+    Otherwise glibc raises that threshold to 32 MB over time, and the holes that tensors of many sizes leave in its heap grow with
+    the number of blocks of a model: peaks of `bench/memory.py` with 32 blocks were 14 to 17 % above those with 4. A threshold of
+    1 MB gives 2 to 3 %, but mapping is slow: small models then took 40 % longer.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -77,7 +77,7 @@ def _return_large() -> None:
 
 
 def give_back() -> None:
-    """Return freed memory to the system where the C library keeps it for itself.
+    """Return to the system the freed memory that the C library keeps.
 
     glibc keeps freed blocks of up to 32 MB for reuse, and weights and statistics of many sizes leave holes that add up.
     """
@@ -88,7 +88,7 @@ def give_back() -> None:
 
 
 def available() -> int | None:
-    """Bytes that this process may still take: what is free, within the limit of its control group; None if unknown."""
+    """Bytes that this process may still allocate: free memory, within the limit of its control group; None if unknown."""
     found = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
