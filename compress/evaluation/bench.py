@@ -1,11 +1,11 @@
-"""How fast products with compressed weights are: time, share of what the machine can do, and against dense weights.
+"""Speed of products with compressed weights: time, share of the machine's limit, and speedup over dense weights.
 
-Weights are rotated over copies that no cache holds, as in a model other layers lie between two uses of one. On a GPU a CUDA graph
-of one product per copy is replayed, so that what Python takes does not count; a path that cannot be captured is timed by events
-around its calls, and the row says `eager`. Times are medians; the machine's rates are its best.
+Calls rotate over copies of a weight that no cache holds, as in a model other layers run between two uses of one weight. On a GPU,
+a CUDA graph of one product per copy is replayed, so that Python's overhead does not count; a path that cannot be captured is
+timed by events around its calls, and its row says `eager`. Times are medians; the machine's rates are the best measured.
 
-Where activations have 8 bits or fewer, products of integers are timed too: by int8 tensor cores (`int8`), and on a GPU from
-single bits (`bit_serial`), which no model uses before this has shown where it wins; beside them torch's product of int8 matrices.
+For activations of 8 bits or fewer, integer products are timed too: on int8 tensor cores (`int8`) and, on a GPU, from single bits
+(`bit_serial`), which no model uses until this has shown where it wins; torch's product of int8 matrices is timed for comparison.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
 
 TOKENS = (1, 4, 16, 64, 256)
-_REPEATS, _LEAST = 21, 0.05  # calls or replays of a measurement, and seconds
-_COPIES = 16  # of a weight, at most
+_REPEATS, _LEAST = 21, 0.05  # calls or replays per measurement, and its minimum seconds
+_COPIES = 16  # most copies of one weight
 Calls = Sequence[Callable[[], Tensor]]
 Median = Callable[[Sequence[float]], float]
 
@@ -49,23 +49,23 @@ class Row:
     columns: int
     stored: str  # how the weight is stored
     tokens: int
-    path: str  # what multiplied
+    path: str  # kernel that multiplied
     how: str  # graph, eager or cpu
     microseconds: float
-    floor: float  # microseconds that the bytes or the arithmetic take at least, at the rates measured on this machine
-    dense: float  # microseconds of torch's product with a dense weight in the type of x
+    floor: float  # fewest microseconds for the bytes or the arithmetic, at the rates measured on this machine
+    dense: float  # microseconds of torch's product with a dense weight in the dtype of x
     difference: float  # |y - product with the decoded weight| over its norm
     activation_bits: int = 16
     int8: float | None = None  # microseconds of torch's product of int8 matrices, where activations have at most 8 bits
 
     @property
     def share(self) -> float:
-        """What part of the time is the floor."""
+        """The floor as a share of the time."""
         return self.floor / self.microseconds
 
     @property
     def gain(self) -> float:
-        """How many times as fast as the dense product."""
+        """Speedup over the dense product."""
         return self.dense / self.microseconds
 
     def plain(self) -> dict[str, Any]:
@@ -75,19 +75,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """A measurement of one machine."""
+    """Measurements on one machine."""
 
     device: str
     dtype: str
     torch: str
-    bytes_per_second: float  # of a copy, read and written
+    bytes_per_second: float  # of a copy, counting reads and writes
     operations_per_second: float  # of a large dense product
     rows: list[Row]
-    tokens_per_second: float | None = None  # of the model, if one was given
+    tokens_per_second: float | None = None  # generation speed of the model, if one was given
     tokens_per_second_before: float | None = None
 
     def plain(self) -> dict[str, Any]:
-        """The measurement as JSON values."""
+        """The measurements as JSON values."""
         values = asdict(self)
         rows = [row.plain() for row in self.rows]
         return {**values, "rows": rows, "bit_serial": verdict(self.rows), "measured": time.strftime("%Y-%m-%d")}
@@ -105,7 +105,7 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
 
 
 def _median(calls: Calls, device: torch.device, capture: bool, of: Median = statistics.median) -> tuple[float, str]:
-    """Seconds of one call, and how they were measured; calls run one after another over and over."""
+    """Return the seconds per call and how they were measured; the calls run in turn, repeatedly."""
     for call in calls:
         call()
     if device.type != "cuda":
@@ -122,7 +122,7 @@ def _median(calls: Calls, device: torch.device, capture: bool, of: Median = stat
 
 
 def median(calls: Calls, device: torch.device) -> float:
-    """Return the median of the seconds that one of some calls takes, by replays of a CUDA graph of all of them on a GPU."""
+    """Return the median seconds per call; on a GPU, a CUDA graph of all calls is replayed."""
     return _median(calls, device, True)[0]
 
 
@@ -152,7 +152,7 @@ def _times_events(run: Callable[[], Any], device: torch.device) -> list[float]:
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Measure bytes per second of a copy, and operations per second of a dense product."""
+    """Measure the bytes per second of a copy and the operations per second of a dense product."""
     count, side = (1 << 28, 8192) if device.type == "cuda" else (1 << 25, 1024)
     one, other = torch.ones(count, device=device), torch.empty(count, device=device)
     seconds, _ = _median([lambda: other.copy_(one)], device, False, min)
@@ -162,7 +162,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def copies_of(nbytes: int, device: torch.device) -> int:
-    """Say how many of a weight no cache holds."""
+    """Return how many copies of a weight are more than any cache holds, at most `_COPIES`."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
     return max(1, min(_COPIES, -(-4 * cache // nbytes)))
 
@@ -181,7 +181,7 @@ def measure(
     machine: tuple[float, float],
     activation_bits: Sequence[int] = (16,),
 ) -> Iterator[Row]:
-    """Time products of rows of x with one weight: through `CompressedLinear` as a model does, and of integers."""
+    """Time products of x (tokens, in) with one weight: through `CompressedLinear`, as in a model, and integer products."""
     linear = CompressedLinear.of(weight)
     (rows, columns), nbytes = weight.shape, weight.stored_bits // 8
     decoded, stored = weight.dequantize(), packing.short(linear.spec)
@@ -209,7 +209,7 @@ def measure(
                     y = first(x)
                     difference = float((y.cpu().double() - expected).norm() / expected.norm())
                     kernel = first.kernel(first.use(x)) if isinstance(first, CompressedLinear) else None
-                    captured = kernel is None or kernel.keeps  # what decodes stored tensors cannot be captured
+                    captured = kernel is None or kernel.keeps  # a kernel that decodes stored tensors cannot be captured
                     seconds, how = _median([partial(one, x) for one in products], device, captured)
                     before, _ = _median([partial(torch.nn.functional.linear, x, w) for w in dense], device, True)
                     integers = _int8_seconds(count, octets, device) if bits <= 8 else None
@@ -223,7 +223,7 @@ def measure(
 
 
 def _octets(decoded: Tensor, device: torch.device) -> list[Tensor]:
-    """A weight (out, in) as int8, as often as no cache holds; none where torch does not multiply such a shape."""
+    """Copies of a weight (out, in) as int8, more than any cache holds; none where torch cannot multiply the shape."""
     if any(size % 8 for size in decoded.shape):
         return []
     whole = (decoded / decoded.abs().amax().clamp_min(1e-30) * 127).round().to(torch.int8)
@@ -231,7 +231,7 @@ def _octets(decoded: Tensor, device: torch.device) -> list[Tensor]:
 
 
 def _int8_seconds(count: int, octets: Sequence[Tensor], device: torch.device) -> float | None:
-    """Seconds of torch's product of int8 matrices, of 32 rows at least on a GPU, which takes no fewer."""
+    """Seconds of torch's product of int8 matrices; on a GPU, of at least 32 rows, the fewest it accepts."""
     if not octets:
         return None
     rows = max(count, 32) if device.type == "cuda" else count
@@ -240,18 +240,18 @@ def _int8_seconds(count: int, octets: Sequence[Tensor], device: torch.device) ->
 
 
 def _bit_planes(weight: CompressedWeight, device: torch.device) -> bit_serial.Bits | None:
-    """A weight as single bits, or None where no product takes such."""
+    """A weight as single bits, or None where no bit-serial product supports it."""
     if not isinstance(weight.base, Uniform) or len(weight.parts) > 1:
         return None
     base = weight.base
     try:
         return bit_serial.prepare(replace(base, codes=base.codes.to(device), scale=base.scale.to(device)))
-    except KernelError:  # zero points, groups that do not fit
+    except KernelError:  # zero points, or groups that do not fit
         return None
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """Say of each product from single bits whether it was faster than those of int8 and of dense weights."""
+    """Say for each bit-serial product whether it was faster than the int8 and dense products."""
     found = []
     for row in rows:
         if not row.path.startswith("bit_serial"):
@@ -282,13 +282,13 @@ def random_uniform(shape: tuple[int, int], bits: int, group_size: int, zero: boo
 
 
 def random_values(shape: tuple[int, int], dtype: torch.dtype) -> Dense:
-    """Random values of 16 bits."""
+    """A dense weight of random 16-bit values."""
     kept = dtype if dtype.itemsize == 2 else torch.bfloat16
     return Dense((torch.randn(shape, generator=torch.Generator().manual_seed(0)) * shape[1] ** -0.5).to(kept))
 
 
 def weight_of(base: Dense | Uniform, pattern: str | None, sparsity: float | None, run: int) -> CompressedWeight:
-    """A weight, under a random mask if wanted: N:M, or runs of columns of which a share is gone. Raises RecipeError."""
+    """A weight, optionally with a random mask: N:M, or runs of columns of which a share is pruned. Raises RecipeError."""
     rows, columns = base.shape
     if pattern is None and sparsity is None:
         return CompressedWeight(base)
@@ -328,7 +328,7 @@ def bench(
     activation_bits: Sequence[int],
     progress: Progress,
 ) -> Bench:
-    """Time products with some weights and, where a model is given, its generation against the original's."""
+    """Time products with the weights and, where a model is given, its generation against the original's."""
     machine = rates(device, dtype)
     rows: list[Row] = []
     for number, weight in enumerate(weights):

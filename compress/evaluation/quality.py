@@ -1,6 +1,6 @@
-"""How good a checkpoint is: perplexity, and divergence and agreement with the model it was made from.
+"""Quality of a checkpoint: perplexity, and divergence from and agreement with the model it was made from.
 
-Both models run one block at a time side by side, so that any checkpoint can be measured in the memory of its largest block.
+Both models run one block at a time, so that any checkpoint can be measured in the memory of its largest block.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from compress.system.files import write_json
 from compress.system.progress import Progress
 
 FILE = "evaluation.json"
-TOKENS = 8192  # that pass through a block at a time
+TOKENS = 8192  # tokens that pass through a block at a time
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured. Divergence and agreement are None without an original."""
+    """The values measured; divergence and agreement are None without an original."""
 
     model: str
     original: str | None
@@ -51,10 +51,10 @@ class Quality:
     kl: float | None = None  # mean over positions of KL(original || model), nats
     kl_standard_error: float | None = None  # over windows
     agreement: float | None = None  # share of positions with the same most likely token
-    # 95 % intervals by the bootstrap over windows; None where there is one window
+    # 95 % intervals by the bootstrap over windows; None with a single window
     perplexity_interval: Interval | None = None
     perplexity_before_interval: Interval | None = None
-    perplexity_ratio: float | None = None  # of the model's to the original's
+    perplexity_ratio: float | None = None  # the model's over the original's
     perplexity_ratio_interval: Interval | None = None
     kl_interval: Interval | None = None
     agreement_interval: Interval | None = None
@@ -72,7 +72,7 @@ class Quality:
 
 
 def base_of(model: str) -> str | None:
-    """Return the folder that a compressed checkpoint was made from, if it was made on this machine and the folder is there."""
+    """Return the folder that a compressed checkpoint was made from, if it was made on this machine and the folder exists."""
     path = Path(model) / LOCAL
     if not path.is_file():
         return None
@@ -112,7 +112,7 @@ def compare(
 
 
 def _summed_up(windows: Tensor) -> dict[str, Any]:
-    """Turn values per window into figures with intervals: (windows, 1) losses, or (windows, 4) with those of the original,
+    """Reduce values per window to figures with intervals: (windows, 1) losses, or (windows, 4) with the original's losses,
     divergences and agreements."""
     several = windows.shape[0] > 1
     mean, drawn = windows.mean(0), resampled_means(windows) if several else windows[:0]
@@ -147,8 +147,8 @@ def measure(
     wanted: Sequence[str] = (),
     limit: int | None = None,
 ) -> Quality:
-    """Measure a checkpoint on a text, and on tasks. Raises CheckpointError, CalibrationError, RecipeError."""
-    tasks.split(wanted)  # what is not there is said before hours are spent
+    """Measure a checkpoint on a text and on tasks. Raises CheckpointError, CalibrationError, RecipeError."""
+    tasks.split(wanted)  # missing tasks are reported before hours are spent
     where, kind = pick_device(device), DTYPES[dtype]
     source = open_any(model)
     original = original or base_of(model)
@@ -192,7 +192,7 @@ def measure(
 
 
 def save(folder: Path, result: Quality) -> None:
-    """Put a result into a compressed checkpoint: beside the weights, into its report and its model card. Raises OutputError."""
+    """Save a result next to the weights of a compressed checkpoint, and in its report and model card. Raises OutputError."""
     from compress.report import card
 
     if not (folder / "summary.json").is_file():

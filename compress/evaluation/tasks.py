@@ -1,6 +1,6 @@
-"""Tasks, by lm-eval: what perplexity does not show, such as whether a model still finds a fact in its prompt.
+"""Tasks, run by lm-eval: they show what perplexity does not, such as whether a model still finds a fact in its prompt.
 
-Tasks are files, a folder of YAML with data beside it, so that they run offline; names of lm-eval's own tasks work where their
+Tasks are local, a folder of YAML files and their data, so that they run offline; lm-eval's own tasks work by name where their
 data can be fetched.
 """
 
@@ -18,12 +18,12 @@ import torch
 
 from compress.errors import CalibrationError, RecipeError
 
-_METRICS = ("acc_norm", "acc", "exact_match", "f1", "rouge", "bleu")  # which of a task's metrics is shown, the first it has
+_METRICS = ("acc_norm", "acc", "exact_match", "f1", "rouge", "bleu")  # the first of these that a task has is shown
 Scores = dict[str, dict[str, Any]]
 
 
 def split(wanted: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the folders that hold tasks, and the names of tasks: of a folder all that its YAML files name."""
+    """Return the folders that hold tasks, and the names of tasks; a folder gives all that its YAML files name."""
     import yaml
 
     folders, names = [], []
@@ -51,7 +51,7 @@ def split(wanted: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def scores(model: str, wanted: Sequence[str], device: torch.device, limit: int | None = None, batch: int = 8) -> Scores:
-    """Return metric, value, standard error and the value of a guess, for the checkpoint in a folder. Raises RecipeError."""
+    """Return each task's metric, value, standard error and chance level, for the checkpoint in a folder. Raises RecipeError."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -67,7 +67,7 @@ def scores(model: str, wanted: Sequence[str], device: torch.device, limit: int |
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     places = [place for path in folders for place in (str(Path(path).absolute()),)]
     try:
-        # It prints while it works; what goes to standard output here is for whoever reads ours.
+        # lm-eval prints while it works; this process's standard output is for its own readers.
         with contextlib.redirect_stdout(io.StringIO()), _within(places):
             manager = TaskManager(include_path=places or None, include_defaults=len(names) > 0 and not places)
             found = simple_evaluate(
@@ -84,23 +84,23 @@ def scores(model: str, wanted: Sequence[str], device: torch.device, limit: int |
 
 
 def _chance(config: dict[str, Any], samples: Sequence[dict[str, Any]]) -> float:
-    """What guessing gives: the mean of one over the number of endings to choose from; 0 where text is generated."""
+    """The score of guessing: the mean of one over the number of endings to choose from; 0 where text is generated."""
     if config.get("output_type") != "multiple_choice" or not samples:
         return 0.0
     return sum(1 / max(len(sample["resps"]), 1) for sample in samples) / len(samples)
 
 
 def retained(value: float, before: float | None, chance: float) -> float | None:
-    """The share of what the original knows beyond guessing that is left, (value - chance) / (before - chance) (LLM-KICK).
+    """The share of the original's score above chance that is retained, (value - chance) / (before - chance) (LLM-KICK).
 
-    None where the original knows nothing beyond guessing, or is not there.
+    None where the original does not beat chance, or was not measured.
     """
     return None if before is None or before <= chance else (value - chance) / (before - chance)
 
 
 @contextlib.contextmanager
 def _within(places: Sequence[str]) -> Any:
-    """Be in the folder of the tasks, where one is given: their YAML names data beside it."""
+    """Run in the folder of the tasks where there is one: their YAML names data relative to it."""
     before = os.getcwd()
     if len(places) == 1:
         os.chdir(places[0])
@@ -111,7 +111,7 @@ def _within(places: Sequence[str]) -> Any:
 
 
 def _primary(values: dict[str, Any]) -> dict[str, Any]:
-    """The metric of a task that is shown, with its value and standard error."""
+    """The metric shown for a task, with its value and standard error."""
     known = {key.partition(",")[0]: (key, value) for key, value in values.items() if isinstance(value, float | int)}
     known = {name: pair for name, pair in known.items() if not name.endswith("_stderr")}
     metric = next((name for name in _METRICS if name in known), next(iter(known), ""))

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, dense or compressed by anybody: weight by weight, one of each in memory at a time."""
+"""Differences between two checkpoints, dense or compressed by any tool: weight by weight, one of each in memory at a time."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from compress.weights.uniform import Uniform
 
 @dataclass(frozen=True)
 class Row:
-    """One weight or other tensor in both checkpoints."""
+    """One weight or other tensor of the two checkpoints."""
 
     name: str
     verdict: str  # same, stored differently, values, shape, only in A, only in B
     first: str = ""  # how it is stored
     second: str = ""
-    largest: float | None = None  # difference of any two values
+    largest: float | None = None  # largest difference of two values
     relative: float | None = None  # norm of the difference over the norm in A
-    codes: float | None = None  # share of codes that differ, where both have codes of one grid
+    codes: float | None = None  # share of codes that differ, where both have codes of the same grid
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Difference:
     first: str
     second: str
     rows: list[Row]
-    config: dict[str, tuple[Any, Any]]  # settings that differ, but for how weights are stored
+    config: dict[str, tuple[Any, Any]]  # settings that differ, except how weights are stored
 
     @property
     def same(self) -> bool:
-        """Whether every value of one is in the other; how it is stored may differ."""
+        """Whether both hold the same values; how they are stored may differ."""
         return all(row.verdict in ("same", "stored differently") for row in self.rows)
 
     def plain(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class _Side:
         source = open_any(model)
         try:
             inventory = take_inventory(source, find_family(source))
-        except CheckpointError:  # an architecture or a set of tensors that is not known: names on disk will do
+        except CheckpointError:  # unknown architecture or set of tensors: names on disk will do
             return cls(source, {name: name for name in source.entries})
         made = {site.tensor for site in inventory.sites}
         others: dict[str, Site | str] = {name: name for name in source.entries if name not in made}
@@ -128,7 +128,7 @@ def _row(name: str, a: _Side, b: _Side) -> Row:
 
 
 def _codes(a: Uniform | None, b: Uniform | None) -> float | None:
-    """Share of codes that differ, where both have codes of one width."""
+    """Share of codes that differ, where both have codes of the same width."""
     if a is None or b is None or a.bits != b.bits or a.bipolar != b.bipolar:
         return None
     return float((a.codes != b.codes).double().mean())
@@ -139,7 +139,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def grouped(found: Difference) -> list[dict[str, Any]]:
-    """Rows of one name but for its numbers, one verdict and one way of storing, added up for a table."""
+    """Group rows for a table: the same verdict and storage, and names that differ only in their numbers."""
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in found.rows:
         kind = re.sub(r"\.\d+(?=\.)", ".*", row.name)

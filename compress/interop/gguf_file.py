@@ -1,4 +1,4 @@
-"""A GGUF file of a compressed checkpoint, tensor by tensor, and reading it back."""
+"""Write a compressed checkpoint as a GGUF file, tensor by tensor, and read it back."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "Q5_0": "MOSTLY_Q5_0", "Q8_0": "MOSTLY_Q8_
 
 @dataclass
 class Member:
-    """One tensor of the file: a matrix of blocks, one of floats, or the experts of a block in order."""
+    """One tensor of the file: a quantized matrix, a tensor of floats, or the experts of a block in order."""
 
     name: str
-    kind: str  # of GGML
-    shape: tuple[int, ...]  # as torch has it
-    sources: list[str] = field(default_factory=list)  # sites of blocks, or the disk name of a dense tensor
-    heads: int = 0  # whose rows are reordered
+    kind: str  # GGML type
+    shape: tuple[int, ...]  # in torch's order
+    sources: list[str] = field(default_factory=list)  # sites, or the disk name of a dense tensor
+    heads: int = 0  # number of heads whose rows are reordered, or 0
     nbytes: int = 0
 
 
@@ -93,7 +93,7 @@ def _nbytes(member: Member) -> int:
 
 
 def vocabulary(source: PackedSource) -> _llama_cpp.Vocabulary:
-    """Read the tokenizer beside a checkpoint. Raises FormatError."""
+    """Read the tokenizer of a checkpoint. Raises FormatError."""
     path = source.folder / "tokenizer.json"
     try:
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def write(
             writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.numpy().dtype, factors.nbytes)
         types = gguf.GGMLQuantizationType
         for member in members:
-            # GGUF counts blocks of a row, so the shape is that of the bytes.
+            # GGUF counts the blocks of a row, so the shape passed is that of the bytes.
             row = member.nbytes // max(_rows(member), 1)
             byte_shape = (*member.shape[:-1], row)
             info = (torch.empty(0, dtype=torch.uint8).numpy().dtype, member.nbytes, types[member.kind])
@@ -232,7 +232,7 @@ def digests(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def examine(path: Path) -> list[str]:
-    """Return what is wrong with a GGUF file: what cannot be read, what llama.cpp would miss, values that are not finite."""
+    """Return the problems of a GGUF file: what cannot be read, what llama.cpp needs and lacks, and values that are not finite."""
     gguf = library()
     try:
         reader = gguf.GGUFReader(str(path))

@@ -1,4 +1,4 @@
-"""The README of an export: how it is stored, who reads it, and what the Hub knows of the model."""
+"""The README of an export: how it is stored, which runtimes read it, and what the Hub knows about the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEPT = ("base_model", "base_model_relation", "license", "license_name", "licens
 
 
 def _matter(folder: Path) -> dict[str, Any]:
-    """The front matter of a checkpoint's card: what the Hub knows of a model goes along with its weights."""
+    """The front matter of a checkpoint's card: what the Hub knows about a model stays with its weights."""
     try:
         parts = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
         values = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
@@ -26,7 +26,7 @@ def _matter(folder: Path) -> dict[str, Any]:
 
 
 def text(source: Source, summary: dict[str, Any], name: str, form: Layout[Any]) -> str:
-    """Return the README of an export, given its record and its layout; with the scores of its source, if there are any."""
+    """Return the README of an export, given its record and layout, with the scores of its source if there are any."""
     scores = evaluation(source.folder)
     kept = {key: value for key, value in _matter(source.folder).items() if key in _KEPT}
     matter = yaml.safe_dump({**kept, "tags": ["compress", summary["format"], "quantized"]}, sort_keys=False, allow_unicode=True)
@@ -37,7 +37,7 @@ def text(source: Source, summary: dict[str, Any], name: str, form: Layout[Any]) 
         s=summary,
         readers=plain(form.readers),
         plain=form.plain,
-        e=scores and scores | {"tokens_per_second": None},  # another runtime is as fast as it is
+        e=scores and scores | {"tokens_per_second": None},  # another runtime has its own speed
         whose="source checkpoint",
         left_out=summary.get("left_out", []),
     )

@@ -1,27 +1,27 @@
-"""What each candidate costs at each site, as divergence of the model's output: one pass forwards and one backwards.
+"""The cost of each candidate at each site, as divergence of the model's output, from one forward and one backward pass.
 
-Problem   predict KL(original || compressed), mean over positions, when weight W (out, in) of one site becomes Q.
-Theory    for a small change of the logits KL is the quadratic form of their Fisher matrix. With labels y drawn from the model's
+Problem   predict KL(original || compressed), mean over positions, when the weight W (out, in) of one site becomes Q.
+Theory    for a small change of the logits, KL is the quadratic form of their Fisher matrix. With labels y drawn from the model's
           own distribution and g the gradient of -log p(y) at the site's output, that Fisher matrix is the mean of g g^T, so
               KL ~ 1/2 sum_t E (g_t^T D x_t)^2 ~ 1/2 sum_o G_o (D H D^T)_oo,   D = W - Q,
-          H the mean of x x^T over the tokens that reach the site, G_o the sum of g_o^2 over them per position of the text. Taken
-          to be independent: inputs and gradients, errors of different outputs, of different tokens and of different sites.
-Steps     1. Forwards, block by block through the original weights: statistics once per tap, every candidate from the same
-             statistics, (D H D^T)_oo of each. Hidden states before each block are kept for `GRADIENT_TOKENS` tokens.
-          2. Labels are drawn, and the gradients go backwards through the same blocks, one loaded at a time.
-          3. References: whole models at one candidate, run beside the original on windows that the statistics have not seen.
-             What they diverge over the sum of their sites is the factor of a candidate: errors of many sites add up to more,
-          up to twice as much at 2 bits and a quarter more at 3. Rounding under H shrinks outputs (by 5 % at 2 bits), and what
-          gate and up projections lose in this way points the same way in all blocks; attention adds up as if independent.
-Measured  42 sites x 12 candidates of a small llama, each site compressed alone, measured on held-out windows: the standard
-          deviation of log(predicted / measured) is 0.16 and its mean 0.04. With the full matrix of g g^T it is 0.15, with the
-          sum over tokens not factored 0.13, with gradients added up over a window before squaring 0.28; the plain error
-          tr(D H D^T) has 1.0 and the error relative to tr(W H W^T) 0.8. Plans by the last two are 30 to 120 % worse at
-          2.5 to 3.1 bits. Without the factors plans have too much at 2 bits: 10 % worse at 3.0 and 3.1 bits, 2 % at 2.5.
-          Factors measured for every kind of weight besides change plans by 3 % up or down, and were left out; so does
-          the KL of every site measured alone, which says that the sum is what limits a plan.
+          where H is the mean of x x^T over the tokens that reach the site, and G_o the sum of g_o^2 over them per position of
+          the text. Assumed independent: inputs and gradients, and errors of different outputs, tokens and sites.
+Steps     1. Forward, block by block through the original weights: statistics once per tap, every candidate from the same
+             statistics, and its (D H D^T)_oo. Hidden states before each block are kept for `GRADIENT_TOKENS` tokens.
+          2. Labels are drawn, and the gradients go backward through the same blocks, loaded one at a time.
+          3. References: whole models at one candidate, run alongside the original on windows that the statistics have not seen.
+             Their divergence over the sum of their sites' costs is the candidate's factor: errors of many sites exceed that sum,
+             up to twofold at 2 bits and by a quarter at 3. Rounding under H shrinks outputs (by 5 % at 2 bits), and the losses
+             of gate and up projections point the same way in all blocks; those of attention add up as if independent.
+Measured  42 sites x 12 candidates of a small llama, each site compressed alone, measured on held-out windows: log(predicted /
+          measured) has a standard deviation of 0.16 and a mean of 0.04. The deviation is 0.15 with the full matrix g g^T, 0.13
+          with the sum over tokens not factored, 0.28 with gradients summed over a window before squaring, 1.0 for the plain
+          error tr(D H D^T) and 0.8 for the error relative to tr(W H W^T). Plans by the last two are 30 to 120 % worse at
+          2.5 to 3.1 bits. Without the factors, plans put too much at 2 bits: 10 % worse at 3.0 and 3.1 bits, 2 % at 2.5.
+          Additional factors for each kind of weight change plans by 3 % up or down, and were left out; so does using the
+          measured KL of each site alone, which shows that the sum is what limits a plan.
 Failures  v projections of models that attend to everything alike: their errors have a part that all tokens share.
-Experts   that few tokens reach in the backward pass: G is shrunk towards the mean of the block's experts of that kind.
+Experts   reached by few tokens in the backward pass: G is shrunk towards the mean of the block's experts of that kind.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from compress.runs.prepare import RunPlan
 from compress.system.files import replacing, writing
 from compress.system.progress import Progress
 
-GRADIENT_TOKENS = 8192  # that go backwards
-BACKWARD_TOKENS = 2048  # that pass through a block at a time with their graph
+GRADIENT_TOKENS = 8192  # tokens of the backward pass
+BACKWARD_TOKENS = 2048  # tokens that pass through a block at a time with their graph
 EXPERT_TOKENS = 64  # weight of the other experts' mean gradient
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """Stands for the method of an assignment where all candidates are tried."""
+    """Stands in for the method of an assignment while all candidates are tried."""
 
     needs: tuple[type[Statistics], ...]
     rows_independent: ClassVar[bool] = True
@@ -70,7 +70,7 @@ _FOUND = ("bits", "errors", "share", "squares", "reached", "lim", "zd", "measure
 
 
 class Measurement:
-    """The two passes over one model; with a folder, one that was interrupted goes on behind the last block that is kept there."""
+    """The two passes over one model; with a folder, an interrupted measurement resumes after the last block saved there."""
 
     def __init__(
         self,
@@ -91,15 +91,15 @@ class Measurement:
         self.work: dict[int, list[Assignment]] = {}
         for a in plan.assignments:
             if a.site.block is not None:
-                fallback = None  # the Hessian is shrunk, as the recipe will do it
+                fallback = None  # shrink the Hessian, as the recipe will
                 self.work.setdefault(a.site.block, []).append(Assignment(a.site, 0, asked, fallback, a.min_tokens))
         self.fits = {site.name: [c.build.check(site.shape) is None for c in candidates] for site in self.sites}
         self.references = references(self.sites, candidates)
         self.bits: dict[str, list[int | None]] = {}
         self.errors: dict[str, list[Tensor | None]] = {}  # (D H D^T)_oo, (out,)
-        self.share: dict[str, float] = {}  # of the text's positions that reach a site
+        self.share: dict[str, float] = {}  # share of the text's positions that reach a site
         self.squares: dict[str, Tensor] = {}  # G, (out,) float64, summed
-        self.reached: dict[str, int] = {}  # rows of gradients
+        self.reached: dict[str, int] = {}  # number of gradient rows
         self.lim: list[float] = []
         self.zd: list[float] = []
         fit, self.probe_ids = split(ids)
@@ -109,7 +109,7 @@ class Measurement:
             self.gradient = self._stream(self.gradient_ids, BACKWARD_TOKENS, "gradients")
             self.probe = self._stream(self.probe_ids, plan.recipe.batch_tokens, "probe")
         self.branches = {c: self.probe.branch(f"candidate {c}") for c in self.references}
-        self.kept: dict[int, list[Tensor]] = {}  # inputs of each block, for the way back, where there is no folder
+        self.kept: dict[int, list[Tensor]] = {}  # inputs of each block for the backward pass, without a folder
         self.measured: dict[int, tuple[float, float | None]] = {}
         self.gradients: list[Tensor] = []
         self.before = 0.0  # seconds of earlier runs
@@ -118,7 +118,7 @@ class Measurement:
         return Stream.begin(self.streamed, ids, slices(ids, tokens), name, lazy=lazy)
 
     def run(self) -> Sensitivity:
-        """Do both passes, one block after another."""
+        """Run both passes, block by block."""
         start = time.perf_counter()
         for step in range(self._resume(), 2 * self.blocks):
             if step < self.blocks:
@@ -148,7 +148,7 @@ class Measurement:
         return [self.fit, self.gradient, self.probe, *self.branches.values()]
 
     def _resume(self) -> int:
-        """Take over what an earlier run of the same measurement has kept; return the number of blocks that are done."""
+        """Restore what an earlier run of the same measurement saved; return the number of steps done."""
         if self.folder is None or not (state := self.folder / "state.pt").exists():
             return 0
         try:
@@ -165,7 +165,7 @@ class Measurement:
         return done
 
     def _save(self, done: int, seconds: float) -> None:
-        """Keep everything that the steps behind the first `done` need."""
+        """Save everything that the steps after the first `done` need."""
         if self.folder is None:
             return
         values = {name: getattr(self, name) for name in _FOUND}
@@ -174,7 +174,7 @@ class Measurement:
             torch.save(values | {"done": done, "seconds": seconds}, path)
 
     def _keep(self, block: int) -> None:
-        """Put aside what enters a block, for the way back."""
+        """Keep the inputs of a block for the backward pass."""
         if self.folder is None:
             self.kept[block] = self.gradient.states.batches()
             return
@@ -208,7 +208,7 @@ class Measurement:
             yield branch.follows, Weights(decoded[c])
 
     def _try(self, sites: list[Site], stats: dict[type[Statistics], Statistics], decoded: dict[int, dict[str, Tensor]]) -> None:
-        """Compress the sites of one tap with every candidate, and note sizes and errors by output."""
+        """Compress the sites of one tap with every candidate, and record sizes and errors per output."""
         hessian = stats[Hessian]
         assert isinstance(hessian, Hessian)
         matrix = hessian.matrix()
@@ -230,7 +230,7 @@ class Measurement:
                     if not bool(values.isfinite().all()):
                         raise CalibrationError(f"{site.name}: {candidate.label} gives values that are not finite")
                     delta = weights[site.name] - values
-                    # Without a single token nothing is known; the plain error keeps candidates in order.
+                    # Without any token nothing is known; the plain error still orders the candidates.
                     lost = (delta @ matrix) * delta if hessian.tokens else delta.square()
                     self.errors[site.name][c] = lost.sum(1).clamp_min(0).cpu()
                     self.bits[site.name][c] = part.stored_bits
@@ -267,7 +267,7 @@ class Measurement:
                 for ids, hidden in zip(self.gradient.ids[cut], batch, strict=True):
                     at = hidden[None].to(self.streamed.device).requires_grad_()
                     logits = self.streamed.logits(ids[None], at, gradients=True)[0].float()
-                    # Drawn on the CPU, by inversion of one number per position: the same on every device but for rounding.
+                    # Drawn on the CPU, by inverse transform of one number per position: the same on every device up to rounding.
                     drawn = torch.rand(len(ids), 1, generator=generator).to(logits.device)
                     chances = logits.detach().softmax(-1).cumsum(-1)
                     labels = torch.searchsorted(chances, drawn * chances[:, -1:]).clamp_max(logits.shape[-1] - 1)
@@ -278,7 +278,7 @@ class Measurement:
         return gradients
 
     def _backward(self, block: int) -> Iterator[tuple[str, Weights]]:
-        """Send the gradients (samples, length, width) back through a block, adding up squares at the outputs of its sites."""
+        """Send the gradients (samples, length, width) back through a block, summing squares at the outputs of its sites."""
         handles = []
         for a in self.work.get(block, []):
             name = a.site.name
@@ -343,9 +343,9 @@ def above_deviation(weights: Sequence[Tensor]) -> float:
 def measure(
     plan: RunPlan, ids: Tensor, candidates: Sequence[Candidate], room: int, progress: Progress, folder: Path | None = None
 ) -> Sensitivity:
-    """Measure every candidate at every linear in the blocks over token ids (samples, length), with `room` bytes of statistics.
+    """Measure every candidate at every linear in the blocks over token ids (samples, length), with `room` bytes for statistics.
 
-    What is done is kept in `folder` block by block, to go on from after an interruption. Raises CompressError.
+    Progress is saved in `folder` after each block, to resume after an interruption. Raises CompressError.
     """
     if folder is not None:
         with writing(folder):

@@ -17,7 +17,7 @@ from compress.recipe.schema import Recipe, Retrain, Step
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML without silent overwriting: a key twice is an error."""
+    """YAML in which a duplicate key is an error, not a silent overwrite."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -27,12 +27,12 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# What PyYAML raises: its own errors, and whatever Python says to a value that does not fit its tag, as in `!!int x`.
+# PyYAML raises its own errors, and Python's for a value that does not fit its tag, as in `!!int x`.
 _BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def folder() -> Path:
-    """Where the shipped recipes are: in the package, or beside it in a source tree."""
+    """The folder of the shipped recipes: in the package, or next to it in a source tree."""
     inside = Path(__file__).parent.parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent.parent / "recipes"
 
@@ -55,7 +55,7 @@ def locate(name: str) -> Path:
 
 
 def read(name: str) -> dict[str, Any]:
-    """Read a recipe, a file or the name of a shipped one, as plain values. Raises RecipeError."""
+    """Read a recipe as plain values, given its path or the name of a shipped one. Raises RecipeError."""
     path = locate(name)
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
@@ -91,7 +91,7 @@ def change(values: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-_CHOICES = ("str", "tuple[str, ...]")  # what pydantic adds to a place where either is allowed
+_CHOICES = ("str", "tuple[str, ...]")  # pydantic adds these to a location where either is allowed
 _WORDS = {"a valid tuple": "a list", "a valid dictionary": "a mapping", " or instance of Data": "", " or instance of Step": ""}
 
 
@@ -102,11 +102,11 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def explain(error: ValidationError, known: Sequence[str] | None = None, prefix: str = "") -> str:
-    """Write what pydantic found as `place: what is wrong`, one line each, with the nearest key for a misspelt one."""
+    """Write pydantic's errors as `place: what is wrong`, one line each, with the nearest key for a misspelt one."""
     lines = []
     for item in error.errors():
         place = prefix + ".".join(str(p) for p in item["loc"] if p not in _CHOICES or item["type"] == "extra_forbidden")
-        place = place.rstrip(".")  # what is wrong with all options together
+        place = place.rstrip(".")  # an error of all options together names no key
         message = item["msg"].removeprefix("Value error, ")
         for theirs, ours in _WORDS.items():
             message = message.replace(theirs, ours)
@@ -121,7 +121,7 @@ def explain(error: ValidationError, known: Sequence[str] | None = None, prefix: 
 
 
 def parse(values: dict[str, Any], name: str = "recipe") -> Recipe:
-    """Validate plain values. Raises RecipeError that names each wrong place."""
+    """Validate plain values. Raises a RecipeError that names each wrong place."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

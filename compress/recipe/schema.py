@@ -24,7 +24,7 @@ class Step(_Strict):
     match: str | tuple[str, ...]
     method: str
     options: dict[str, Any] = Field(default_factory=dict)
-    min_tokens: Annotated[int, Field(ge=0)] | None = None  # None: for experts as many as the weight has columns, else 0
+    min_tokens: Annotated[int, Field(ge=0)] | None = None  # None: the number of columns for experts, else 0
     fallback: str = SHRINK  # below min_tokens: a method, or "shrink" towards the mean Hessian of the block's experts
 
     @property
@@ -50,7 +50,7 @@ class Step(_Strict):
 
 
 class Stage(_Strict):
-    """A method that works on every block before its weights are compressed, or after, on the sites whose disk names match."""
+    """A method that runs on every block before or after its weights are compressed, on the sites whose disk names match."""
 
     method: str
     match: str | tuple[str, ...] = "*.*"
@@ -63,37 +63,37 @@ class Stage(_Strict):
 
 
 class Retrain(Stage):
-    """Training of the whole compressed model on what the original predicts, on the weights whose disk names match."""
+    """Training of the whole compressed model on the original's predictions, for the weights whose disk names match."""
 
     steps: Annotated[int, Field(ge=1)] = 200
-    batch: Annotated[int, Field(ge=1)] = 8  # windows of text that a step looks at
+    batch: Annotated[int, Field(ge=1)] = 8  # windows of text per step
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of both models' predictions
-    labels: Annotated[float, Field(ge=0)] = 0.0  # how much the cross-entropy of the text counts beside the divergence
+    labels: Annotated[float, Field(ge=0)] = 0.0  # weight of the text's cross-entropy relative to the divergence
     data: Data | None = None  # the recipe's if None
 
 
 class Watch(_Strict):
-    """The check while a run goes on: windows kept from the calibration pass through the original and the compressed blocks."""
+    """The check during a run: windows held out of the calibration pass through the original and the compressed blocks."""
 
     windows: Annotated[int, Field(ge=1)] = 4
     limit: Annotated[float, Field(gt=0)] = 1.0  # |compressed - original| / |original| of hidden states that stops the run
 
 
 class Recipe(_Strict):
-    """Everything that decides the bytes of a result, apart from the source."""
+    """Everything, except the source, that determines the bytes of a result."""
 
     description: str = ""
-    transforms: tuple[Stage, ...] = ()  # of a block before it is calibrated, in this order
+    transforms: tuple[Stage, ...] = ()  # changes of a block before it is calibrated, in this order
     steps: tuple[Step, ...]
     tuning: tuple[Stage, ...] = ()  # adjustments of a block's compressed weights, in this order
     retraining: tuple[Retrain, ...] = ()  # training of the whole compressed model, in this order
     data: Data | None = None
-    # What statistics are of: what compressed blocks give, or the original's own inputs, which hold for any recipe.
+    # Inputs of the statistics: those after the compressed blocks, or the original's own, which hold for any recipe.
     inputs: Literal["compressed", "original"] = "compressed"
     copy_: tuple[str, ...] = Field(default=(), alias="copy")  # globs of tensors to copy although no family rule names them
     drop: tuple[str, ...] = ()  # globs of tensors to leave out
     watch: Watch | None = None  # stop early when the model has broken
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the calibration's forward passes
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the calibration's forward passes
     batch_tokens: Annotated[int, Field(ge=1)] = 8192  # tokens that pass through a block at a time
     max_shard_size: str = "5GB"
 

@@ -1,6 +1,6 @@
-"""The model card (README.md) and the report (report.html) of a compressed checkpoint, made from the files beside its weights.
+"""The model card (README.md) and the report (report.html) of a compressed checkpoint, made from the files next to its weights.
 
-Names of sites, recipes and models come from files that anybody may have written, so every text is escaped.
+Names of sites, recipes and models come from untrusted files, so every text is escaped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHOWN = 200  # sites in the report's table
 
 
 def front_matter(c: Checkpoint) -> dict[str, Any]:
-    """What the Hub reads of a card."""
+    """The part of a card that the Hub reads."""
     values: dict[str, Any] = {}
     if c.base.hub is not None:
         pruned = bool(c.rows) and all(row.method.startswith("prune/") for row in c.rows)
@@ -69,7 +69,7 @@ def write(folder: Path) -> None:
 
 
 def write_comparison(entries: list[front.Entry], path: Path) -> None:
-    """Write the page of several checkpoints."""
+    """Write the page that compares several checkpoints."""
     template = environment(markdown=False).get_template("compare.html.jinja")
     fronts = {"broad": drawing.front(entries), "narrow": drawing.front(entries, 360.0, 340.0)}  # for screens and for phones
     values = {"entries": entries, "notices": front.notices(entries), "fronts": fronts, "version": __version__}

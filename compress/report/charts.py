@@ -1,4 +1,4 @@
-"""What the charts of a report show, taken from its rows; `drawing` says how."""
+"""Contents of a report's charts, taken from its rows; `svg` draws them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class Cell:
     """One field of a heat map."""
 
     level: int
-    values: tuple[str, ...]  # what the map's sentence says of it
+    values: tuple[str, ...]  # values for the map's sentence
     number: str = ""  # written into the field where there is room
     outlined: bool = False
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Shades by row and column; where there is no cell the field stays empty."""
+    """Shades by row and column; a field without a cell stays empty."""
 
     title: str
     caption: str
     rows: list[str]
     columns: list[str]
     cells: dict[tuple[int, int], Cell]
-    sentence: str  # of a field: {row} and {column} are its place, {0}, {1} its values
+    sentence: str  # describes a field: {row} and {column} are its place, {0}, {1} its values
     spoken: list[str]  # the columns as the sentence calls them
-    unit: str  # of the legend
+    unit: str  # unit of the legend
     legend: list[tuple[int, str]]
 
     @property
@@ -54,7 +54,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Panel:
-    """The error of one kind of weight by block: a line, with a band from least to most where a block has several such weights."""
+    """The error of one kind of weight by block: a line, with a band from least to greatest where a block has several."""
 
     title: str
     subtitle: str
@@ -66,7 +66,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of bytes: compressed weights, then what was left as it was; `x` and widths in percent of the longest."""
+    """One bar of bytes: compressed weights, then untouched tensors; shares in percent of the longest bar."""
 
     label: str
     compressed: int
@@ -84,19 +84,19 @@ def compact(count: float) -> str:
 
 
 def ordered(error: float) -> float:
-    """An error that can be compared: what is not a number is worse than everything."""
+    """An error that can be compared: NaN is worse than everything."""
     return math.inf if math.isnan(error) else error
 
 
 def blocks_of(rows: Iterable[SiteRow]) -> list[int | None]:
-    """The blocks of some rows in order; the head, which belongs to none, comes last."""
+    """The blocks of some rows in order; the head, which belongs to no block, comes last."""
     found = {row.block for row in rows}
     numbered = sorted(block for block in found if block is not None)
     return [*numbered, None] if None in found else [*numbered]
 
 
 def name_of(block: int | None) -> str:
-    """What a block is called on an axis."""
+    """The label of a block on an axis."""
     return "head" if block is None else str(block)
 
 
@@ -215,7 +215,7 @@ def expert_map(rows: Sequence[SiteRow]) -> HeatMap | None:
 
 
 def outlier_map(rows: Sequence[SiteRow]) -> HeatMap | None:
-    """The share of weights stored beside the grid, by kind and block; None where no method looks for such."""
+    """The share of weights stored as outliers, by kind and block; None where there are no outliers."""
     found: dict[tuple[str, int | None], list[float]] = {}
     for row in rows:
         if isinstance(share := row.notes.get("outliers"), int | float):
@@ -251,7 +251,7 @@ def outlier_map(rows: Sequence[SiteRow]) -> HeatMap | None:
 
 
 def axis_over(values: Iterable[float]) -> tuple[float, float]:
-    """The smallest logarithmic axis from one of 1, 2, 5, 10, ... to another that holds all positive values."""
+    """The smallest logarithmic axis that holds all positive values, with ends from 1, 2, 5, 10, ..."""
     positive = [v for v in values if 0 < v < math.inf] or [1.0]
     steps = [s * 10.0**e for e in range(-40, 40) for s in (1, 2, 5)]
     low = max(s for s in steps if s <= min(positive) * (1 + 1e-9) or s == steps[0])
@@ -260,7 +260,7 @@ def axis_over(values: Iterable[float]) -> tuple[float, float]:
 
 
 def error_panels(rows: Sequence[SiteRow]) -> list[Panel]:
-    """The error by block, one panel for each kind, all on one logarithmic axis; the head is in no block and would stretch it."""
+    """The error by block, one panel for each kind, all on one logarithmic axis; the head, which would stretch it, is left out."""
     rows = [row for row in rows if row.block is not None]
     blocks, axis = blocks_of(rows), axis_over(row.error for row in rows)
     return [_panel(kind, members, blocks, axis) for kind, members in by_kind(rows).items()]
@@ -284,7 +284,7 @@ def _panel(
 
 
 def bars(before: int, after: int, compressed_after: int) -> list[Bar]:
-    """Bytes before and after, split into compressed weights and what was left as it was; the latter is the same in both."""
+    """Bytes before and after, split into compressed weights and untouched tensors, which are the same in both."""
     untouched = max(after - compressed_after, 0)
     longest = max(before, after, 1)
     pairs = (("before", max(before - untouched, 0), untouched), ("after", compressed_after, untouched))

@@ -1,4 +1,4 @@
-"""What plain quantization fits into the size of a pruned model: sparsity that saves nothing should fool nobody."""
+"""Plain quantization that fits into the size of a pruned model, to expose sparsity that saves nothing."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Pruned:
-    """The pruned weights of a result, and the plain quantization that takes no more room."""
+    """The pruned weights of a result, and the plain quantization that is no larger."""
 
     sites: int
     weights: int
-    sparsity: float  # share of these weights
-    bits_per_weight: float  # of these weights, masks and all
+    sparsity: float  # pruned share of these weights
+    bits_per_weight: float  # of these weights, masks included
     plain_bits: int | None  # None: not even 2 bits fit
     plain_group_size: int | None
     plain_bits_per_weight: float | None
 
     def plain(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The comparison as JSON values."""
         return asdict(self)
 
     @property
     def sentences(self) -> list[str]:
-        """What people should know, in words."""
+        """The comparison in words."""
         found = [
             f"{self.sparsity:.1%} of {self.weights:,} weights in {self.sites} matrices are removed; they take "
             f"{self.bits_per_weight:.3f} bits per weight, masks and all"

@@ -1,6 +1,6 @@
-"""What a compressed checkpoint tells about itself: the files beside its weights, read and put into figures and sentences.
+"""Facts about a compressed checkpoint: the files next to its weights, turned into figures and sentences.
 
-The folder may be published, so of a path on the machine that made it only the last name is kept.
+The folder may be published, so only the last name of a local path is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from compress.report.redaction import base_model, cleaned_recipe, data_name, is_
 from compress.report.rows import SiteRow, bits_per_weight, read_rows
 from compress.system.files import duration, human_bytes
 
-# What an evaluation has in any case, and what it may leave out.
+# Keys that every evaluation has, and keys that it may leave out.
 _MEASURED = ("data", "perplexity", "windows", "length", "ids_sha256", "dtype", "device")
 _OPTIONAL = (
     "original",
@@ -70,7 +70,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that was compressed, as it may be shown."""
+    """The model that was compressed, fit to publish."""
 
     name: str  # a Hub id, or the last name of a local folder
     hub: str | None
@@ -84,10 +84,10 @@ class Base:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration data, as it may be shown."""
+    """The calibration data, fit to publish."""
 
     name: str
-    hub: str | None  # of the dataset
+    hub: str | None  # Hub id of the dataset
     samples: int
     length: int
     seed: int
@@ -96,7 +96,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder tells about itself, read and made fit to show."""
+    """The contents of a folder's records, made fit to publish."""
 
     summary: dict[str, Any]
     rows: list[SiteRow]
@@ -122,7 +122,7 @@ class Checkpoint:
         )
 
     def _stored(self, key: str) -> list[int]:
-        """The values that a property of the codes has in this checkpoint, in order."""
+        """The values of a property of the codes in this checkpoint, sorted."""
         table = self.config.get("quantization_config") or {}
         found = {spec.get("base", {}).get(key) for spec in table.get("specs", [])}
         return sorted(value for value in found if isinstance(value, int))
@@ -132,12 +132,12 @@ class Checkpoint:
         """The widths of the codes, in bits."""
         if found := self._stored("bits"):
             return found
-        whole = [row for row in self.rows if "sparsity" not in row.notes]  # what is pruned and no more has no codes
+        whole = [row for row in self.rows if "sparsity" not in row.notes]  # weights that are only pruned have no codes
         return [round(self.summary["bits_per_compressed_weight"])] if whole else []
 
     @property
     def sparsity(self) -> float | None:
-        """Share of the pruned weights that are gone; None where nothing was pruned."""
+        """Share of the pruned weights that was removed; None where nothing was pruned."""
         pruned = [row for row in self.rows if "sparsity" in row.notes]
         gone = sum(row.notes["sparsity"] * row.numel for row in pruned)
         return gone / sum(row.numel for row in pruned) if pruned else None
@@ -175,7 +175,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def evaluation(folder: Path) -> dict[str, Any] | None:
-    """What was measured on a checkpoint, as it may be shown; None where nothing was, or not by this package."""
+    """The evaluation of a checkpoint, fit to publish; None without one, or without one by this package."""
     try:
         values = dict.fromkeys(_OPTIONAL) | _json(folder / "evaluation.json")
         if any(key not in values for key in _MEASURED):
@@ -186,13 +186,13 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def _recipe(text: str) -> str:
-    """A recipe with nothing left out but the folders of local files."""
+    """A recipe without the folders of local files."""
     values = cleaned_recipe(yaml.safe_load(text))
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _base(name: Any, revision: Any) -> Base:
-    """A name that came with a revision was fetched from the Hub; a folder has none, even where its path looks like an id."""
+    """A model with a revision came from the Hub; a local folder has none, even if its path looks like a Hub id."""
     shown, found = base_model(str(name or "model"), str(revision) if revision else None)
     return Base(shown, shown if found else None, found)
 
@@ -228,7 +228,7 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A quantity of a run that was predicted, and what it came to."""
+    """A predicted quantity of a run, and its measured value."""
 
     name: str
     said: str
@@ -237,7 +237,7 @@ class Predicted:
 
 
 def predicted(c: Checkpoint) -> list[Predicted]:
-    """What was said before the run beside what was measured; empty for checkpoints of older versions."""
+    """Predictions made before the run, with measured values; empty for checkpoints of older versions."""
     said = c.summary.get("predicted")
     if not said:
         return []
@@ -254,13 +254,13 @@ def predicted(c: Checkpoint) -> list[Predicted]:
 
 
 def _range(said: Mapping[str, Any]) -> str:
-    """Between which sizes one was said to lie that depends on the values; checkpoints of older versions do not say."""
+    """The predicted range of a size that depends on the values; empty for checkpoints of older versions."""
     least, most = said.get("range_after") or (0, 0)
     return "" if least == most else f", said to be between {least:,} and {most:,}"
 
 
 def reused(cache: Mapping[str, int]) -> str:
-    """What a run found of statistics that were kept, and what it made."""
+    """How much of the cached statistics a run reused, and how much it made."""
     text = f"{cache['found']:,} passes of the calibration over a block skipped, {cache['made']:,} made and kept"
     if left_out := cache.get("blocks_left_out"):
         text += f"; the calibration was not run through {counted(left_out, 'block')} at all"
@@ -268,7 +268,7 @@ def reused(cache: Mapping[str, int]) -> str:
 
 
 def parts_of(c: Checkpoint, folder: Path) -> list[tuple[str, int, bool, str]]:
-    """Label, bytes, whether compressed, and a note, of all that the weight files hold: kinds of weights, and copied tensors."""
+    """Label, bytes, whether compressed, and note of everything in the weight files: kinds of weights, and copied tensors."""
     kinds_: dict[str, list[SiteRow]] = {}
     for row in c.rows:
         kinds_.setdefault(row.kind, []).append(row)
@@ -291,7 +291,7 @@ def parts_of(c: Checkpoint, folder: Path) -> list[tuple[str, int, bool, str]]:
 
 
 def _stored(path: Path) -> dict[str, int]:
-    """Bytes by tensor of a file of weights that this package wrote."""
+    """Bytes of each tensor in a weight file that this package wrote."""
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -299,7 +299,7 @@ def _stored(path: Path) -> dict[str, int]:
 
 
 def worst_first(rows: Sequence[SiteRow]) -> list[SiteRow]:
-    """Rows by falling error; one that is not a number counts as the largest."""
+    """Rows by descending error; NaN counts as the largest."""
     return sorted(rows, key=lambda row: (-charts.ordered(row.error), row.site))
 
 
@@ -338,7 +338,7 @@ def _quality_figures(e: dict[str, Any]) -> list[Figure]:
 
 
 def between(e: dict[str, Any], key: str, form: str) -> str:
-    """The interval of a value of an evaluation, as text that something follows; its standard error in older files."""
+    """The interval of an evaluated value, as text to put before its unit; its standard error in older files."""
     if (ends := e.get(f"{key}_interval")) is not None:
         return f"{ends[0]:{form}} to {ends[1]:{form}}, "
     error = e.get(f"{key}_standard_error")
@@ -346,7 +346,7 @@ def between(e: dict[str, Any], key: str, form: str) -> str:
 
 
 def versions(c: Checkpoint) -> list[tuple[str, str]]:
-    """What made the checkpoint, and from what."""
+    """Versions of the software and of the source that made the checkpoint."""
     run, s = c.summary["identity"].get("run", {}), c.summary
     table = c.config.get("quantization_config") or {}
     found = [

@@ -1,10 +1,10 @@
 """Charts as SVG for pages, drawn by matplotlib.
 
-A page's colours follow the reader's light or dark scheme, which matplotlib cannot know. So everything is drawn in stand-ins,
-which are replaced by the page's CSS variables when the drawing is done. Fonts are the page's as well. What only files need is
-taken out: the drawing goes into a page as it is, several of them into one.
+A page's colours follow the reader's light or dark scheme, which matplotlib cannot know. So everything is drawn in stand-in
+colours, which are then replaced by the page's CSS variables. Fonts are the page's too. What only standalone files need is
+removed, as drawings are embedded in a page, several in one.
 
-One unit is one pixel. Same input, same bytes.
+One unit is one pixel. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 960.0  # of a heat map
-_LONGEST = 40  # characters of the name of a row; of longer ones the end is shown
+WIDTH = 960.0  # width of a heat map
+_LONGEST = 40  # most characters of a row's name; longer names keep their end
 _TEXT = 11  # pixels
 _COLOURS = ("ink", "soft", "line", "accent", "on-low", "on-high", "best", "rest", *(f"s{n}" for n in range(LEVELS)))
-_STAND_IN = "#01fe"  # a colour that nothing is drawn in, up to its last byte
+_STAND_IN = "#01fe"  # an unused colour; the last byte is an index of _COLOURS
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """An SVG element, and what the page's script needs to say what is under the pointer."""
+    """An SVG element, and the data for the page's script to describe what is under the pointer."""
 
     svg: str
     hover: dict[str, Any]
@@ -56,12 +56,12 @@ def _colour(name: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """A text on one line, without what no document may hold."""
+    """A text on one line, with unprintable characters replaced."""
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
 def _width(text: str) -> float:
-    """How wide a text is in matplotlib's own font, which is wider than those of browsers."""
+    """Width of a text in matplotlib's own font, which is wider than those of browsers."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -71,7 +71,7 @@ def _width(text: str) -> float:
 
 
 def _blank(width: float, height: float, margins: Margins) -> tuple[Figure, Axes]:
-    """Bare axes."""
+    """A figure with bare axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
@@ -84,7 +84,7 @@ def _blank(width: float, height: float, margins: Margins) -> tuple[Figure, Axes]
 
 
 def _finish_axes(axes: Axes) -> None:
-    """Labels in the page's soft colour, nothing else at the ticks; a name that holds a formula's signs stays a name."""
+    """Put labels in the page's soft colour, without tick marks; names with math characters are not parsed as formulas."""
     soft, line = _colour("soft"), _colour("line")
     axes.tick_params(which="both", left=False, bottom=False, length=0, labelsize=_TEXT, labelcolor=soft, grid_color=line)
     axes.tick_params(axis="y", pad=8)
@@ -94,7 +94,7 @@ def _finish_axes(axes: Axes) -> None:
 
 
 def _named_ticks(names: Sequence[str], size: float, room: float) -> tuple[list[int], list[str]]:
-    """Choose which of some names `size` apart to show, so that each has `room`."""
+    """Choose which of the names, `size` pixels apart, to show, so that each has `room` pixels."""
     from matplotlib.ticker import MaxNLocator
 
     most = max(1, int(len(names) * size / room))
@@ -104,7 +104,7 @@ def _named_ticks(names: Sequence[str], size: float, room: float) -> tuple[list[i
 
 
 def _svg(figure: Figure, label: str, titles: Mapping[str, str] | None = None, name: str = "") -> str:
-    """Write a figure as an element of a page; `titles` are shown over artists, by their id."""
+    """Write a figure as an element of a page; `titles` are tooltips of artists, by their id."""
     import matplotlib
 
     text = io.StringIO()
@@ -126,7 +126,7 @@ def _svg(figure: Figure, label: str, titles: Mapping[str, str] | None = None, na
 
 
 def _strip(element: ElementTree.Element, titles: Mapping[str, str]) -> None:
-    """Take out of an element what only a file of its own needs, and put in colours, classes and titles."""
+    """Remove what only a standalone file needs from an element, and add colours, classes and titles."""
     for child in list(element):
         if child.tag.rpartition("}")[2] in ("metadata", "defs"):
             element.remove(child)
@@ -144,7 +144,7 @@ def _strip(element: ElementTree.Element, titles: Mapping[str, str]) -> None:
         del attributes["transform"]
     if "d" in attributes:
         path = re.sub(r"\s*([A-Za-z])\s*", r"\1", _rounded(attributes["d"])).strip()
-        attributes["d"] = re.sub(r"M(\S+) (\S+)L(\S+) \2(?![^ML])", r"M\1 \2H\3", path)  # half as long for a field
+        attributes["d"] = re.sub(r"M(\S+) (\S+)L(\S+) \2(?![^ML])", r"M\1 \2H\3", path)  # halves the path of a field
     for key in ("x", "y"):
         if key in attributes:
             attributes[key] = _rounded(attributes[key])
@@ -162,7 +162,7 @@ def _rounded(numbers: str) -> str:
 
 
 def _stroke(axes: Axes, lines: Iterable[Sequence[tuple[float, float]]], width: float, colour: str, **style: Any) -> None:
-    """Draw lines of one colour as one path, so that thousands of them stay a small file that browsers draw at once."""
+    """Draw lines of one colour as one path, so that thousands of them make a small file that browsers draw at once."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -228,7 +228,7 @@ def heat_map(shown: HeatMap) -> Drawing:
 
 
 def _logarithmic(axes: Axes, low: float, high: float) -> None:
-    """Make the upward axis logarithmic, with lines at 1, 2, 5, 10, ... or fewer."""
+    """Make the y axis logarithmic, with grid lines at 1, 2, 5, 10, ... or fewer."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_yscale("log")
@@ -251,7 +251,7 @@ def panel(shown: Panel) -> str:
     axes.set_xlim(-0.5, count - 0.5)
 
     def inside(value: float) -> float:
-        return high if math.isnan(value) else min(max(value, low), high)  # what has no logarithm lies at an end
+        return high if math.isnan(value) else min(max(value, low), high)  # values without a logarithm lie at an end
 
     for run in _runs(shown.spreads):
         x = [place for place, _ in run]
@@ -275,7 +275,7 @@ def panel(shown: Panel) -> str:
 
 
 def _runs(spreads: Sequence[Spread | None]) -> list[list[tuple[int, Spread]]]:
-    """Neighbouring blocks that have the kind, with their places."""
+    """Runs of neighbouring blocks that have the kind, with their positions."""
     result: list[list[tuple[int, Spread]]] = [[]]
     for place, spread in enumerate(spreads):
         if spread is not None:
@@ -286,7 +286,7 @@ def _runs(spreads: Sequence[Spread | None]) -> list[list[tuple[int, Spread]]]:
 
 
 def front(entries: Sequence[Entry], width: float = 960.0, height: float = 420.0) -> str:
-    """Draw divergence against bytes, with the line through those that no other beats; "" where fewer than two were measured."""
+    """Draw divergence against bytes, with a line through those that no other beats; "" where fewer than two were measured."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     measured = [(entry, entry.kl) for entry in entries if entry.kl is not None and entry.kl > 0]
@@ -318,7 +318,7 @@ def front(entries: Sequence[Entry], width: float = 960.0, height: float = 420.0)
 
 
 def _name_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write names beside points, each in the first of four places that is within the axes and free."""
+    """Write names next to points, each in the first of four places that is within the axes and free."""
     inside = axes.get_window_extent()
     dots = [tuple(axes.transData.transform((x, y))) for _, x, y in points]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]

@@ -1,6 +1,4 @@
-"""Templates, with every text that they print escaped: names of sites, recipes and models come from files that anybody may have
-written.
-"""
+"""Templates that escape every text they print: names of sites, recipes and models come from untrusted files."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ def _fenced(text: str, language: str = "") -> _Markdown:
 
 
 def _escaped(value: Any) -> str:
-    """Any text as Markdown that shows it, on one line."""
+    """Any text escaped for Markdown, on one line."""
     if isinstance(value, _Markdown):
         return value
     text = re.sub(r"\s+", " ", str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "&#96;")
@@ -32,19 +30,19 @@ def _escaped(value: Any) -> str:
 
 
 def plain(text: str) -> str:
-    """Text of ours that is Markdown as it is."""
+    """Mark a text of this package as Markdown that needs no escape."""
     return _Markdown(text)
 
 
 def _code(value: Any) -> _Markdown:
-    """Any text as code within a line, in a table or not."""
+    """Any text as inline code, in a table or not."""
     text = re.sub(r"\s+", " ", str(value)).replace("`", "'").replace("|", "¦")
     return _Markdown(f"`{text}`")
 
 
 def environment(markdown: bool) -> Environment:
-    """Where templates are found, and how what they print is escaped: as Markdown or as HTML."""
-    # Markdown has no escaping of its own in Jinja: `finalize` sees every value that a template prints.
+    """The templates' environment, which escapes the values they print for Markdown or for HTML."""
+    # Jinja has no escaping for Markdown: `finalize` sees every value that a template prints.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=not markdown,

@@ -1,4 +1,4 @@
-"""What a run will take and give, known before a weight is read."""
+"""The resources a run will need and the size of its result, known before a weight is read."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from compress.runs.sizes import sizes
 from compress.system import memory
 from compress.system.files import human_bytes
 
-_BASE = 500 << 20  # bytes that Python, torch and transformers occupy, where nobody has looked
-# What is loaded on the way, and holes: without it runs of `bench/predict.py`, and of experts, took 26 to 140 MB more than said.
+_BASE = 500 << 20  # bytes that Python, torch and transformers occupy, where not measured
+# Loaded during a run, and fragmentation: without it, runs of `bench/predict.py` and of experts took 26 to 140 MB over estimate.
 _LATER = 64 << 20
 # Copies in float32 that a method holds at its peak, measured on quant/rtn and quant/gptq: of the weight of a call, of the
-# Hessian while it is factored, and of the Hessian beside the weight.
+# Hessian while it is factored, and of the Hessian in addition to those of the weight.
 _WEIGHTS, _FACTORED, _BESIDE = 4.5, 5.0, 3.0
-_CHECKED = 128  # tokens of the batch that the end of a run repeats
+_CHECKED = 128  # tokens of the batch repeated at the end of a run
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,26 @@ class Estimate:
     bytes_before: int
     bytes_after: int
     exact: bool
-    block: int  # the largest block, in the dtype that the calibration computes in
-    statistics: int  # of the largest block, all at once
-    passes_memory: int  # of one pass
+    block: int  # the largest block, in the dtype of the calibration
+    statistics: int  # all statistics of the largest block
+    passes_memory: int  # statistics of one pass
     hidden: int  # the calibration's hidden states
-    disk: int  # parts, hidden states and the result, while both are there
+    disk: int  # parts, hidden states and the result, while all exist
     files_after: int = 0  # the weight files with their headers, and the index
-    passes: int = 1  # of the calibration over the largest block
+    passes: int = 1  # calibration passes over the largest block
     outer: int = 0  # embeddings and head
-    work: int = 0  # of the method at the largest weight
-    activations: int = 0  # of one batch within a block
+    work: int = 0  # memory of the method at the largest weight
+    activations: int = 0  # one batch within a block
     base: int = _BASE
     on_host: bool = True  # whether blocks are computed in the host's memory
     seconds: float | None = None
-    range_after: tuple[int, int] = (0, 0)  # what `bytes_after` may come to: the same twice where it is exact
-    # The whole model where it is retrained: as it computes, and its weights before and as they move in float32.
+    range_after: tuple[int, int] = (0, 0)  # least and most that `bytes_after` may be, equal where it is exact
+    # The whole model where it is retrained: in the compute dtype, and its weights in float32 before and during training.
     whole: int = 0
 
     @property
     def computing(self) -> int:
-        """Peak bytes of what is computed, on whatever device."""
+        """Peak bytes of the computation, on any device."""
         during = self.block + max(self.passes_memory + self.activations, self.passes_memory + self.work)
         return max(during, self.outer, self.whole)
 
@@ -68,17 +68,17 @@ class Estimate:
 
     @property
     def device_memory(self) -> int | None:
-        """Peak bytes on the GPU, None where there is none."""
+        """Peak bytes on the GPU; None without one."""
         return None if self.on_host else self.computing
 
     @property
     def reload_memory(self) -> int:
-        """Bytes of the process that loads the result in the end."""
+        """Bytes of the process that loads the result at the end."""
         return _BASE + int(1.2 * self.files_after)
 
 
 def estimate(plan: RunPlan, samples: int, length: int, room: int, offload: bool) -> Estimate:
-    """Add up what a run over `samples` windows of `length` tokens takes, with `room` bytes for statistics."""
+    """Estimate what a run over `samples` windows of `length` tokens needs, with `room` bytes for statistics."""
     source, item = plan.source, plan.dtype.itemsize
     added = {a.site.name: 0 for a in plan.assignments}
     for stage in plan.tuning:
@@ -97,16 +97,16 @@ def estimate(plan: RunPlan, samples: int, length: int, room: int, offload: bool)
     for a in plan.assignments:
         by_block.setdefault(-1 if a.site.block is None else a.site.block, []).append(a)
     statistics = {n: sum(sum(kind.nbytes(u.columns) for kind in u.kinds) for u in units(m)) for n, m in by_block.items()}
-    for stage in plan.transforms:  # they look before the methods do
+    for stage in plan.transforms:  # transforms observe before the methods do
         for number in {a.site.block for a in stage.members}:
             seen = units([a for a in stage.members if a.site.block == number])
             mine = sum(kind.nbytes(u.columns) for u in seen for kind in stage.method.needs)
             statistics[number] = max(statistics[number], mine)
     width = settings(source).get("hidden_size", settings(source).get("n_embd", 0))
-    width = width if isinstance(width, int) else 0  # what cannot be right, transformers will say
+    width = width if isinstance(width, int) else 0  # transformers reports a value that cannot be right
     if not plan.calibrated:
         samples, length = 1, 32
-    # The original's hidden states run along where a method compares: before and after a block.
+    # Where a method compares, the original's hidden states before and after a block are kept too.
     hidden = samples * length * width * item * (3 if plan.compares else 1)
     most = max(statistics.values(), default=0)
     kept = hidden * (2 if offload else 1)
@@ -135,7 +135,7 @@ def estimate(plan: RunPlan, samples: int, length: int, room: int, offload: bool)
 
 
 def _work(unit: Unit) -> int:
-    """Bytes that the method holds while it is at the weights of a tap."""
+    """Bytes that the method holds while it compresses the weights of a tap."""
     columns = unit.columns
     rows: dict[int, int] = {}
     for position, a in enumerate(unit.assignments):
@@ -147,7 +147,7 @@ def _work(unit: Unit) -> int:
 
 
 def timed(expected: Estimate, plan: RunPlan, samples: int, length: int, reload: bool) -> Estimate:
-    """Add what this process occupies now, and how long the run will take on this machine; runs a short probe."""
+    """Add the bytes that this process occupies now and the seconds the run will take on this machine; runs a short probe."""
     build_model(plan.source.config, str(plan.source.folder), plan.dtype)  # loads the code of the model, as the run will
     base = memory.current()
     if not plan.calibrated:
@@ -157,7 +157,7 @@ def timed(expected: Estimate, plan: RunPlan, samples: int, length: int, reload: 
 
 
 def check_disk(expected: Estimate, folder: Path) -> None:
-    """Raise OutputError when the disk under `folder` has less room than a run needs."""
+    """Raise OutputError when the disk under `folder` has less free space than a run needs."""
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < expected.disk:
@@ -168,7 +168,7 @@ def check_disk(expected: Estimate, folder: Path) -> None:
 
 
 def predictions(expected: Estimate) -> dict[str, float | int | list[int] | None]:
-    """What was said before a run, for its summary."""
+    """The predictions made before a run, for its summary."""
     return {
         "memory": expected.memory,
         "device_memory": expected.device_memory,
@@ -182,7 +182,7 @@ def predictions(expected: Estimate) -> dict[str, float | int | list[int] | None]
 
 
 def shortfall(expected: Estimate, devices: Sequence[int]) -> list[str]:
-    """Say what will not fit: host memory, and the GPU's (`devices`: bytes that are free there)."""
+    """Say what will not fit into host memory, and into GPU memory (`devices`: free bytes of each)."""
     said = []
     room = memory.available()
     if room is not None and expected.memory - expected.base > room:
@@ -195,5 +195,5 @@ def shortfall(expected: Estimate, devices: Sequence[int]) -> list[str]:
 
 
 def free_on(device: torch.device) -> int:
-    """Bytes that are free on a GPU."""
+    """Free bytes on a GPU."""
     return int(torch.cuda.mem_get_info(device)[0])

@@ -35,12 +35,12 @@ from compress.verify import verify
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run gave."""
+    """The result of a run."""
 
     out: Path
     values: dict[str, Any]
     rows: list[report.SiteRow] = field(default_factory=list)
-    resumed: bool = False  # a finished checkpoint of the same job was there already
+    resumed: bool = False  # a finished checkpoint of the same job already existed
 
 
 def finish(
@@ -57,7 +57,7 @@ def finish(
     predicted: dict[str, Any] | None = None,
     cached: dict[str, int] | None = None,
 ) -> Summary:
-    """Write the checkpoint inside the job folder, read it back by two ways, load it anew, and give it its name."""
+    """Write the checkpoint inside the job folder, read it back in two ways, load it in a fresh process, and publish it."""
     blocks = len(job.records)
     progress(blocks, blocks, "writing", 0.0)
     folder = job.checkpoint
@@ -119,12 +119,12 @@ def finish(
 
 
 def _shown(identity: dict[str, Any]) -> dict[str, Any]:
-    """An identity as others may read it: a recipe names files without their folders."""
+    """An identity fit to publish: its recipe names files without their folders."""
     return {**identity, "recipe": published.cleaned_recipe(identity["recipe"])}
 
 
 def _check(folder: Path, plan: RunPlan, ids: Tensor, last: Tensor) -> dict[str, Any]:
-    """Reopen what was written, stream one batch through it, compare with the run's hidden states; return what to record."""
+    """Reopen the written checkpoint, stream one batch through it, compare with the run's hidden states; return what to record."""
     source = packed_source.PackedSource.open_packed(folder)
     streamed, hidden = last_hidden(source, ids, plan.dtype, plan.device)
     difference = float((hidden.cpu().float() - last.float()).norm() / last.float().norm().clamp_min(1e-30))

@@ -49,7 +49,7 @@ class RunPlan:
 
     @property
     def compares(self) -> bool:
-        """Whether a method compares with the original model's hidden states, which then run along."""
+        """Whether a method compares with the original model's hidden states, which are then computed too."""
         methods = [a.method for a in self.assignments] + [s.method for s in (*self.transforms, *self.tuning)]
         return any(method.compares for method in methods)
 
@@ -69,7 +69,7 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
 
     Raises CheckpointError, RecipeError.
     """
-    memory.be_sparing()  # before anything is computed, the probe of a dry run included
+    memory.be_sparing()  # before anything is computed, including the probe of a dry run
     source = Source.headers(model, revision) if headers else Source.open(model, revision)
     if any(stage.options.get("add_biases") for stage in (*recipe.tuning, *recipe.retraining)):
         source = with_biases(source, find_family(source))
@@ -88,7 +88,7 @@ def prepare(model: str, recipe: Recipe, device: str = "auto", revision: str | No
 def _check_inputs(
     recipe: Recipe, assignments: list[Assignment], before: list[StageAssignment], after: list[StageAssignment]
 ) -> None:
-    """Raise RecipeError for a method that means nothing beside statistics of the original's own inputs."""
+    """Raise RecipeError for a method that makes no sense with statistics of the original's own inputs."""
     if recipe.inputs == "compressed":
         return
     for stage in before:
@@ -107,9 +107,9 @@ def _check_inputs(
 
 
 def calibration(plan: RunPlan, data: Data | None = None) -> Tensor:
-    """Return the token ids (samples, length) to run through the model: the recipe's data, or some at random if none is needed.
+    """Return the token ids (samples, length) to run through the model: the recipe's data, or random ones if none is needed.
 
-    With `data`, those of other data for the same model.
+    With `data`, return the ids of that data for the same model.
     """
     if data is not None:
         return load_ids(data, plan.source.folder, vocabulary(plan.source), context_length(plan.source))
@@ -124,7 +124,7 @@ def calibration(plan: RunPlan, data: Data | None = None) -> Tensor:
 
 
 def calibration_shape(plan: RunPlan) -> tuple[int, int]:
-    """Return windows and tokens of a window that `calibration` will give, without the tokenizer of a model on the Hub."""
+    """Return the windows, and tokens per window, of `calibration`, without the tokenizer of a model on the Hub."""
     data = plan.recipe.data
     if not plan.source.remote or not plan.calibrated or data is None or data.suffix == ".npy":
         ids = calibration(plan)
@@ -133,7 +133,7 @@ def calibration_shape(plan: RunPlan) -> tuple[int, int]:
 
 
 def identity(plan: RunPlan, ids: Tensor) -> dict[str, Any]:
-    """Every field that decides the result."""
+    """Every field that determines the result."""
     return {
         "recipe": recipe_reading.plain(effective(plan, ids)),
         "source": plan.source.fingerprint(),
@@ -148,7 +148,7 @@ def identity(plan: RunPlan, ids: Tensor) -> dict[str, Any]:
 
 
 def effective(plan: RunPlan, ids: Tensor) -> Recipe:
-    """The recipe as it was used: defaults of methods spelt out, and the data's shape as it was in the end."""
+    """The recipe as it was used, with the methods' defaults and the data's actual shape filled in."""
     options = {a.step: a.method.model_dump(mode="json") for a in plan.assignments}
     steps = tuple(step.model_copy(update={"options": options[n]}) for n, step in enumerate(plan.recipe.steps))
     data = plan.recipe.data

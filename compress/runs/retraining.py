@@ -1,10 +1,10 @@
-"""Training of a whole compressed model on the predictions of the original: distillation that can be stopped and goes on.
+"""Training of a whole compressed model on the predictions of the original: distillation that can be stopped and resumed.
 
-One dense model is in memory, the original. It is the teacher as it is, and the student with all compressed weights, norms and
-biases replaced by what moves. Beside it are the leaves, three times their size of gradients and moments, and the activations of
-one micro-batch of `batch_tokens` tokens. The loss is T^2 KL(teacher || student) per token at temperature T, and `labels` times
-the cross-entropy of the text. A share of the windows is held out: what is best on them, with everything as it is stored, is
-kept, so that the result is never worse there than what came in.
+One dense model is in memory, the original. As it is, it is the teacher; with all compressed weights, norms and biases replaced by
+the trained ones, it is the student. In addition there are the leaves, gradients and moments of three times their size, and the
+activations of one micro-batch of `batch_tokens` tokens. The loss is T^2 KL(teacher || student) per token at temperature T, plus
+`labels` times the cross-entropy of the text. A share of the windows is held out: the state that is best on them, with everything
+as it is stored, is kept, so that the result is never worse there than the input.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from compress.recipe.schema import Retrain
 from compress.runs.student import Student
 from compress.system.files import replacing
 
-SAVE_SECONDS = 60.0  # how often the state of the training is stored
-EVALUATIONS = 4  # of what is held out, evenly over the steps
-HELD_OUT = 1 / 8  # of the windows
+SAVE_SECONDS = 60.0  # time between two saves of the training state
+EVALUATIONS = 4  # evaluations on held-out windows, evenly over the steps
+HELD_OUT = 1 / 8  # share of the windows
 Say = Callable[[str, float], None]
 
 
 class Training:
-    """One stage of retraining, from wherever its state is to its last step."""
+    """One stage of retraining, from its saved state, if any, to its last step."""
 
     def __init__(
         self,
@@ -78,8 +78,8 @@ class Training:
         self.everything = everything
         self.adam = optimizer(everything, method.rate, method.relative_rate)
         self.step = 0
-        self.losses: list[float] = []  # of what is held out, as it is stored
-        self.best: list[dict[str, Tensor]] | None = None  # None: what came in
+        self.losses: list[float] = []  # on held-out windows, of the student as it is stored
+        self.best: list[dict[str, Tensor]] | None = None  # None: the input
 
     def _others(self) -> dict[str, Tensor]:
         """All norms and biases of the model, by disk name, in float32."""
@@ -89,7 +89,7 @@ class Training:
         return {n: v.to(self.streamed.device).float() for n, v in values.items() if v.is_floating_point()}
 
     def _squares(self, members: set[str]) -> dict[str, Tensor]:
-        """Mean squares of the channels that the members read in the original model (in,)."""
+        """Mean squares (in,) of the members' input channels in the original model."""
         taps = [Tap(n, (self.streamed.linear(self.sites[n]),), self.sites[n].shape[1], (MeanSquare,)) for n in sorted(members)]
 
         def run() -> None:
@@ -100,7 +100,7 @@ class Training:
         return {name: mean_square(stats) for name, stats in observe(taps, run, self.streamed.device).items()}
 
     def _loss(self, ids: Tensor, weights: Mapping[Site, Tensor], others: Mapping[str, Tensor], judged: bool = False) -> Tensor:
-        """The sum over tokens of the loss of some windows."""
+        """The loss of some windows, summed over tokens."""
         settings = self.settings
         heat = 1.0 if judged else settings.temperature
         with torch.no_grad():
@@ -116,7 +116,7 @@ class Training:
         return lost
 
     def held_out(self, student: Student) -> float:
-        """KL divergence per token on what is held out, of a student as it is stored."""
+        """KL divergence per token on held-out windows, of a student as it is stored."""
         others = self._others() | {n: v.to(self.streamed.device).float() for n, v in student.others.items()}
         weights = {self.sites[name]: weight.dequantize() for name, weight in student.weights.items()}
         total = 0.0
@@ -126,7 +126,7 @@ class Training:
         return total / self.held_ids.numel()
 
     def stored(self) -> Student:
-        """What the leaves stand for, as it is stored."""
+        """The student that the leaves represent, as it is stored."""
         source = self.streamed.source
         with torch.no_grad():
             moved = {name: m.values().to("cpu", source.dtype(name)) for name, m in self.vectors.items()}
@@ -134,7 +134,7 @@ class Training:
         return Student(weights, self.start.others | moved)
 
     def _windows(self, step: int) -> Tensor:
-        """The windows of a step: every round goes through all of them in a new order, which depends on nothing but the step."""
+        """The windows of a step: every epoch goes through all of them in a new order, which depends only on the step."""
         count, batch = self.train_ids.shape[0], min(self.settings.batch, self.train_ids.shape[0])
         per_round = count // batch
         generator = torch.Generator().manual_seed(self.order_seed + step // per_round)
@@ -155,14 +155,14 @@ class Training:
         self.step += 1
 
     def judge(self) -> None:
-        """Look at what is held out, and keep what is best there."""
+        """Evaluate on held-out windows, and keep the state that is best there."""
         lost = self.held_out(self.stored())
         if lost < min(self.losses, default=float("inf")):
             self.best = [m.state() for m in self.everything]
         self.losses.append(lost)
 
     def save(self, path: Path, identity: str) -> None:
-        """Store all that the next step depends on, durably and all at once."""
+        """Save everything that the next step depends on, durably and atomically."""
         state = {
             "identity": identity,
             "step": self.step,
@@ -175,7 +175,7 @@ class Training:
             torch.save(state, temporary)
 
     def restore(self, path: Path, identity: str) -> None:
-        """Go on from a state that was stored for the same training; any other is left alone."""
+        """Resume from a state that was saved for the same training; any other is ignored."""
         if not path.exists():
             return
         state = torch.load(path, map_location=self.streamed.device, weights_only=True)
@@ -211,14 +211,14 @@ class Training:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of the dense model, and of what is trained with its gradients and moments."""
+        """Bytes of the dense model, and of the leaves with their gradients and moments."""
         model = sum(p.numel() * p.element_size() for p in self.streamed.model.parameters())
         leaves = sum(v.numel() for m in self.everything for v in m.leaves.values())
         return {"model": model, "training": 16 * leaves}
 
 
 def identity_of(stage: Retrain, ids: Tensor, start: Student) -> str:
-    """A digest of all that decides what a training gives."""
+    """A digest of everything that determines the result of a training."""
     digest = hashlib.sha256(stage.model_dump_json().encode())
     digest.update(ids.numpy().tobytes())
     for name, weight in sorted(start.weights.items()):

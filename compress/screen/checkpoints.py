@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whether it is in order, and what became of it elsewhere."""
+"""Output about checkpoints: their contents, whether they are intact, and cuts, exports and uploads of them."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def show_verified(found: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     if "tokens" not in found:
-        return  # an export has no batch
+        return  # an export has no recorded batch
     difference = f"{found['mean_difference_nats']:.2g} nats (limit {found['limit_nats']})"
     out.print(f"{found['tokens']} tokens give the recorded losses to within {difference}")
 
 
 def show_findings(target: str, found: Sequence[Finding]) -> None:
-    """Print what a runtime may not like, beside the output."""
+    """Print what a runtime may not support, to standard error."""
     for finding in found:
         print(f"warning: {target}: {finding.message}", file=sys.stderr)
 
 
 def show_diagnosis(found: Diagnosis) -> None:
-    """Print what was found in a checkpoint."""
+    """Print the diagnosis of a checkpoint."""
     out = console()
     out.print(f"{found.folder}: {found.kind}", soft_wrap=True, markup=False)
     for problem in found.problems:

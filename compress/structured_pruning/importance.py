@@ -1,21 +1,20 @@
-"""Which heads, channels and blocks a model needs least, and what makes up for them.
+"""Which heads, channels and blocks a model needs least, and how to compensate for their removal.
 
-Gates     every channel c that a head or a channel hands on gets a factor of 1. With L the sum over a window's tokens of the
-          cross-entropy, dL/d gate_c = sum_i w_ic dL/dw_ic of the linear that reads it: what a first-order expansion says of
-          setting the channel to 0, without a gradient by any weight. A group of channels (a head, or all heads of a KV group) has
-          the sum of theirs.
+Gates     every channel c that a head or an MLP outputs gets a factor of 1. With L the cross-entropy summed over a window's
+          tokens, dL/d gate_c = sum_i w_ic dL/dw_ic for the linear that reads it: the first-order effect of setting the channel
+          to 0, without a gradient of any weight. A group of channels (a head, or all heads of a KV group) has the sum of theirs.
 Scores    taylor     mean over windows of |sum|                      first order
           fisher     mean over windows of (sum)^2                    second order, by the Fisher information
           lora       |sum| of the mean over windows                  what LoRAPrune (arXiv 2305.18403) estimates from factors
           mixed      sum |w g - w^2 f / 2|                           both orders, weight by weight (LLM-Pruner, arXiv 2305.11627)
-          wanda      sum_c |w_:c|^2 H_cc                             what the group gives to the output, no gradient
+          wanda      sum_c |w_:c|^2 H_cc                             what the group adds to the output, no gradient
           magnitude  sum_c |w_:c|^2                                  no data
-Rounds    in N rounds the groups go bit by bit: after round k of them 1 - (1 - k / N)^3 of what is to go has gone (LoRAPrune's
-          schedule), their gates are 0, and the others are scored anew. What has gone does not come back.
-Experts   the mean over the tokens that are routed to an expert of g |y|, what the router gives it times the norm of its output
-          (REAP, arXiv 2510.13999); an expert that no token reached has 0.
+Rounds    groups are removed in N rounds: after round k, 1 - (1 - k / N)^3 of those to remove are gone (LoRAPrune's schedule),
+          their gates are 0, and the others are scored again. Removed groups do not come back.
+Experts   the mean of g |y| over the tokens routed to an expert, its router weight times the norm of its output (REAP,
+          arXiv 2510.13999); 0 for an expert that no token reached.
 Blocks    influence 1 - cos(h_in, h_out), mean over tokens (ShortGPT, arXiv 2403.03853).
-Repair    with K kept, V = W H_:K (H_KK + damping)^-1: the least squares on what is left, for all rows at once.
+Repair    with channels K kept, V = W H_:K (H_KK + damping)^-1: least squares on the kept channels, for all rows at once.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def gate_gradients(
     windows: Iterable[Tensor],
     logits: Callable[[Tensor], Tensor],
 ) -> Iterator[dict[Names, Tensor]]:
-    """Yield for every window of token ids (1, length) the gradients (in,) of its summed loss by gates before these linears."""
+    """Yield for each window of ids (1, length) the gradients (in,) of its summed loss with respect to gates before linears."""
     gates = {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
 
     def gated(name: Names) -> Callable[..., tuple[Tensor, ...]]:
@@ -50,7 +49,7 @@ def gate_gradients(
         for ids in windows:
             with torch.enable_grad():
                 lost = _summed_loss(logits, ids)
-            # An expert that no token of a window reached is no part of its loss.
+            # An expert that no token of a window reached is not part of its loss.
             found = torch.autograd.grad(lost, list(gates.values()), allow_unused=True, materialize_grads=True)
             yield dict(zip(gates, found, strict=True))
     finally:
@@ -61,7 +60,7 @@ def gate_gradients(
 def weight_moments(
     weights: Sequence[Tensor], windows: Iterable[Tensor], logits: Callable[[Tensor], Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return means over windows of token ids (1, length) of the gradients of their mean loss by weights, and of the squares."""
+    """Return means over windows of ids (1, length) of the mean loss's gradients with respect to weights, and of their squares."""
     sums = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in weights]
     count = 0
     for ids in windows:
@@ -89,7 +88,7 @@ def _summed_loss(logits: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
 def group_scores(gradients: Iterable[dict[Names, Tensor]], sizes: Mapping[Names, int], score: Score) -> dict[Names, Tensor]:
     """Return the scores (groups,) of groups of `sizes` neighbouring channels, given their gradients (in,) window by window.
 
-    A `score` is one of those that come from gates.
+    `score` is one of `GATED`.
     """
     total: dict[Names, Tensor] = {}
     count = 0
@@ -103,13 +102,13 @@ def group_scores(gradients: Iterable[dict[Names, Tensor]], sizes: Mapping[Names,
 
 
 def gone_by(groups: int, left: int, sets: int, share: float) -> int:
-    """Return how many of so many groups, of which `left` are to stay, are gone after this share of the rounds."""
+    """Return how many of the groups, of which `left` are to stay, are gone after this share of the rounds."""
     gone = round((groups - left) * (1 - (1 - share) ** 3))
     return -(-gone // sets) * sets
 
 
 def weight_scores(weight: Tensor, hessian: Tensor | None, size: int) -> Tensor:
-    """Return the scores (groups,) of groups of `size` columns of weight (out, in), by their inputs' hessian (in, in) if given."""
+    """Return the scores (groups,) of groups of `size` columns of weight (out, in), with the inputs' hessian (in, in) if given."""
     squares = weight.double().square().sum(0)
     if hessian is not None:
         squares = squares * hessian.diagonal().double()
@@ -118,7 +117,7 @@ def weight_scores(weight: Tensor, hessian: Tensor | None, size: int) -> Tensor:
 
 
 def kept_of(scores: Tensor, count: int, sets: int = 1) -> Tensor:
-    """Return the `count` groups of the highest scores (groups,), of equal ones the first, in order; with `sets` of each set."""
+    """Return the `count` groups with the highest scores (groups,), in order, the first of equals; as many of each of `sets`."""
     rows = scores.view(sets, -1)
     order = torch.argsort(rows, dim=1, descending=True, stable=True)[:, : count // sets]
     first = torch.arange(sets, device=scores.device).unsqueeze(1) * rows.shape[1]
@@ -131,7 +130,7 @@ def spread(groups: Tensor, size: int) -> Tensor:
 
 
 def repaired(weight: Tensor, hessian: Tensor, kept: Tensor) -> Tensor:
-    """Return the columns (out, kept) that give the outputs of weight (out, in) best from what is kept of its inputs."""
+    """Return the columns (out, kept) that best reproduce the outputs of weight (out, in) from its kept inputs."""
     full = hessian.double()
     full = full + DAMP * full.diagonal().mean().clamp_min(1e-30) * torch.eye(len(full), dtype=full.dtype, device=full.device)
     right = (weight.double() @ full)[:, kept]
@@ -146,14 +145,14 @@ def influence(before: Tensor, after: Tensor) -> Tensor:
 
 
 class ExpertScore:
-    """Sums for the scores of a block's experts; `add` is told each expert's outputs as the router counts them."""
+    """Sums for the scores of a block's experts; `add` takes each expert's outputs, weighted by the router."""
 
     def __init__(self, experts: int) -> None:
         self.total = torch.zeros(experts, dtype=torch.float64)
         self.tokens = torch.zeros(experts, dtype=torch.float64)
 
     def add(self, expert: int, outputs: Tensor) -> None:
-        """Take in outputs (tokens, width) of one expert, each times what the router gives it."""
+        """Add outputs (tokens, width) of one expert, each weighted by the router."""
         self.total[expert] += outputs.float().norm(dim=1).double().sum().cpu()
         self.tokens[expert] += outputs.shape[0]
 
@@ -163,9 +162,9 @@ class ExpertScore:
 
 
 def units_of(scores: Mapping[int, Tensor], keep: int, step: int) -> dict[int, int]:
-    """Return how many groups of each block stay if `keep` of all blocks' groups do, those of the highest scores (groups,).
+    """Return how many groups of each block stay if `keep` of all blocks' groups do, those with the highest scores (groups,).
 
-    They are taken `step` at a time, of each block the best first, and of each block at least `step`.
+    They are taken `step` at a time, the best of each block first, and at least `step` of each block.
     """
     found = dict.fromkeys(scores, step)
     pieces = []

@@ -1,4 +1,4 @@
-"""Sizes of a model and of what is left of it, and the config that says so."""
+"""Sizes of a model before and after cutting, and the config that states them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from compress.errors import RecipeError
 from compress.structured_pruning.importance import GATED, GRADIENTS, Score
 
 CHANNELS = ("channels", "expert_channels", "shared_channels")  # the sizes that `--channels` cuts, all by the same share
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call it
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names in configs
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to go: shares of heads, KV groups, channels and experts, and a number of blocks."""
+    """What to cut: shares of heads, KV groups, channels and experts, and a number of blocks."""
 
     heads: float = 0.0
     kv_groups: float = 0.0
@@ -26,14 +26,14 @@ class Wish:
     experts: float = 0.0
     score: Score = "fisher"
     repair: bool = True
-    uneven: bool = False  # blocks keep as much as they need of what is left of KV groups and channels in all
-    rounds: int = 1  # in which groups go, the others scored anew after each
-    multiple: int = 64  # of what is kept of channels, where the model is wide enough
+    uneven: bool = False  # blocks share the remaining KV groups and channels by need
+    rounds: int = 1  # rounds of removal; the other groups are scored again after each
+    multiple: int = 64  # the number of kept channels is a multiple of this where the model is wide enough
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything a block has, before or after."""
+    """Sizes of a model, before or after cutting."""
 
     heads: int
     kv_groups: int
@@ -42,7 +42,7 @@ class Sizes:
     blocks: int
     experts: int = 0
     expert_channels: int = 0
-    shared_channels: int = 0  # of experts that see all tokens
+    shared_channels: int = 0  # channels of experts that see all tokens
 
 
 def sizes_of(source: Source, family: Family) -> Sizes:
@@ -57,12 +57,12 @@ def sizes_of(source: Source, family: Family) -> Sizes:
 
 
 def _channels(config: dict[str, Any], channels: Channels) -> int:
-    """What the setting of a kind of channels says, or is understood to say."""
+    """The value of the setting of a kind of channels, or its default."""
     return int(config.get(channels.setting) or 4 * int(config.get(channels.width or "", 0)))
 
 
 def _has(source: Source, family: Family, channels: Channels) -> bool:
-    """Whether a model has some: all of its blocks may be those with experts, or none."""
+    """Whether a model has channels of this kind: all of its blocks may have experts, or none."""
     layout = family.experts
     if channels.size == "expert_channels":
         return layout is not None and any(f".{layout.disk}." in name for name in source.entries)
@@ -70,7 +70,7 @@ def _has(source: Source, family: Family, channels: Channels) -> bool:
 
 
 def _left(name: str, share: float, count: int, step: int) -> int:
-    """How many of `count` stay, a multiple of `step`. Raises RecipeError where nothing would go, or everything."""
+    """How many of `count` stay, a multiple of `step`. Raises RecipeError where nothing or everything would go."""
     if not 0 <= share < 1:
         raise RecipeError(f"--{name} {share}: expected a share from 0 to below 1, as 0.25")
     left = round((1 - share) * count / step) * step
@@ -81,7 +81,7 @@ def _left(name: str, share: float, count: int, step: int) -> int:
 
 
 def after(wish: Wish, family: Family, before: Sizes) -> Sizes:
-    """Return what is left of a model. Raises RecipeError for what it does not have or what cannot be loaded afterwards."""
+    """Return the sizes after cutting. Raises RecipeError for what the model does not have or could not be loaded without."""
     if not any((wish.heads, wish.kv_groups, wish.channels, wish.blocks, wish.experts)):
         raise RecipeError("nothing to cut; give --heads, --kv-groups, --channels, --experts or --blocks")
     if (wish.heads or wish.kv_groups) and family.heads is None:
@@ -105,7 +105,7 @@ def after(wish: Wish, family: Family, before: Sizes) -> Sizes:
         raise RecipeError("--heads: not with --kv-groups, which takes all heads of a group; leave one of them out")
     groups = _left("kv-groups", wish.kv_groups, before.kv_groups, 1)
     per_group = before.heads // max(before.kv_groups, 1)
-    # As many of each KV group, which keep their number; where every head has a group of its own, both go.
+    # Each KV group loses the same number of heads, and all groups stay; where every head has a group of its own, both go.
     heads = (
         groups * per_group
         if wish.kv_groups
@@ -121,7 +121,7 @@ def after(wish: Wish, family: Family, before: Sizes) -> Sizes:
 
 
 def channel_step(wish: Wish, count: int) -> int:
-    """Return what the number of channels that stay of so many is a multiple of."""
+    """Return the number of which the channels kept of `count` are a multiple."""
     step = wish.multiple
     while step > 1 and (step * 8 > count or count % step):
         step //= 2
@@ -165,7 +165,7 @@ def expert_sets(config: dict[str, Any], left: Sizes, before: Sizes) -> int:
 
 
 def smaller_config(config: dict[str, Any], family: Family, before: Sizes, left: Sizes, kept: list[int]) -> dict[str, Any]:
-    """Return a config with other sizes; settings that speak of single blocks go with them."""
+    """Return a config with the new sizes; settings of single blocks are reduced to the blocks kept."""
     inner = config.get("text_config")
     if isinstance(inner, dict):
         return {**config, "text_config": smaller_config(inner, family, before, left, kept)}

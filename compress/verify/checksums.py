@@ -1,4 +1,4 @@
-"""Files against the SHA-256 that was recorded when they were written."""
+"""Check files against the SHA-256 that was recorded when they were written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.system.progress import Progress
 
 SUMMARY = "summary.json"
 EXPORTED = "export.json"
-# Written after the checksums, or anew by an evaluation, or only for this machine.
+# Written after the checksums, rewritten by an evaluation, or only for this machine.
 _UNCHECKED = (SUMMARY, EXPORTED, "evaluation.json", "README.md", "report.html", LOCAL)
 SHOWN = 8  # problems in a message
 
@@ -25,13 +25,13 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def changed(folder: Path, files: Mapping[str, str], progress: Progress) -> list[str]:
-    """Say which files are not what was recorded, and where one is that has another's content."""
+    """Say which files differ from what was recorded, and where their content is found under another name."""
     found: dict[str, str | None] = {}
     for number, name in enumerate(files):
         progress(1, 1, "checksums", number / len(files))
         path = folder / name
         found[name] = sha256(path) if path.is_file() else None
-    # What weights are read from must be recorded; a file of another kind that somebody laid beside them is no harm.
+    # Files that weights are read from must be recorded; other files added to the folder do no harm.
     weights = [p.name for kind in ("*.safetensors*", "*.gguf") for p in sorted(folder.glob(kind)) if p.name not in files]
     strange = {name: sha256(folder / name) for name in weights}
     where = {digest: name for name, digest in ({n: d for n, d in found.items() if d is not None} | strange).items()}

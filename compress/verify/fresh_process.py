@@ -1,7 +1,7 @@
 """The last step of a run: a fresh process loads the result as a user would and repeats one batch.
 
-The process starts while the checkpoint is being written, so that most of its cost, importing torch and transformers, is not
-waited for. What it measures is compared with what the run has measured by another way, one block at a time.
+The process starts while the checkpoint is being written, so that the run does not wait for most of its cost, importing torch and
+transformers. Its losses are compared with those that the run measured in another way, one block at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Ask = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def load_and_run(request: dict[str, Any]) -> dict[str, Any]:
-    """Load `folder` with transformers in `dtype` on `device` and return the losses of `ids` in nats, and what it took."""
+    """Load `folder` with transformers in `dtype` on `device` and return the losses of `ids` in nats, and time and memory."""
     import torch
     import transformers
 
@@ -53,19 +53,19 @@ def load_and_run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve() -> None:
-    """Answer one request, a line of JSON on standard input, by a line on standard output; what the child process does."""
+    """Answer one request, a line of JSON on standard input, with a line on standard output; runs in the child process."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     line = sys.stdin.readline()
-    if line:  # nothing comes where the run has failed meanwhile
+    if line:  # no request comes if the run has failed in the meantime
         print(json.dumps(load_and_run(json.loads(line))), flush=True)
 
 
 @contextmanager
 def fresh_process() -> Iterator[Ask]:
-    """Start an interpreter that has nothing of this one; yield what sends it a request and returns the answer.
+    """Start an interpreter that shares nothing with this one; yield a function that sends it a request and returns the answer.
 
     The answer is {"error": ...} where loading failed.
     """
@@ -90,7 +90,7 @@ def fresh_process() -> Iterator[Ask]:
                 return found
             said.seek(0)
             lines = [line.strip() for line in said.read().splitlines() if line.strip()]
-            errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]  # what ends a traceback
+            errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]  # the last line of a traceback
             return {"error": (errors or lines or [f"ended by signal {-child.returncode}"])[-1][:400]}
 
         try:
@@ -106,16 +106,16 @@ def fresh_process() -> Iterator[Ask]:
 
 @contextmanager
 def not_at_all() -> Iterator[None]:
-    """In place of `fresh_process` where nobody asks."""
+    """A stand-in for `fresh_process` where the check is switched off."""
     yield None
 
 
 def check(
     ask: Ask | None, folder: Path, ids: Sequence[int], losses: Sequence[float], dtype: str, device: str, size: int, limit: float
 ) -> dict[str, Any]:
-    """Return what a summary says of the reload; {"skipped": why} where it was not done. Raises VerificationError.
+    """Return the summary's entry on the reload; {"skipped": reason} where it was not done. Raises VerificationError.
 
-    `losses` (nats) are those that the run has measured for `ids`, `limit` how much they may differ in the mean; `size` are the
+    `losses` (nats) are those that the run measured for `ids`, `limit` is the largest mean difference from them, and `size` the
     bytes of the checkpoint.
     """
     if ask is None:

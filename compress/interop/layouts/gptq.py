@@ -1,13 +1,13 @@
-"""GPTQ (`quant_method: gptq`), read by GPTQModel, transformers with it, vLLM and SGLang. Widths 2, 3, 4 and 8.
+"""GPTQ (`quant_method: gptq`), read by GPTQModel, by transformers with GPTQModel, vLLM and SGLang. Widths: 2, 3, 4 and 8 bits.
 
     qweight  I32 (in * bits / 32, out)      codes down each column, least significant bit first
     qzeros   I32 (groups, out * bits / 32)  zero codes along the row
     scales   F16 or BF16 (groups, out)
     g_idx    I32 (in,)                      group of each input
 
-`value = (code - zero) * scale`. `checkpoint_format: gptq` stores zero - 1, field by field and modulo 2^bits; `gptq_v2` zero.
-Symmetric grids are written as the first, which everything reads, others as the second, because a zero of 0 has no place in the
-first: readers that do not mask take its 2^bits - 1 for 2^bits.
+`value = (code - zero) * scale`. `checkpoint_format: gptq` stores zero - 1 modulo 2^bits in each field, `gptq_v2` stores zero.
+Symmetric grids are written as `gptq`, which every reader supports, others as `gptq_v2`, because `gptq` has no place for a zero of
+0: readers that do not mask take the stored 2^bits - 1 for 2^bits.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Gptq(Layout[Scheme]):
         }
 
     def config(self, schemes: Mapping[str, Scheme], dense: Sequence[str], head: str) -> dict[str, Any]:
-        """Return `quantization_config`: the most frequent settings for all, and what differs by name. Raises FormatError."""
+        """Return `quantization_config`: the most frequent settings as defaults, and exceptions by name. Raises FormatError."""
         asymmetric = {name for name, found in schemes.items() if found.zero}
         if asymmetric and len(asymmetric) < len(schemes):
             place = next(name for name in schemes if name not in asymmetric)
@@ -104,7 +104,7 @@ class Gptq(Layout[Scheme]):
         return config | ({"dynamic": dynamic} if dynamic else {})
 
     def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return JSON files beside config.json: older readers look for the settings in one of their own."""
+        """Return JSON files next to config.json: older readers look for the settings in a file of their own."""
         return {"quantize_config.json": {key: value for key, value in config.items() if key != "quant_method"}}
 
     def find(
@@ -131,11 +131,11 @@ class Gptq(Layout[Scheme]):
         return found
 
     def leaves(self, scheme: Scheme) -> tuple[str, ...]:
-        """Tensors that are read of a site; g_idx may be missing where it says nothing."""
+        """The tensors to read for a site; g_idx may be missing where groups are in order."""
         return ("qweight", "qzeros", "scales", *(("g_idx",) if scheme.scattered else ()))
 
     def read(self, scheme: Scheme, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> CompressedWeight:
-        """Return the weight of a site. Raises FormatError where tensors do not fit the config."""
+        """Return the weight of a site. Raises FormatError where tensors do not match the config."""
         rows, columns = scheme.shape
         bits = scheme.bits
         _names.check(self.layout(scheme), tensors)

@@ -2,8 +2,8 @@
 
 Score     LIM(l) = -mean over tokens of cos(h_in, h_out), h the hidden states that enter and leave block l of the original model,
           residual included. The higher, the more the layer matters.
-Failures  the first block's score is large whatever it does, as embeddings are small; the cosine sees neither what the error of
-          a weight is nor what becomes of it further on. `milp` knows both.
+Failures  the first block's score is large whatever it does, as embeddings are small; the cosine sees neither the
+          error of a weight nor its effect further on. `milp` accounts for both.
 """
 
 from __future__ import annotations
