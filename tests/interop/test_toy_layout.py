@@ -13,9 +13,9 @@ import torch
 from runs import compress as run
 from runs import steps
 
-from compress.commands._shared import Delivery
 from compress.errors import VerificationError
 from compress.interop import exporter, layouts
+from compress.interop.delivery import Delivery
 from compress.interop.layout import Layout
 from compress.verify.verify import verify
 
@@ -82,7 +82,7 @@ def made(tiny: Tiny, tmp_path: Path) -> Path:
 def test_a_file_in_the_folder_is_a_layout_without_another_change(toy: Any, made: Path, tmp_path: Path) -> None:
     """Listed, chosen by name, written, read back, recorded, verified and described."""
     assert "toy-layout" in exporter.formats()
-    assert Delivery.of(None, 1, ["toy-layout"]).formats == ("toy-layout",)
+    assert Delivery(formats=("toy-layout",)).formats == ("toy-layout",)
     out = tmp_path / "out"
     exporter.export(exporter.prepare(str(made), "toy-layout"), out, lambda *_: None)
     assert json.loads((out / "config.json").read_text())["quantization_config"] == {"quant_method": "toy"}
