@@ -51,14 +51,14 @@ def test_a_broken_model_stops_the_run(
     value: float, tiny: Tiny, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A block that gives nonsense once it is compressed: the run ends there and not after the last block."""
-    put, compressed = StreamedModel.put, []
+    set_weight, compressed = StreamedModel.set_weight, []
 
     def broken(self: Any, site: Any, weight: torch.Tensor) -> None:
         compressed.append(site.block)
         again = compressed.count(site.block) > 7  # the block's seven linears come a second time when they are decoded
-        put(self, site, torch.full_like(weight, value) if site.block == 1 and again and "down_proj" in site.name else weight)
+        set_weight(self, site, torch.full_like(weight, value) if site.block == 1 and again and "down_proj" in site.name else weight)
 
-    monkeypatch.setattr(StreamedModel, "put", broken)
+    monkeypatch.setattr(StreamedModel, "set_weight", broken)
     with pytest.raises(CalibrationError, match=r"block 1: on held-out windows .* The model has broken"):
         compress(tiny("llama"), tmp_path / "out", ids, RECIPE, watch={"windows": 2})
     assert 2 not in compressed
