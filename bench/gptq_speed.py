@@ -7,7 +7,7 @@ columns in descending order of the Hessian's diagonal) and are timed from weight
 
     textbook    factor H^-1 = U^T U, then per column: W[:, j+1:] -= outer(e, U[j, j+1:])
     lazy block  the same inside blocks of 128 columns; the columns after the block get one product per block
-    compress    `compress.quant.gptq`
+    compress    `compress.methods.quant.gptq`
     default     the same with the ranges searched and with refinements, as a recipe gets it without options
 """
 

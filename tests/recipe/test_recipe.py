@@ -232,7 +232,7 @@ def test_settings_change_values_lists_and_what_was_not_there() -> None:
 def test_settings_that_fit_nowhere(setting: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         changed(one(), setting)
-    assert str(caught.value).startswith(f"--set {setting}: {message}")
+    assert caught.value.message.startswith(f"--set {setting}: {message}")
 
 
 def test_a_setting_with_a_misspelt_path_is_an_unknown_key() -> None:

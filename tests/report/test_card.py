@@ -306,5 +306,5 @@ def test_small_words() -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, compress.card; sys.exit('torch' in sys.modules)"
+    code = "import sys, compress.report.card; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

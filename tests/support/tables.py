@@ -1,6 +1,6 @@
 """Rounding to tables of values, slowly: in float64, one row and one group at a time, from the equations.
 
-Nothing is shared with `compress.quant._table` but the constants of its ladder of scales.
+Nothing is shared with `compress.methods.solvers.table_grid` but the constants of its ladder of scales.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from places import ROOT
 
 SHAPES = """
 import sys, torch
-from compress import memory
+from compress.system import memory
 if sys.argv[1] == "sparing":
     memory.be_sparing()
 weight = torch.randn(256, 256).bfloat16()
