@@ -56,7 +56,9 @@ def test_a_broken_model_stops_the_run(
     def broken(self: Any, site: Any, weight: torch.Tensor) -> None:
         compressed.append(site.block)
         again = compressed.count(site.block) > 7  # the block's seven linears come a second time when they are decoded
-        set_weight(self, site, torch.full_like(weight, value) if site.block == 1 and again and "down_proj" in site.name else weight)
+        set_weight(
+            self, site, torch.full_like(weight, value) if site.block == 1 and again and "down_proj" in site.name else weight
+        )
 
     monkeypatch.setattr(StreamedModel, "set_weight", broken)
     with pytest.raises(CalibrationError, match=r"block 1: on held-out windows .* The model has broken"):
