@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -192,8 +193,9 @@ def test_uneven_heads_of_experts_models_load(tiny: Tiny, ids: Path, tmp_path: Pa
 )
 def test_what_cannot_be_cut_is_said(family: str, wish: dict[str, Any], complaint: str, tiny: Tiny) -> None:
     source = Source.open(tiny(family))
-    with pytest.raises(RecipeError, match=complaint):
+    with pytest.raises(RecipeError) as caught:
         after(Wish(**wish), find_family(source), sizes_of(source, find_family(source)))
+    assert re.search(complaint, caught.value.message)
 
 
 MIXED: dict[str, tuple[str, dict[str, Any]]] = {

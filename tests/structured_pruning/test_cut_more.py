@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,9 @@ def test_without_the_package_blocks_of_different_sizes_do_not_load(tiny: Tiny, i
     ],
 )
 def test_what_cannot_differ_is_said(wish: dict[str, Any], complaint: str, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=complaint):
+    with pytest.raises(RecipeError) as caught:
         made(tiny("llama"), tmp_path / "out", ids, uneven=True, **wish)
+    assert re.search(complaint, caught.value.message)
 
 
 @pytest.mark.parametrize("size", [[0, 32], [8], "8x32", [8.0, 32], [True, 32], [65, 32], [64, 33]], ids=str)
