@@ -231,7 +231,7 @@ def test_what_is_wrong_is_said(tiny: Tiny, pruned: Path, ids: Path, tmp_path: Pa
     def say(*more: str) -> str:
         made = CliRunner().invoke(app, ["retrain", str(pruned), "-o", str(tmp_path / "x"), "-q", *more])
         assert isinstance(made.exception, RecipeError | CheckpointError)
-        return str(made.exception)
+        return made.exception.message
 
     assert "--data" in say("--samples", "3")
     assert "retrain/perp" in say("--method", "porp", "--data", str(ids))
