@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,12 +84,12 @@ def matmul(x: Tensor, starts: Tensor, groups: Sequence[Group], most: int) -> Ten
         tiles = one.like
         shape, device = weight_only.shape_of(tiles), _cuda.device(x.device.index or 0)
         # As many tokens in a block as twice what an expert has in the mean: a few have more, and take more blocks.
-        p = weight_only.plan(min(most, 2 * average), tiles, shape, device)
+        planned = weight_only.plan(min(most, 2 * average), tiles, shape, device)
+        p = replace(planned, per_split=-(-shape.tiles // planned.tiles), splits=1)
         batches, panels = -(-most // p.tokens), -(-outputs // p.rows)
         kernel = weight_only.instance("wqmm", x.dtype, tiles.bits, tiles.kind, tiles.table is not None, p.tokens, tiles=p.tiles)
-        arguments: list[_cuda.Argument] = [rows, None, None, None, tiles.table, None, None, None, y, None, None, None]
-        arguments += [one.table, starts, batches, 0, outputs, rows.shape[1], np.int64(rows.stride(0)), shape.tiles]
-        arguments += [shape.row_blocks, -(-shape.tiles // p.tiles), p.record_bits, shape.reciprocal, p.stages, shape.entries]
+        weight, output = weight_only.Weight(None, None, tiles.table, None), weight_only.Output(y=y)
+        arguments = weight_only.arguments(rows, None, weight, output, shape, p, batches, (one.table, starts))
         reads = [t for t in (one.codes, one.meta, one.row_scale) if t is not None]
         _cuda.launch(kernel, (panels, 1, len(one.table) * batches), arguments, p.shared, x.device, reads)
     return y

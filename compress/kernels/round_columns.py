@@ -34,7 +34,7 @@ def round_columns_kernel(
     high: Tensor,
     groups: Tensor,
 ) -> None:
-    """As `operators.round_columns`, by the kernel. Raises KernelError for tensors that it does not take."""
+    """As `operators.columns_by_torch`, by the kernel. Raises KernelError for tensors that it does not take."""
     columns, rows = target.shape
     feedback = feedback if feedback.stride(1) == 1 else feedback.contiguous()
     whole = (scale, inverse, low, high)
@@ -52,19 +52,9 @@ def round_columns_kernel(
 
 
 @round_columns.register_kernel("cuda")
-def _(
-    target: Tensor,
-    delta: Tensor,
-    steps: Tensor,
-    feedback: Tensor,
-    scale: Tensor,
-    inverse: Tensor,
-    low: Tensor,
-    high: Tensor,
-    groups: Tensor,
-) -> None:
-    arguments = (target, delta, steps, feedback, scale, inverse, low, high, groups)
+def _(*tensors: Tensor) -> None:
+    target = tensors[0]
     if _cuda.obstacle(target.device) is None and target.dtype == torch.float32:
-        round_columns_kernel(*arguments)
+        round_columns_kernel(*tensors)
     else:
-        columns_by_torch(*arguments)
+        columns_by_torch(*tensors)

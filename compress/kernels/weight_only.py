@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,48 @@ class Plan:
     def rows(self) -> int:
         """Rows of W per block."""
         return 16 * BLOCKS * team(self.tokens)
+
+
+class Weight(NamedTuple):
+    """Arguments of `wqmm` that are read of W; None where a weight lacks it, or where experts have their own."""
+
+    codes: Tensor | None
+    meta: Tensor | None
+    table: Tensor | None
+    row_scale: Tensor | None
+
+
+class Output(NamedTuple):
+    """Arguments of `wqmm` for what is added to the sums, and where they go: `y` after rounding, `whole` in float32."""
+
+    bias: Tensor | None = None
+    addend: Tensor | None = None
+    y: Tensor | None = None
+    whole: Tensor | None = None
+    workspace: Tensor | None = None  # where several blocks share the columns, their sums
+    counters: Tensor | None = None  # and how many are done
+
+
+def arguments(
+    rows: Tensor,
+    x_scale: Tensor | None,
+    weight: Weight,
+    output: Output,
+    shape: _Shape,
+    p: Plan,
+    batches: int,
+    experts: tuple[Tensor, Tensor] | None = None,
+) -> list[_cuda.Argument]:
+    """Return the arguments of `wqmm` in its order, for all columns in `p.per_split` pieces per block.
+
+    `experts` are addresses and numbers of experts, and where the rows of each begin; else all rows (tokens, in) are one weight's.
+    """
+    table, starts = experts or (None, None)
+    outputs = next(tensor.shape[1] for tensor in (output.y, output.whole) if tensor is not None)
+    tokens = len(rows) if experts is None else 0  # each expert has its own number
+    sizes: list[_cuda.Argument] = [batches, tokens, outputs, rows.shape[1], np.int64(rows.stride(0))]
+    sizes += [shape.tiles, shape.row_blocks, p.per_split, p.record_bits, shape.reciprocal, p.stages, shape.entries]
+    return [rows, x_scale, *weight, *output, table, starts, *sizes]
 
 
 def team(tokens: int) -> int:
@@ -237,11 +279,10 @@ def launch(
     assert (y is None) != (whole is None)
     dtype = rows.dtype if y is None else y.dtype
     kernel = instance("wqmm", dtype, tiles.bits, tiles.kind, tiles.table is not None, p.tokens, tiles.field == 8, p.tiles)
-    arguments: list[_cuda.Argument] = [rows, x_scale, tiles.codes, tiles.meta, tiles.table, tiles.row_scale, bias, addend, y]
-    arguments += [whole, workspace, counters, None, None, batches, len(rows), tiles.shape[0], rows.shape[1]]
-    arguments += [np.int64(rows.stride(0)), shape.tiles, shape.row_blocks, p.per_split, p.record_bits]
-    arguments += [shape.reciprocal, p.stages, shape.entries]
-    _cuda.launch(kernel, (panels, p.splits, batches), arguments, p.shared, rows.device)
+    weight = Weight(tiles.codes, tiles.meta, tiles.table, tiles.row_scale)
+    output = Output(bias, addend, y, whole, workspace, counters)
+    given = arguments(rows, x_scale, weight, output, shape, p, batches)
+    _cuda.launch(kernel, (panels, p.splits, batches), given, p.shared, rows.device)
 
 
 def dequantize_rows(tiles: Tiles, dtype: torch.dtype, start: int, stop: int) -> Tensor:
@@ -259,18 +300,10 @@ def dequantize_rows(tiles: Tiles, dtype: torch.dtype, start: int, stop: int) -> 
         kernel = instance("dequantize", dtype, tiles.bits, tiles.kind, lookup)
         count = -(-len(w) // _tiles.ROWS) * shape.tiles
         grid = min(-(-count // _WARPS), 8 * _cuda.device(where.index or 0).processors)
-        arguments: list[_cuda.Argument] = [
-            tiles.codes,
-            tiles.meta,
-            tiles.table,
-            tiles.row_scale,
-            w,
-            start,
-            len(w),
-            tiles.shape[1],
-        ]
-        arguments += [shape.tiles, shape.row_blocks, shape.reciprocal, shape.entries]
-        _cuda.launch(kernel, (grid, 1, 1), arguments, _table_bytes(tiles.bits, lookup) + _WARPS * 2048, where)
+        weight = Weight(tiles.codes, tiles.meta, tiles.table, tiles.row_scale)
+        steps = (shape.tiles, shape.row_blocks, shape.reciprocal, shape.entries)
+        given: list[_cuda.Argument] = [*weight, w, start, len(w), tiles.shape[1], *steps]
+        _cuda.launch(kernel, (grid, 1, 1), given, _table_bytes(tiles.bits, lookup) + _WARPS * 2048, where)
     return w
 
 

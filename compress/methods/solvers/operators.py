@@ -29,7 +29,13 @@ def columns_by_torch(
     high: Tensor,
     groups: Tensor,
 ) -> None:
-    """`round_columns` in plain torch: four launches per column."""
+    """Round up to 128 columns one after another, each towards its target plus the errors made so far, in place.
+
+    target, delta and steps are (columns, out) float32: what each column is rounded towards without the errors of these columns,
+    complete afterwards; the weight, afterwards weight - rounded; written. feedback (columns, columns) is read below its diagonal:
+    target_k += sum_{i<k} delta_i feedback_ki. scale, inverse, low, high are (groups, out), groups (columns,) int64. Four launches
+    per column.
+    """
     for k, group in enumerate(groups.tolist()):
         if k:
             target[k].addmv_(delta[:k].T, feedback[k, :k])
@@ -37,26 +43,8 @@ def columns_by_torch(
         delta[k].addcmul_(steps[k], scale[group], value=-1)
 
 
-@torch.library.custom_op("compress::round_columns", mutates_args=("target", "delta", "steps"))
-def round_columns(
-    target: Tensor,
-    delta: Tensor,
-    steps: Tensor,
-    feedback: Tensor,
-    scale: Tensor,
-    inverse: Tensor,
-    low: Tensor,
-    high: Tensor,
-    groups: Tensor,
-) -> None:
-    """Round up to 128 columns one after another, each towards its target plus the errors made so far, in place.
-
-    target, delta and steps are (columns, out) float32: what each column is rounded towards without the errors of these columns,
-    complete afterwards; the weight, afterwards weight - rounded; written. feedback (columns, columns) is read below its diagonal:
-    target_k += sum_{i<k} delta_i feedback_ki. scale, inverse, low, high are (groups, out), groups (columns,) int64.
-    """
-    columns_by_torch(target, delta, steps, feedback, scale, inverse, low, high, groups)
-
+# The operator: `columns_by_torch`, unless a kernel takes over.
+round_columns = torch.library.custom_op("compress::round_columns", columns_by_torch, mutates_args=("target", "delta", "steps"))
 
 _SCORES = 1 << 24  # of points and centroids that exist at a time in plain torch
 
