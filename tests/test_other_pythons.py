@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +37,22 @@ def test_versions_are_those_of_the_project_and_the_makefile() -> None:
     assert all(f"python3.{minor} " in makefile for minor in minors)
     with pytest.raises(SystemExit, match="requires-python"):
         other_pythons.supported("")
+
+
+INSIDE = """#!/bin/sh
+case "$*" in *download*) exit {index};; *install.py*) exit {install};; esac
+"""
+
+
+@pytest.mark.parametrize(("index", "install", "result"), [(1, 0, "NOT RUN: no package"), (0, 1, "exit 1"), (0, 0, "passed")])
+def test_only_an_index_that_does_not_answer_is_no_failure(index: int, install: int, result: str, tmp_path: Path) -> None:
+    (tmp_path / "inside").write_text(INSIDE.format(index=index, install=install))
+    makes = f'mkdir -p "$3/bin"; cp {tmp_path}/inside "$3/bin/python"; chmod +x "$3/bin/python"'
+    try:
+        found = other_pythons.short_run(pretended(tmp_path, "python", makes), tmp_path / "environment")
+    except subprocess.CalledProcessError as error:
+        found = f"exit {error.returncode}"
+    assert found.startswith(result)
 
 
 def test_pyenv_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
