@@ -32,6 +32,15 @@ def reload_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.M
         monkeypatch.setattr(reload, "fresh_process", here)
 
 
+@pytest.fixture(autouse=True)
+def reports_without_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the charts out of the reports of runs; the tests of reports have them, and those that are marked `charts`."""
+    if "report" not in request.path.parts and "charts" not in request.keywords:
+        from charts import leave_out
+
+        leave_out(monkeypatch.setattr)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out what needs a GPU, or minutes, and say why."""
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def _code(value: Any) -> _Markdown:
     return _Markdown(f"`{text}`")
 
 
+@cache
 def environment(markdown: bool) -> Environment:
-    """The templates' environment, which escapes the values they print for Markdown or for HTML."""
+    """The templates' environment, which escapes the values they print for Markdown or for HTML; templates are compiled once."""
     # Jinja has no escaping for Markdown: `finalize` sees every value that a template prints.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),

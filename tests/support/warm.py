@@ -7,10 +7,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from charts import leave_out
 from runs import compress, ids_file, steps
 from tiny import tiny_checkpoint
 
 torch.set_num_threads(1)
+leave_out()
 with tempfile.TemporaryDirectory() as folder:
     for family in ("llama", "mixtral"):
         model = tiny_checkpoint(Path(folder) / family, family, num_hidden_layers=1)
