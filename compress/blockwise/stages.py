@@ -9,6 +9,7 @@ from typing import Any
 from compress.blockwise.compress import CompressedSite, site_row
 from compress.blockwise.view import BlockRun, MethodView
 from compress.errors import CalibrationError
+from compress.model.streamed import Weights
 from compress.recipe.assignment import Assignment, StageAssignment
 from compress.weights.weight import CompressedWeight, relative_error
 
@@ -41,7 +42,7 @@ def together(around: BlockRun, assignments: Sequence[Assignment]) -> Iterator[tu
         for assignment in members:
             site, result = assignment.site, results[assignment.site.name]
             row = site_row(site, method.path, result.weight, around.weight(site), None, result.notes, seconds=seconds)
-            around.streamed.set_weight(site, result.weight.dequantize())
+            around.streamed.set_weights(around.number, Weights.of([(site.name, result.weight)]))
             yield site.name, (result.weight, row)
 
 
@@ -60,11 +61,12 @@ def tune(around: BlockRun, stages: Sequence[StageAssignment], weights: dict[str,
         for name, weight in tuned.weights.items():
             if _without_low_rank(weight) != _without_low_rank(weights[name]):
                 raise RuntimeError(f"{stage.method.path}: changed the size of {name}")
-            decoded = weight.dequantize()
+            given = Weights.of([(name, weight)])
+            decoded = given.sites[name]
             if not bool(decoded.isfinite().all()):
                 raise CalibrationError(f"{name}: is not finite after {stage.method.path}; check the calibration data")
             weights[name] = weight
-            around.streamed.set_weight(view._sites[name], decoded)
+            around.streamed.set_weights(around.number, given)
             errors[name] = relative_error(view.weight(name), decoded)
         around.replace_others(tuned.others)
         for name in view.sites:

@@ -58,11 +58,11 @@ def compress_in_memory(
             block_stages.transform(around, within(before.stages, block))
             read = around.weight
         mine = [a for a in assignments if a.site.block == block]
-        decoded = {}
+        made = []
         for name, (weight, row) in compress_block(streamed, mine, observe, memory_budget, say, read):
-            decoded[name] = weight.dequantize()
+            made.append((name, weight))
             rows.append(row)
-        yield COMPRESSED, Weights(decoded)
+        yield COMPRESSED, Weights.of(made)
 
     streams = [*others, *([fit] if fit is not None else []), *([before.untouched] if before is not None else [])]
     walk(streamed, streams, range(blocks), visit, lambda block, step, share: progress(block, blocks, step, share))

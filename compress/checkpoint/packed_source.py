@@ -8,11 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compress.checkpoint.packing import METHOD, Spec, _shape, layout, unpack
+from compress.checkpoint.packing import METHOD, Spec, _shape, layout, rounded_input, unpack
 from compress.checkpoint.site_table import ABSENT_FILES, FILE_KEY, read_table
 from compress.checkpoint.source import Source, check_finite
 from compress.checkpoint.tensor_file import DTYPE_NAMES, Entry, read_tensor
 from compress.errors import FormatError
+from compress.weights.site_input import SiteInput
 from compress.weights.weight import CompressedWeight
 
 
@@ -82,6 +83,11 @@ class PackedSource(Source):
         """Read a tensor; a compressed site's weight comes decoded, (out, in) in float32."""
         site = name.removesuffix(".weight")
         return self.compressed(site).dequantize() if site in self.table else super().tensor(name, index)
+
+    def rounded_input(self, name: str) -> SiteInput | None:
+        """What rounds the input of the site whose weight has this name, if anything does."""
+        site = name.removesuffix(".weight")
+        return rounded_input(self.table.get(site, {}), lambda leaf: read_tensor(self.packed[f"{site}.{leaf}"]))
 
     @property
     def stored_nbytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -114,10 +114,16 @@ def short(spec: Spec) -> str:
 def layout(spec: Spec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of every tensor of a site, by name within the site. Raises FormatError."""
     result: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for role, described in _parts(spec).items():
-        form = _format(role, described)
-        result |= {_prefix(role) + name: value for name, value in form.layout(described, _shape(spec)).items()}
+    for role in _parts(spec):
+        result |= _layout_of(spec, role)
     return result
+
+
+def _layout_of(spec: Spec, role: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return the same of one part, which is there. Raises FormatError."""
+    described = spec[role]
+    found = _format(role, described).layout(described, _shape(spec))
+    return {_prefix(role) + name: value for name, value in found.items()}
 
 
 def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedWeight:
@@ -137,6 +143,13 @@ def site_input(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SiteIn
         described["input"], _shape(described), _tensors_of("input", tensors)
     )
     return part
+
+
+def rounded_input(spec: Spec, read: Callable[[str], Tensor]) -> SiteInput | None:
+    """Return what a site's input goes through, where that rounds it, else None; `read` gives a tensor by its name in the site."""
+    if "activation" not in spec.get("input", {}):
+        return None
+    return site_input(spec, {leaf: read(leaf) for leaf in _layout_of(spec, "input")})
 
 
 def unpack_base(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from compress.checkpoint.fp8_mxfp4 import decoded
 from compress.checkpoint.tensor_file import DTYPES, Entry, described, read_header, read_tensor
 from compress.errors import CheckpointError
+from compress.weights.site_input import SiteInput
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -124,6 +125,10 @@ class Source:
         if tensor.is_floating_point():
             check_finite(tensor, f"{self.entries[name].file}: {name}")
         return tensor
+
+    def rounded_input(self, name: str) -> SiteInput | None:
+        """What rounds the input of the weight of this name; nothing does in a plain checkpoint."""
+        return None
 
     def carried(self) -> list[Path]:
         """Side files to copy byte for byte: tokenizer, chat templates, generation config, licence."""

@@ -29,6 +29,7 @@ from compress.recipe.data import Data
 from compress.system.device import DTYPES, pick_device
 from compress.system.progress import Progress
 from compress.verify.verify import recorded_ids
+from compress.weights.site_input import SiteInput
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class HalfDense(PackedSource):
         weight = self.original.tensor(site.tensor, site.slice)
         return weight.T.contiguous() if site.transposed else weight
 
+    def rounded_input(self, name: str) -> SiteInput | None:
+        """What rounds the input of a site; nothing does at a dense one."""
+        return None if name.removesuffix(".weight") in self.dense else super().rounded_input(name)
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -57,7 +62,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Found:
+class WorstWeight:
     """What hurts most."""
 
     kl: float  # of the checkpoint as it is
@@ -98,7 +103,7 @@ def halve(
     return items[0]
 
 
-def bisect(folder: Path, original: str, data: Data | None, device: str, dtype: str, progress: Progress) -> Found:
+def bisect(folder: Path, original: str, data: Data | None, device: str, dtype: str, progress: Progress) -> WorstWeight:
     """Find the block and the weight of a compressed checkpoint that hurt most. Raises CheckpointError, CalibrationError."""
     packed = PackedSource.open_packed(folder)
     source = open_any(original)
@@ -146,4 +151,4 @@ def bisect(folder: Path, original: str, data: Data | None, device: str, dtype: s
 
     site = halve([[name] for name in worst], measure, of_sites)[0]
     site_kl = next((t.kl for t in reversed(trials) if t.what == f"{site} dense"), block_kl)
-    return Found(start, labels[worst[0]], block_kl, site, site_kl, trials)
+    return WorstWeight(start, labels[worst[0]], block_kl, site, site_kl, trials)

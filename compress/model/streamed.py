@@ -6,7 +6,7 @@ Parameters are on the meta device and buffers are real: with everything on meta,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,10 @@ from compress.errors import CheckpointError
 from compress.model import layer_sizes as uneven
 from compress.model.expert_loop import ExpertLoop
 from compress.model.meta import build_model
+from compress.model.rounded_inputs import RoundedInputs
 from compress.system import memory
+from compress.weights.site_input import SiteInput
+from compress.weights.weight import CompressedWeight
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block in addition to the hidden states: masks, positions
 
@@ -41,6 +44,23 @@ class Weights:
 
     sites: Mapping[str, Tensor]
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, SiteInput] = field(default_factory=dict)  # what rounds the input of some of the sites
+
+    @classmethod
+    def of(
+        cls,
+        weights: Iterable[tuple[str, CompressedWeight]],
+        others: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Weights:
+        """Decode compressed weights, by site; they are in memory one at a time."""
+        sites: dict[str, Tensor] = {}
+        inputs: dict[str, SiteInput] = {}
+        for name, weight in weights:
+            sites[name] = weight.dequantize().to(dtype)
+            if weight.rounded_input is not None:
+                inputs[name] = weight.rounded_input
+        return cls(sites, others or {}, inputs)
 
 
 class StreamedModel:
@@ -68,6 +88,7 @@ class StreamedModel:
             block, _, rest = name.removeprefix(self.family.blocks + ".").partition(".")
             inside = name.startswith(self.family.blocks + ".") and block.isdigit()
             self._copied.setdefault(block if inside else "", []).append(rest if inside else name)
+        self._rounded = RoundedInputs()
         self._calls: dict[tuple[int, ...], list[Call]] = {}  # by samples and length; one call per block
 
     def _split_experts(self) -> None:
@@ -119,14 +140,19 @@ class StreamedModel:
             )
         module.weight = nn.Parameter(weight, requires_grad=False)
 
-    def load(self, number: int, decoded: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """Fill block `number` and return it: sites from `decoded` (by site name) if present, all else from the source.
+    def _fill(self, site: Site) -> None:
+        """Give a site's module the weight that the source has, and the rounding of its input."""
+        self.set_weight(site, self.weight(site))
+        self._rounded.set(self.linear(site), self.source.rounded_input(site.tensor))
+
+    def load(self, number: int) -> nn.Module:
+        """Fill block `number` from the source and return it.
 
         Raises CheckpointError if a parameter is left without a value or a tensor has no parameter.
         """
         block: nn.Module = self.blocks[number]
         for site in self.sites[number]:
-            self.set_weight(site, decoded[site.name] if decoded is not None and site.name in decoded else self.weight(site))
+            self._fill(site)
         base = f"{self.family.blocks}.{number}."
         for rest in self._copied.get(str(number), []):
             self._assign(block, self._inside(number, base + rest), base + rest)
@@ -138,6 +164,7 @@ class StreamedModel:
         by_name = {site.name: site for site in self.sites[number]}
         for name, weight in weights.sites.items():
             self.set_weight(by_name[name], weight)
+            self._rounded.set(self.linear(by_name[name]), weights.inputs.get(name))
         self.set_tensors(number, weights.others)
 
     def _assign(self, module: nn.Module, inside: str, name: str) -> None:
@@ -181,7 +208,7 @@ class StreamedModel:
             if module in known:  # prediction heads that are copied have no module
                 self._assign(self.model, module, name)
         for site in self.sites.get(None, []):
-            self.set_weight(site, self.weight(site))
+            self._fill(site)
         self._tie()
         try:
             yield

@@ -60,8 +60,8 @@ def compress_to_file(
 def stored_weights(folder: Path, names: Mapping[str, str], dtype: torch.dtype) -> Weights:
     """Return what the files of a block hold, decoded from disk: what runs on is what is stored."""
     paths = [folder / name for name in names]
-    sites = {site: weight.dequantize().to(dtype) for path in paths for site, weight in read_block_file(path)}
-    return Weights(sites, {name: value for path in paths for name, value in others_of(path).items()})
+    sites = (pair for path in paths for pair in read_block_file(path))
+    return Weights.of(sites, {name: value for path in paths for name, value in others_of(path).items()}, dtype)
 
 
 def _compressed(
@@ -87,7 +87,7 @@ def _as_a_whole(
     weights = {name: weight for name, (weight, _) in mine.items()}
     if distributed.world() > 1:
         weights = _exchange(around.number, work, weights, folder)
-    around.streamed.set_weights(around.number, Weights({name: weight.dequantize() for name, weight in weights.items()}))
+    around.streamed.set_weights(around.number, Weights.of(weights.items()))
     for name, done in stages.together(around, work.together):
         weights[name] = done[0]
         if distributed.rank() == 0:

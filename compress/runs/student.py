@@ -42,7 +42,7 @@ class Student:
         """Return what stands for the tensors of one block."""
         sites = [site.name for site in model.sites[block] if site.name in self.weights]
         others = {name: value for name, value in self.others.items() if model.holds(block, name)}
-        return Weights({name: self.weights[name].dequantize() for name in sites}, others)
+        return Weights.of(((name, self.weights[name]) for name in sites), others)
 
     @classmethod
     def of_checkpoint(cls, source: packed_source.PackedSource, original: Source, inventory: Inventory) -> Student:

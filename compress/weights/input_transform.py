@@ -113,11 +113,11 @@ class Diagonal:
 
     def apply(self, x: Tensor) -> Tensor:
         """Return x P of inputs (..., in)."""
-        return (_wide(x) * self.factors.to(_wide(x).dtype)).to(x.dtype)
+        return (_wide(x) * self.factors.to(_wide(x))).to(x.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:
         """Return x P^-1 of transformed inputs (..., in)."""
-        return (_wide(x) / self.factors.to(_wide(x).dtype)).to(x.dtype)
+        return (_wide(x) / self.factors.to(_wide(x))).to(x.dtype)
 
     def apply_to_weight(self, weight: Tensor) -> Tensor:
         """Return W P^-T of a weight (out, in)."""
@@ -204,11 +204,11 @@ class Kronecker:
     def apply(self, x: Tensor) -> Tensor:
         """Return x P of inputs (..., in)."""
         wide = _wide(x)
-        return _times(wide, self.left.to(wide.dtype), self.right.to(wide.dtype)).to(x.dtype)
+        return _times(wide, self.left.to(wide), self.right.to(wide)).to(x.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:
         """Return x P^-1 of transformed inputs (..., in)."""
-        left, right = (torch.linalg.inv(matrix.double()) for matrix in (self.left, self.right))
+        left, right = (torch.linalg.inv(matrix.to(x.device).double()) for matrix in (self.left, self.right))
         return _times(x.double(), left, right).to(x.dtype)
 
     def apply_to_weight(self, weight: Tensor) -> Tensor:

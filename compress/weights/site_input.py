@@ -48,6 +48,21 @@ class SiteInput:
             wide = self.transform.apply(wide)
         return (wide if self.activation is None else self.activation.quantize(wide)).to(x.dtype)
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return the inputs (..., in) whose product with the weight of original inputs is that of what `seen` makes of x.
+
+        Gradients pass as if nothing were rounded.
+        """
+        if self.activation is None:
+            return x
+        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        if self.transform is None:
+            values = self.activation.quantize(wide)
+        else:
+            values = self.transform.inverse(self.activation.quantize(self.transform.apply(wide)))
+        values = values.to(x.dtype)
+        return values + (x - x.detach()) if x.requires_grad else values
+
     def multiply_out(self, weight: Tensor) -> Tensor:
         """Return the weight (out, in) of original inputs, given that of transformed ones."""
         return weight if self.transform is None else self.transform.multiply_out(weight)

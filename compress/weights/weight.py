@@ -112,6 +112,11 @@ class CompressedWeight:
         return self.input is not None and self.input.transform is not None
 
     @property
+    def rounded_input(self) -> SiteInput | None:
+        """What the site's input goes through, where that rounds it; None otherwise."""
+        return self.input if self.input is not None and self.input.activation is not None else None
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits over the number of weights."""
         rows, columns = self.shape

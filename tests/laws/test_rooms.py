@@ -40,7 +40,7 @@ ROOMS: dict[str, Room] = {
     "architecture": Room("checkpoint registry errors", "torch"),
     "calibration": Room("recipe checkpoint system errors", "torch numpy", "datasets huggingface_hub pyarrow transformers jinja2"),
     "report": Room("recipe weights system _version errors", "yaml jinja2", "matplotlib"),
-    "model": Room("architecture checkpoint system errors", "torch", "transformers"),
+    "model": Room("architecture checkpoint weights system errors", "torch", "transformers"),
     "methods": Room("calibration weights errors", "torch scipy pydantic"),
     "output": Room("architecture checkpoint system errors"),
     "kernels": Room("methods checkpoint formats weights registry errors", "torch numpy", "cupy"),
@@ -70,7 +70,7 @@ ROOMS: dict[str, Room] = {
         "numpy",
     ),
     "planning": Room(
-        "runs blockwise report calibration model architecture recipe registry system _version errors",
+        "runs blockwise report calibration model architecture recipe registry weights system _version errors",
         "torch numpy scipy yaml pydantic",
         "matplotlib",
     ),

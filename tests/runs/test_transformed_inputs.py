@@ -17,10 +17,16 @@ from tiny import VOCABULARY
 from torch import Tensor, nn
 
 from compress import registry
+from compress.architecture.inventory import take_inventory
+from compress.blockwise.forward import last_hidden, open_streamed
 from compress.checkpoint.packed_source import PackedSource
+from compress.checkpoint.source import Source
 from compress.errors import FormatError
+from compress.evaluation import bisect
 from compress.interop import exporter, targets
 from compress.methods import quant
+from compress.model.detect import find_family
+from compress.model.streamed import Weights
 from compress.recipe import reading, schema
 from compress.runs import prepare as run_prepare
 from compress.runs import sizes
@@ -56,6 +62,13 @@ def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(PROBE, use_cache=False).logits
     return found
+
+
+def streamed(source: Source) -> Tensor:
+    """Logits one block at a time."""
+    model, hidden = last_hidden(source, PROBE, torch.float32, torch.device("cpu"))
+    with model.embeddings_and_head():
+        return model.logits(PROBE, hidden)
 
 
 class ByHand(nn.Module):
@@ -119,15 +132,40 @@ def test_inputs_are_rounded_by_what_the_checkpoint_says(
     dropped: None, tiny: Tiny, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("llama", **SIZES)
-    run(model, tmp_path / "out", ids, steps("quant/rotated", activation="int4"))
+    # The run rounds as the loaded model does: their losses agree within 1e-3 nats, or it would not be published.
+    run(model, tmp_path / "out", ids, steps("quant/rotated", activation="int4"), reload=True)
     source = PackedSource.open_packed(tmp_path / "out")
     model_in_use = loaded(tmp_path / "out")
     mine = logits(model_in_use)
+    torch.testing.assert_close(streamed(source), mine, rtol=1e-4, atol=1e-4)
+    assert verify(tmp_path / "out", "cpu", lambda *_: None)["mean_difference_nats"] < 1e-5
     # A sum that comes in another order may round to the next of 15 steps; here none does.
     torch.testing.assert_close(mine, computed_by_hand(model, source, 7), rtol=1e-4, atol=1e-4)
     assert (mine - computed_by_hand(model, source, None)).abs().max() > 0.05
     monkeypatch.setattr(Activation, "quantize", lambda self, x: x)  # the one place where inputs are rounded
     torch.testing.assert_close(logits(model_in_use), computed_by_hand(model, source, None), rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_is_put_back_reads_its_input_as_it_is(dropped: None, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    model = tiny("llama", **SIZES)
+    run(model, tmp_path / "out", ids, steps("quant/rotated", activation="int2"))
+    source, dense = PackedSource.open_packed(tmp_path / "out"), Source.open(model)
+    sites = {site.name: site for site in take_inventory(dense, find_family(dense)).sites if site.name in source.table}
+    fields = {key: getattr(source, key) for key in PackedSource.__dataclass_fields__}
+    torch.testing.assert_close(streamed(bisect.HalfDense(**fields, original=dense, dense=sites)), logits(loaded(model)))
+    block = open_streamed(source, torch.float32, torch.device("cpu"))
+    with block.embeddings_and_head():
+        hidden = block.embed(PROBE)
+    block.load(0)
+    rounded = block.forward(0, hidden)
+    block.set_weights(0, Weights({site.name: dense.tensor(site.tensor) for site in sites.values() if site.block == 0}))
+    plain = block.forward(0, hidden)
+    assert (plain - rounded).abs().max() > 0.05
+    original = open_streamed(dense, torch.float32, torch.device("cpu"))
+    with original.embeddings_and_head():
+        original.embed(PROBE)
+    original.load(0)
+    torch.testing.assert_close(plain, original.forward(0, hidden))
 
 
 def test_other_layouts_refuse_it(dropped: None, tiny: Tiny, ids: Path, tmp_path: Path) -> None:

@@ -158,3 +158,16 @@ def test_roles_are_the_fields_of_a_weight() -> None:
 
     assert {field.name for field in dataclasses.fields(CompressedWeight)} == set(ROLES)
     assert tuple(of_every_role("diagonal").parts) == ("base", "outliers", "low_rank", "input")
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_rounded_inputs_of_the_original_weight_give_the_product_of_what_is_seen(kind: str | None) -> None:
+    made = None if kind is None else transform(kind, 64, 16, torch.float32)
+    part = SiteInput(64, made, Activation(64, "int4"))
+    x, stored = random(7, 64).requires_grad_(), random(5, 64)
+    found = part.rounded(x)
+    torch.testing.assert_close(found @ part.multiply_out(stored).T, part.seen(x) @ stored.T, rtol=1e-5, atol=1e-5)
+    assert (found - x).abs().max() > 0.05
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert torch.equal(gradient, torch.ones(7, 64, dtype=torch.float64))  # as if nothing were rounded
+    assert SiteInput(64, made or transform("diagonal", 64, 16, torch.float32)).rounded(x) is x
