@@ -19,9 +19,8 @@ from compress.checkpoint.packed_source import PackedSource
 from compress.errors import RecipeError
 from compress.evaluation import quality as evaluation
 from compress.evaluation.quality import Quality
-from compress.planning import planner as planners
 from compress.planning.budget import Budget
-from compress.planning.planner import PlanResult
+from compress.planning.planner import PlanRequest, PlanResult, allocate
 from compress.planning.pruning import PruningOptions, Surveying, make_pruning_recipe
 from compress.recipe import build, reading
 from compress.recipe.data_options import DataOptions
@@ -195,23 +194,19 @@ def plan(
     What is measured is kept in `folder`. Of `options`, device, revision and memory count. Raises CompressError.
     """
     transforms, paths = build.method_lines(methods, candidates)
-    return planners.command(
-        model=str(model),
-        data=data_options(data).values(),
-        budget=budget,
-        folder=Path(folder),
-        progress=progress or _ignore,
-        dtype=dtype,
-        device=options.device,
-        revision=options.revision,
-        room=build.memory_budget(options.memory),
-        planner=planner,
-        methods=paths,
-        texts=candidates,
-        siblings=uniform_siblings,
-        checked=check,
-        transforms=transforms,
+    request = PlanRequest(
+        str(model),
+        data_options(data).values(),
+        budget,
+        paths,
+        candidates,
+        transforms,
+        dtype,
+        options.device,
+        options.revision,
+        build.memory_budget(options.memory),
     )
+    return allocate(request, Path(folder), progress or _ignore, planner, uniform_siblings, check)
 
 
 def plan_before_run(

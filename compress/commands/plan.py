@@ -44,7 +44,7 @@ def plan_command(
     """
     from compress import api
     from compress.planning import plots
-    from compress.planning.planner import write
+    from compress.planning.planner import PlanRequest, write
     from compress.screen.plans import show_feasibility, show_plan
 
     limit, data = budget.budget(), text.options()
@@ -53,18 +53,11 @@ def plan_command(
         from compress.recipe.build import memory_budget, method_lines
 
         transforms, methods = method_lines(method or (), candidates or ())
-        seen = feasibility(
-            model=model,
-            data=data.values(),
-            budget=limit,
-            dtype=flags.dtype,
-            device=flags.device,
-            revision=flags.revision,
-            methods=methods,
-            texts=candidates or (),
-            transforms=transforms,
-            room=memory_budget(flags.memory),
+        most = memory_budget(flags.memory)
+        request = PlanRequest(
+            model, data.values(), limit, methods, candidates or (), transforms, flags.dtype, flags.device, flags.revision, most
         )
+        seen = feasibility(request)
         print(json.dumps(seen, indent=2)) if flags.json_ else show_feasibility(seen)
         return
     options = api.RunOptions(device=flags.device, revision=flags.revision, memory=flags.memory)

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from compress.planning import budget as plan_budget
-from compress.planning import planner
+from compress.planning.planner import PlanRequest
 from compress.recipe.schema import parse_size
 from compress.runs import estimate
 from compress.runs import prepare as run_prepare
 from compress.runs.sizes import sizes
 
 
-def feasibility(
-    model: str,
-    data: dict[str, Any],
-    budget: plan_budget.Budget,
-    dtype: str | None,
-    device: str,
-    revision: str | None,
-    methods: Sequence[str],
-    texts: Sequence[str],
-    transforms: Sequence[str],
-    room: int,
-) -> dict[str, Any]:
+def feasibility(request: PlanRequest) -> dict[str, Any]:
     """Return the bytes of the model with each candidate for all weights that it fits, and whether the budget can be met.
 
     Raises CheckpointError, RecipeError.
     """
-    plan = planner.prepared(model, data, dtype, device, revision, headers=True, transforms=transforms)
-    found = planner.candidates_of(plan, methods, texts)
+    plan, budget = request.prepared(headers=True), request.budget
+    found = request.candidates_for(plan)
     samples, length = run_prepare.calibration_shape(plan)
     rows: list[dict[str, Any]] = []
     for one in found:
@@ -53,7 +40,7 @@ def feasibility(
                 "exact": size.exact,
                 "least": size.least,
                 "most": size.most,
-                "memory": estimate.estimate(given, samples=samples, length=length, room=room, offload=False).memory,
+                "memory": estimate.estimate(given, samples, length, request.memory_budget, offload=False).memory,
             }
         )
     rows.sort(key=lambda row: row["bytes"])

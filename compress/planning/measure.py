@@ -42,7 +42,7 @@ from compress.architecture.family import Site
 from compress.blockwise.stream import Stream, slices
 from compress.blockwise.units import choose, observed
 from compress.blockwise.walk import walk
-from compress.calibration.statistics import Hessian, Statistics
+from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
 from compress.errors import CalibrationError, CheckpointError
 from compress.model.divergence import divergence, mean
 from compress.model.streamed import StreamedModel, Weights
@@ -52,6 +52,7 @@ from compress.recipe.assignment import Assignment
 from compress.runs.prepare import RunPlan
 from compress.system.files import replacing, writing
 from compress.system.progress import Progress
+from compress.weights.weight import CompressedWeight
 
 GRADIENT_TOKENS = 8192  # tokens of the backward pass
 BACKWARD_TOKENS = 2048  # tokens that pass through a block at a time with their graph
@@ -77,12 +78,12 @@ class Measurement:
         plan: RunPlan,
         ids: Tensor,
         candidates: Sequence[Candidate],
-        room: int,
+        memory_budget: int,
         progress: Progress,
         folder: Path | None = None,
     ) -> None:
         self.folder = folder
-        self.plan, self.candidates, self.room, self.progress = plan, candidates, room, progress
+        self.plan, self.candidates, self.memory_budget, self.progress = plan, candidates, memory_budget, progress
         self.sites = sites_of(plan)
         self.streamed = StreamedModel(plan.source, plan.inventory, plan.dtype, plan.device)
         self.blocks = len(self.streamed.blocks)
@@ -197,20 +198,19 @@ class Measurement:
             self.fit.peek(self.streamed, block)
 
         say = partial(self._tell, block)
-        decoded: dict[int, dict[str, Tensor]] = {c: {} for c in self.references}
-        for unit, stats, pooled in observed(self.streamed, self.work.get(block, []), observe, self.room, say):
+        made: dict[int, list[tuple[str, CompressedWeight]]] = {c: [] for c in self.references}
+        for unit, stats, pooled in observed(self.streamed, self.work.get(block, []), observe, self.memory_budget, say):
             _, chosen, _ = choose(unit.assignments[0], stats, pooled)
-            self._try([a.site for a in unit.assignments], chosen, decoded)
+            self._try([a.site for a in unit.assignments], chosen, made)
         if self.fit.outputs is None:
             observe()
         self._scores(block)
         for c, branch in self.branches.items():
-            yield branch.follows, Weights(decoded[c])
+            yield branch.follows, Weights.of(made[c], dtype=self.streamed.dtype)
 
-    def _try(self, sites: list[Site], stats: dict[type[Statistics], Statistics], decoded: dict[int, dict[str, Tensor]]) -> None:
+    def _try(self, sites: list[Site], stats: Stats, made: dict[int, list[tuple[str, CompressedWeight]]]) -> None:
         """Compress the sites of one tap with every candidate, and record sizes and errors per output."""
-        hessian = stats[Hessian]
-        assert isinstance(hessian, Hessian)
+        hessian = statistic(stats, Hessian)
         matrix = hessian.matrix()
         positions = self.fit.ids.numel()
         weights = {site.name: self.streamed.weight(site).to(self.streamed.device).float() for site in sites}
@@ -234,8 +234,8 @@ class Measurement:
                     lost = (delta @ matrix) * delta if hessian.tokens else delta.square()
                     self.errors[site.name][c] = lost.sum(1).clamp_min(0).cpu()
                     self.bits[site.name][c] = part.stored_bits
-                    if c in decoded:
-                        decoded[c][site.name] = values.to(self.streamed.dtype)
+                    if c in made:
+                        made[c].append((site.name, part))
 
     def _scores(self, block: int) -> None:
         """LIM and ZD of a block."""
@@ -341,13 +341,19 @@ def above_deviation(weights: Sequence[Tensor]) -> float:
 
 
 def measure(
-    plan: RunPlan, ids: Tensor, candidates: Sequence[Candidate], room: int, progress: Progress, folder: Path | None = None
+    plan: RunPlan,
+    ids: Tensor,
+    candidates: Sequence[Candidate],
+    memory_budget: int,
+    progress: Progress,
+    folder: Path | None = None,
 ) -> Sensitivity:
-    """Measure every candidate at every linear in the blocks over token ids (samples, length), with `room` bytes for statistics.
+    """Measure every candidate at every linear in the blocks over token ids (samples, length), with `memory_budget` bytes for
+    statistics at a time.
 
     Progress is saved in `folder` after each block, to resume after an interruption. Raises CompressError.
     """
     if folder is not None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    return Measurement(plan, ids, candidates, room, progress, folder).run()
+    return Measurement(plan, ids, candidates, memory_budget, progress, folder).run()

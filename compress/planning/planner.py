@@ -22,7 +22,7 @@ from compress.planning.candidates import Candidate, check_candidates, default_ca
 from compress.planning.choices import Model
 from compress.planning.sensitivity import Sensitivity, sites_of
 from compress.planning.steps import fold
-from compress.planning.store import Kept
+from compress.planning.store import MeasurementFile
 from compress.recipe import assignment as recipe_assignment
 from compress.recipe import reading as recipe_reading
 from compress.recipe.schema import Recipe
@@ -37,8 +37,8 @@ _MARGIN = 0.97  # by which each aims lower than the one before
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A plan, and what it was chosen from."""
+class Allocation:
+    """A candidate for every weight, and what it was chosen from."""
 
     budget: Budget
     planner: str
@@ -109,9 +109,9 @@ def make(
     progress: Progress,
     planner: str = "milp",
     siblings: bool = False,
-    room: int = 4 << 30,
+    memory_budget: int = 4 << 30,
     checked: bool = False,
-) -> Planned:
+) -> Allocation:
     """Plan a model within a budget; what is measured is kept in `folder`. Raises CompressError.
 
     A plan for a KL is always measured; one that is above it is made again for as much less, `_ROUNDS` times at most.
@@ -120,8 +120,8 @@ def make(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("planning runs in one process: make the plan first, then `torchrun ... compress run RECIPE`")
     check_candidates(candidates, sites_of(plan))
-    kept = Kept(plan, ids, candidates, folder)
-    found, reused = kept.measured(room, progress)
+    kept = MeasurementFile(plan, ids, candidates, folder)
+    found, reused = kept.measured(memory_budget, progress)
     model = Model(plan, found, candidates, siblings)
     most_bits, most_cost = model.limits(budget)
     measured: tuple[float, float | None] | None = None
@@ -130,7 +130,7 @@ def make(
         point = model.point(choice)
         if budget.max_kl is None and not checked:
             break
-        measured = kept.checked(model.choices(choice), room, progress)
+        measured = kept.checked(model.choices(choice), memory_budget, progress)
         if budget.max_kl is None or most_cost is None or measured[0] <= budget.max_kl:
             break
         least = model.least_cost * (1 + 1e-9)
@@ -138,7 +138,7 @@ def make(
             break
         most_cost = max(point.kl * budget.max_kl / measured[0] * _MARGIN ** (number + 1), least)
     budgets = {int(b) for b in np.linspace(model.least, model.most, _FRONT)} | ({most_bits} if most_bits else {point.bits})
-    return Planned(
+    return Allocation(
         budget,
         planner,
         model.choices(choice),
@@ -156,7 +156,7 @@ def make(
     )
 
 
-def recipe_of(planned: Planned, plan: RunPlan, ids: Tensor) -> Recipe:
+def recipe_of(planned: Allocation, plan: RunPlan, ids: Tensor) -> Recipe:
     """The recipe that does what was planned, in as few steps as there are candidates in it."""
     others = [site.name for site in plan.inventory.sites if site.name not in planned.choices]
     steps = []
@@ -186,45 +186,50 @@ def recipe_of(planned: Planned, plan: RunPlan, ids: Tensor) -> Recipe:
 class PlanResult:
     """A plan, and the recipe that does it."""
 
-    planned: Planned
+    planned: Allocation
     recipe: Recipe
 
 
-def candidates_of(plan: RunPlan, methods: Sequence[str], texts: Sequence[str]) -> list[Candidate]:
-    """The candidates that a command line asks for. Raises RecipeError."""
-    candidates = parse_candidates(texts)
-    if methods or not texts:
-        given = [json.dumps(c.plain(), sort_keys=True) for c in candidates]
-        defaults = default_candidates(methods or ["gptq"], sites_of(plan))
-        candidates += [c for c in defaults if json.dumps(c.plain(), sort_keys=True) not in given]
-    check_candidates(candidates, sites_of(plan))
-    return candidates
+@dataclass(frozen=True)
+class PlanRequest:
+    """A model, a text, a budget, and what a plan may choose from."""
+
+    model: str
+    data: dict[str, Any]  # values of a recipe's `data`
+    budget: Budget
+    methods: Sequence[str] = ()  # with their default candidates; gptq if neither these nor candidates are given
+    candidates: Sequence[str] = ()  # a method with options each
+    transforms: Sequence[str] = ()
+    dtype: str | None = None
+    device: str = "auto"
+    revision: str | None = None
+    memory_budget: int = 4 << 30  # bytes for statistics at a time
+
+    def prepared(self, headers: bool = False) -> RunPlan:
+        """Open the model, or its headers alone. Raises CheckpointError, RecipeError."""
+        return prepared(self.model, self.data, self.dtype, self.device, self.revision, headers, self.transforms)
+
+    def candidates_for(self, plan: RunPlan) -> list[Candidate]:
+        """The candidates for the weights of the model. Raises RecipeError."""
+        candidates = parse_candidates(self.candidates)
+        if self.methods or not self.candidates:
+            given = [json.dumps(c.plain(), sort_keys=True) for c in candidates]
+            defaults = default_candidates(self.methods or ["gptq"], sites_of(plan))
+            candidates += [c for c in defaults if json.dumps(c.plain(), sort_keys=True) not in given]
+        check_candidates(candidates, sites_of(plan))
+        return candidates
 
 
-def command(
-    model: str,
-    data: dict[str, Any],
-    budget: Budget,
-    folder: Path,
-    progress: Progress,
-    dtype: str | None = None,
-    device: str = "auto",
-    revision: str | None = None,
-    room: int = 4 << 30,
-    planner: str = "milp",
-    methods: Sequence[str] = (),
-    texts: Sequence[str] = (),
-    siblings: bool = False,
-    checked: bool = False,
-    transforms: Sequence[str] = (),
+def allocate(
+    request: PlanRequest, folder: Path, progress: Progress, planner: str = "milp", siblings: bool = False, checked: bool = False
 ) -> PlanResult:
     """Do what `compress plan` asks for but for writing the recipe. Raises CompressError."""
     registry.lookup("plan", planner)  # before the long part
-    plan = prepared(model, data, dtype, device, revision, transforms=transforms)
-    candidates = candidates_of(plan, methods, texts)
+    plan = request.prepared()
+    candidates = request.candidates_for(plan)
     ids = run_prepare.calibration(plan)
-    planned = make(plan, ids, candidates, budget, folder, progress, planner, siblings, room, checked)
-    return PlanResult(planned, recipe_of(planned, plan, ids))
+    made = make(plan, ids, candidates, request.budget, folder, progress, planner, siblings, request.memory_budget, checked)
+    return PlanResult(made, recipe_of(made, plan, ids))
 
 
 def write(recipe: Recipe, path: Path) -> None:

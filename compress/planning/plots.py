@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import OutputError, RecipeError
-from compress.planning.planner import Planned
+from compress.planning.planner import Allocation
 from compress.planning.sweep import Curve
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _KINDS = 24  # rows of the upper plot, at most
 
 
-def plot(planned: Planned, path: Path) -> None:
+def plot(planned: Allocation, path: Path) -> None:
     """Write both plots into one file, of the kind that its name says. Raises RecipeError, OutputError."""
     from matplotlib.figure import Figure
 

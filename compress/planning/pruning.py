@@ -118,6 +118,6 @@ def _steps(
         folder=survey.folder,
         device=survey.device,
         revision=survey.revision,
-        room=build.memory_budget(survey.memory),
+        memory_budget=build.memory_budget(survey.memory),
         progress=progress,
     )

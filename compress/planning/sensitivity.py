@@ -125,7 +125,7 @@ def references(sites: Sequence[Site], candidates: Sequence[Candidate]) -> list[i
 
 
 def check(
-    plan: RunPlan, ids: Tensor, methods: Mapping[str, Candidate], room: int, progress: Progress
+    plan: RunPlan, ids: Tensor, methods: Mapping[str, Candidate], memory_budget: int, progress: Progress
 ) -> tuple[float, float | None]:
     """Measure the KL of a plan (by site name) on the windows that the statistics do not see, and its standard error.
 
@@ -148,6 +148,6 @@ def check(
         planned_as = {a.site.name: a for a in work}
         stages = [StageAssignment(s.method, [planned_as[a.site.name] for a in s.members]) for s in plan.transforms]
         before = Before(stages, fit.branch(ORIGINAL), 0 if plan.recipe.data is None else plan.recipe.data.seed)
-    compress_in_memory(streamed, work, fit, [original, planned], room, progress, before)
+    compress_in_memory(streamed, work, fit, [original, planned], memory_budget, progress, before)
     with streamed.embeddings_and_head():
         return mean([divergence(p, q) for p, q in zip(original.logs(streamed), planned.logs(streamed), strict=True)])

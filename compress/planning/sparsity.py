@@ -25,7 +25,7 @@ from compress.architecture.family import Site
 from compress.blockwise.stream import Stream, slices
 from compress.blockwise.units import choose, observed
 from compress.blockwise.walk import walk
-from compress.calibration.statistics import MeanSquare, Statistics
+from compress.calibration.statistics import MeanSquare, Statistics, statistic
 from compress.model.streamed import StreamedModel, Weights
 from compress.planning.steps import fold
 from compress.recipe.assignment import Assignment
@@ -93,7 +93,7 @@ class _Observed:
 
 
 def by_outliers(
-    plan: RunPlan, sites: Sequence[Site], ids: Tensor, sparsity: float, room: int, progress: Progress
+    plan: RunPlan, sites: Sequence[Site], ids: Tensor, sparsity: float, memory_budget: int, progress: Progress
 ) -> tuple[dict[str, float], list[float]]:
     """Return the sparsity of each site by the outliers of its block, and the share of outliers of every block."""
     streamed = StreamedModel(plan.source, plan.inventory, plan.dtype, plan.device)
@@ -107,7 +107,7 @@ def by_outliers(
     def score(block: int) -> Iterator[tuple[str, Weights]]:
         mine = [site for site in sites if site.block == block]
         if mine:
-            shares[block] = outlier_share(_scores(streamed, block, mine, stream, room, partial(tell, block)))
+            shares[block] = outlier_share(_scores(streamed, block, mine, stream, memory_budget, partial(tell, block)))
         return iter(())
 
     walk(streamed, [stream], range(len(streamed.blocks)), score, tell)
@@ -116,17 +116,20 @@ def by_outliers(
 
 
 def _scores(
-    streamed: StreamedModel, block: int, sites: Sequence[Site], stream: Stream, room: int, say: Callable[[str, float], None]
+    streamed: StreamedModel,
+    block: int,
+    sites: Sequence[Site],
+    stream: Stream,
+    memory_budget: int,
+    say: Callable[[str, float], None],
 ) -> list[Tensor]:
     """Run a filled block and return the scores of its weights; the stream keeps what comes out."""
     scores = []
     work = [Assignment(site, 0, _Observed(), None, 0) for site in sites]
-    for unit, stats, pooled in observed(streamed, work, lambda: stream.peek(streamed, block), room, say):
+    for unit, stats, pooled in observed(streamed, work, lambda: stream.peek(streamed, block), memory_budget, say):
         _, chosen, _ = choose(unit.assignments[0], stats, pooled)
-        statistic = chosen[MeanSquare]
-        assert isinstance(statistic, MeanSquare)
-        for a in unit.assignments:
-            scores.append(streamed.weight(a.site).float().abs() * statistic.mean().cpu().sqrt())
+        spread = statistic(chosen, MeanSquare).mean().cpu().sqrt()
+        scores += [streamed.weight(a.site).float().abs() * spread for a in unit.assignments]
     return scores
 
 

@@ -10,7 +10,7 @@ from compress.planning import planner
 from compress.planning.candidates import candidate
 from compress.planning.sensitivity import sites_of
 from compress.planning.sparsity import by_magnitude, by_outliers, steps_of
-from compress.planning.store import Kept
+from compress.planning.store import MeasurementFile
 from compress.recipe import reading as recipe_reading
 from compress.runs import prepare as run_prepare
 from compress.system.progress import Progress
@@ -26,7 +26,7 @@ def steps(
     folder: Path,
     device: str,
     revision: str | None,
-    room: int,
+    memory_budget: int,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Return steps that give every weight taken by a recipe of one step its own sparsity, `sparsity` in the mean.
@@ -41,13 +41,13 @@ def steps(
         return steps_of(by_magnitude(plan, sites, sparsity), others, method, options)
     ids = run_prepare.calibration(plan)
     if distribute == "owl":
-        return steps_of(by_outliers(plan, sites, ids, sparsity, room, progress)[0], others, method, options)
+        return steps_of(by_outliers(plan, sites, ids, sparsity, memory_budget, progress)[0], others, method, options)
     choices = sorted({*GRID, sparsity})
     candidates = [candidate(method, {**options, "sparsity": share}) for share in choices]
-    measured, _ = Kept(plan, ids, candidates, folder).measured(room, progress)
+    measured, _ = MeasurementFile(plan, ids, candidates, folder).measured(memory_budget, progress)
     # The budget is what the same sparsity everywhere takes: every stored bit, as it was measured.
     bits = sum(row.bits[choices.index(sparsity)] or 0 for row in measured.sites)
     budget = plan_budget.Budget(bpw=bits / sum(site.numel for site in sites))
-    planned = planner.make(plan, ids, candidates, budget, folder, progress, room=room)
+    planned = planner.make(plan, ids, candidates, budget, folder, progress, memory_budget=memory_budget)
     made = planner.recipe_of(planned, plan, ids)
     return [step.model_dump(mode="json", exclude_unset=True) for step in made.steps]

@@ -39,7 +39,7 @@ def _identity(plan: RunPlan, ids: Tensor, candidates: Sequence[Candidate]) -> di
     }
 
 
-class Kept:
+class MeasurementFile:
     """The file that measurements of one model, data and set of candidates are kept in, in the folder of what was asked for."""
 
     def __init__(self, plan: RunPlan, ids: Tensor, candidates: Sequence[Candidate], folder: Path) -> None:
@@ -62,23 +62,23 @@ class Kept:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"identity": self.identity, "sensitivity": self.sensitivity.plain(), "checks": self.checks})
 
-    def measured(self, room: int, progress: Progress) -> tuple[Sensitivity, bool]:
+    def measured(self, memory_budget: int, progress: Progress) -> tuple[Sensitivity, bool]:
         """The sensitivities, and whether they were there already."""
         if self.sensitivity is not None:
             return self.sensitivity, True
         begun = self.path.with_suffix(".begun")
-        self.sensitivity = measure(self.plan, self.ids, self.candidates, room, progress, begun)
+        self.sensitivity = measure(self.plan, self.ids, self.candidates, memory_budget, progress, begun)
         self._write()
         shutil.rmtree(begun)
         return self.sensitivity, False
 
-    def checked(self, choices: dict[str, int], room: int, progress: Progress) -> tuple[float, float | None]:
+    def checked(self, choices: dict[str, int], memory_budget: int, progress: Progress) -> tuple[float, float | None]:
         """The measured KL of a plan and its standard error."""
         transforms = [{"method": s.method.path, **s.method.model_dump(mode="json")} for s in self.plan.transforms]
         key = hashlib.sha256(json.dumps([choices, transforms] if transforms else choices).encode()).hexdigest()
         if key not in self.checks:
             methods = {name: self.candidates[c] for name, c in choices.items()}
-            self.checks[key] = list(check(self.plan, self.ids, methods, room, progress))
+            self.checks[key] = list(check(self.plan, self.ids, methods, memory_budget, progress))
             self._write()
         kl, error = self.checks[key]
         assert kl is not None

@@ -135,7 +135,7 @@ def sweep(
     option: str,
     values: Sequence[float | str],
     methods: Sequence[Candidate],
-    room: int,
+    memory_budget: int,
     progress: Progress,
     done: Callable[[Point], None] = lambda point: None,
 ) -> Curve:
@@ -160,7 +160,7 @@ def sweep(
         work = [Assignment(a.site, 0, one.build, None, a.min_tokens) for a in plan.assignments if a.site.block is not None]
         inputs = None if fit is None else fit.branch(COMPRESSED)
         streams = [compressed] if points else [original, compressed]
-        rows = compress_in_memory(streamed, work, inputs, streams, room, say)
+        rows = compress_in_memory(streamed, work, inputs, streams, memory_budget, say)
         kl, losses, originals = [], [], []
         with streamed.embeddings_and_head():
             for window, p, q in zip(ids, original.logs(streamed), compressed.logs(streamed), strict=True):

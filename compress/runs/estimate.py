@@ -77,8 +77,9 @@ class Estimate:
         return _BASE + int(1.2 * self.files_after)
 
 
-def estimate(plan: RunPlan, samples: int, length: int, room: int, offload: bool) -> Estimate:
-    """Estimate what a run over `samples` windows of `length` tokens needs, with `room` bytes for statistics."""
+def estimate(plan: RunPlan, samples: int, length: int, memory_budget: int, offload: bool) -> Estimate:
+    """Estimate what a run over `samples` windows of `length` tokens needs, with `memory_budget` bytes for
+    statistics at a time."""
     source, item = plan.source, plan.dtype.itemsize
     added = {a.site.name: 0 for a in plan.assignments}
     for stage in plan.tuning:
@@ -120,11 +121,11 @@ def estimate(plan: RunPlan, samples: int, length: int, room: int, offload: bool)
         after.exact,
         max(blocks.values(), default=0),
         most,
-        min(most, room) * 2 // 3,  # Hessians are summed with a product of a few columns at a time
+        min(most, memory_budget) * 2 // 3,  # Hessians are summed with a product of a few columns at a time
         0 if offload else hidden,
         2 * after.tensors + kept,
         after.total,
-        max(1, -(-most // room)),
+        max(1, -(-most // memory_budget)),
         outer + logits,
         max((_work(unit) for members in by_block.values() for unit in units(members)), default=0),
         tokens * (item * (4 * width + 3 * wide) + (4 * columns if most else 0)),
@@ -184,9 +185,9 @@ def predictions(expected: Estimate) -> dict[str, float | int | list[int] | None]
 def shortfall(expected: Estimate, devices: Sequence[int]) -> list[str]:
     """Say what will not fit into host memory, and into GPU memory (`devices`: free bytes of each)."""
     said = []
-    room = memory.available()
-    if room is not None and expected.memory - expected.base > room:
-        need, have = human_bytes(expected.memory), human_bytes(room + expected.base)
+    free = memory.available()
+    if free is not None and expected.memory - expected.base > free:
+        need, have = human_bytes(expected.memory), human_bytes(free + expected.base)
         said.append(f"memory: about {need} needed and {have} there; use --offload, a smaller --memory, or fewer samples")
     if expected.device_memory is not None and devices and expected.device_memory > min(devices):
         need, have = human_bytes(expected.device_memory), human_bytes(min(devices))

@@ -153,7 +153,7 @@ def prepare_run(
     if held_out is not None and not plan.source.remote:
         _check_text(held_out, plan)
     samples, length = ids.shape
-    expected = estimates.estimate(plan, samples=samples, length=length, room=budget, offload=options.offload)
+    expected = estimates.estimate(plan, samples=samples, length=length, memory_budget=budget, offload=options.offload)
     expected = estimates.timed(expected, plan, samples, length, options.reload)
     return PreparedRun(plan, ids, Path(out), options, held_out, expected, findings)
 

@@ -98,7 +98,7 @@ def _check_config(source: Source, wish: Wish) -> None:
         ) from error
 
 
-class Found:
+class ModelScores:
     """What was found out about a whole model before anything is cut: blocks, their influences, scores and experts that stay."""
 
     def __init__(self, cutter: Cutter, job: Job) -> None:
@@ -150,7 +150,7 @@ def _store(cutter: Cutter, job: Job, block: int, made: Cut) -> None:
     job.commit(Record(block, {path.name: sha256(path)}, rows=[{"gone": gone, "by_magnitude": list(made.by_magnitude)}]))
 
 
-def _entries(cutter: Cutter, job: Job, found: Found) -> list[Entry]:
+def _entries(cutter: Cutter, job: Job, found: ModelScores) -> list[Entry]:
     """Return the tensors of the smaller model under their new names, where they are now."""
     made: dict[str, Entry] = {}
     gone: set[str] = set(cutter.inventory.dropped)
@@ -169,7 +169,7 @@ def _entries(cutter: Cutter, job: Job, found: Found) -> list[Entry]:
 
 def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: float, ask: reload.Ask | None) -> dict[str, Any]:
     source = cutter.source
-    found = Found(cutter, job)
+    found = ModelScores(cutter, job)
     kept = found.kept
     done = _done(cutter, job)
     cutter.cut_blocks(kept, found.scores, found.experts, done, lambda block, made: _store(cutter, job, block, made))

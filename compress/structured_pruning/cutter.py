@@ -21,7 +21,7 @@ from compress.architecture.names import matches
 from compress.blockwise.stream import COMPRESSED, ORIGINAL, Stream, slices
 from compress.blockwise.walk import Visit, walk
 from compress.calibration.observe import Tap, observe, passes
-from compress.calibration.statistics import Hessian
+from compress.calibration.statistics import Hessian, statistic
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
 from compress.model import layer_sizes as uneven
@@ -277,9 +277,7 @@ class Cutter:
             for group in passes(taps, BUDGET):
                 found = observe(group, run, self.streamed.device) if wanted else {}
                 for tap in group:
-                    statistic = found.pop(tap.name)[Hessian] if wanted else None
-                    assert statistic is None or isinstance(statistic, Hessian)
-                    yield mine[tap.name], None if statistic is None else statistic.matrix()
+                    yield mine[tap.name], statistic(found.pop(tap.name), Hessian).matrix() if wanted else None
 
     def restored(self, block: int, places: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Cut:
         """Return what an earlier run left of a block, given the places of what stays and the tensors that it stored."""

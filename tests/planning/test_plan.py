@@ -23,7 +23,7 @@ from compress.planning import sensitivity as sensitivity_module
 from compress.planning import store as measured
 from compress.planning.candidates import default_candidates, parse_candidates
 from compress.planning.sensitivity import split
-from compress.planning.store import Kept
+from compress.planning.store import MeasurementFile
 from compress.recipe import reading as recipe_reading
 from compress.report.rows import read_rows
 from compress.runs import prepare as run_prepare
@@ -96,7 +96,7 @@ def test_measurements_are_kept_and_used_again(
     monkeypatch.setattr(sys, "argv", [])
     for text in ("{}", "not JSON", json.dumps({"identity": {}, "sensitivity": {}, "checks": {}})):
         kept.write_text(text)
-        found = Kept(*prepared(tiny("llama"), ids), parse_candidates(SMALL[1::2]), tmp_path)
+        found = MeasurementFile(*prepared(tiny("llama"), ids), parse_candidates(SMALL[1::2]), tmp_path)
         assert (found.path, found.sensitivity) == (kept, None)
 
 
@@ -109,10 +109,10 @@ def test_other_data_or_candidates_are_measured_anew(tiny: Tiny, ids: Path, tmp_p
     candidates = parse_candidates(SMALL[1::2])
     plan, tokens = prepared(tiny("llama"), ids)
     names = {
-        Kept(plan, tokens, candidates, tmp_path).path.name,
-        Kept(plan, tokens[:-1], candidates, tmp_path).path.name,
-        Kept(plan, tokens, candidates[:-1], tmp_path).path.name,
-        Kept(*prepared(tiny("gpt2"), ids), candidates, tmp_path).path.name,
+        MeasurementFile(plan, tokens, candidates, tmp_path).path.name,
+        MeasurementFile(plan, tokens[:-1], candidates, tmp_path).path.name,
+        MeasurementFile(plan, tokens, candidates[:-1], tmp_path).path.name,
+        MeasurementFile(*prepared(tiny("gpt2"), ids), candidates, tmp_path).path.name,
     }
     assert len(names) == 4
 

@@ -72,7 +72,7 @@ def decoupleq(
             return ((delta @ factor.hessian) * delta).sum(1)
 
         codes = integers(scale, offset)
-        kept = Kept(error, codes, scale, offset)
+        kept = BestRows(error, codes, scale, offset)
         done = 0
         for done in range(rounds + 1):
             if done == rounds:
@@ -91,7 +91,7 @@ def decoupleq(
     )
 
 
-class Kept:
+class BestRows:
     """The best codes, scales and offsets so far, row by row."""
 
     def __init__(self, error: Callable[[Tensor, Tensor, Tensor], Tensor], codes: Tensor, scale: Tensor, offset: Tensor) -> None:

@@ -112,7 +112,7 @@ def rest_of(weight: CompressedWeight) -> Tensor | None:
     return sum(others[1:], others[0]) if others else None
 
 
-class Kept(StateOfLeaves):
+class DenseBase(StateOfLeaves):
     """A weight with a dense base whose kept values move; what the mask removes stays exactly 0 through merging and storing."""
 
     def __init__(self, weight: CompressedWeight, variant: Variant, rank: int, alpha: float, generator: torch.Generator) -> None:
@@ -297,6 +297,6 @@ def trainable(
             return Factors(weight, bound)
         return None if weight.low_rank is not None else LowRankAdapter(weight, rank, alpha, generator, bound)
     if isinstance(weight.base, Dense):
-        return None if variant == "none" else Kept(weight, variant, rank, alpha, generator)
+        return None if variant == "none" else DenseBase(weight, variant, rank, alpha, generator)
     floats = trainable_fields(weight) if fields else {}
     return Fields(weight, floats) if floats else None

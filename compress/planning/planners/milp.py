@@ -111,11 +111,11 @@ class _Knapsack:
     def _improved(self, picks: Counts) -> Counts:
         """Change single variables, the best gain per weight first, while it fits and helps."""
         picks = picks.copy()
-        room = self.limit - self._sum(self.w, picks)
+        left = self.limit - self._sum(self.w, picks)
         for _ in range(8):
             gain = self.f_scaled[self.everyone, picks][:, None] - self.f_scaled
             extra = self.w - self.w[self.everyone, picks][:, None]
-            ratio = np.where(self.fits & (gain > 0) & (extra <= room), gain, 0) / np.maximum(extra / self.w_unit, 1e-12)
+            ratio = np.where(self.fits & (gain > 0) & (extra <= left), gain, 0) / np.maximum(extra / self.w_unit, 1e-12)
             columns = ratio.argmax(1)
             best = ratio[self.everyone, columns]
             rows = np.flatnonzero(best > 0)
@@ -123,13 +123,13 @@ class _Knapsack:
                 break
             rows = rows[np.argsort(-best[rows], kind="stable")]
             steps = extra[rows, columns[rows]]
-            first = int(np.searchsorted(np.maximum.accumulate(np.cumsum(steps)), room, side="right"))  # that fit for certain
+            first = int(np.searchsorted(np.maximum.accumulate(np.cumsum(steps)), left, side="right"))  # that fit for certain
             picks[rows[:first]] = columns[rows[:first]]
-            room -= steps[:first].sum().item()
+            left -= steps[:first].sum().item()
             for row, step in zip(rows[first : first + _TRIED].tolist(), steps[first : first + _TRIED].tolist(), strict=True):
-                if step <= room:
+                if step <= left:
                     picks[row] = columns[row]
-                    room -= step
+                    left -= step
         # The running difference of floats is not the sum itself.
         return picks if self._sum(self.w, picks) <= self.limit else np.where(self.fits, self.w_scaled, np.inf).argmin(1)
 
@@ -145,10 +145,10 @@ class _Knapsack:
         f, w = self.f_scaled[open_[rows], columns], self.w[open_[rows], columns]
         if np.issubdtype(w.dtype, np.integer):
             unit: float | int = max(int(np.gcd.reduce(w)), 1)
-            weights, room = w // unit, (self.limit - base_w) // unit
+            weights, left = w // unit, (self.limit - base_w) // unit
         else:
             unit = max(self.limit / 1e3, 1e-300)  # the solver's tolerance is absolute
-            weights, room = w / unit, (self.limit - base_w) / unit
+            weights, left = w / unit, (self.limit - base_w) / unit
         one = sparse.csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(open_), len(rows)))
         lower = -np.inf
         for attempt in range(5):
@@ -157,7 +157,7 @@ class _Knapsack:
                     f * 1e3 / max(float(f.max()), 1e-300),
                     constraints=[
                         LinearConstraint(one, 1, 1),
-                        LinearConstraint(weights[None, :].astype(np.float64), -np.inf, room),
+                        LinearConstraint(weights[None, :].astype(np.float64), -np.inf, left),
                     ],
                     integrality=np.ones(len(rows)),
                     bounds=Bounds(0, 1),
@@ -174,7 +174,7 @@ class _Knapsack:
                 lower = base_f + float(result.mip_dual_bound) * max(float(f.max()), 1e-300) / 1e3
             if over <= 0:
                 return found, lower, result.status == 0 and attempt == 0
-            room -= over / unit
+            left -= over / unit
         return start, lower, False
 
 

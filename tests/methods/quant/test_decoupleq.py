@@ -11,7 +11,7 @@ from options import bits_known, function_of
 from problems import problem
 from torch import Tensor
 
-from compress.methods.quant.decoupleq import METHOD, Kept, decoded, descended, floats, normal, plane
+from compress.methods.quant.decoupleq import METHOD, BestRows, decoded, descended, floats, normal, plane
 from compress.methods.solvers.compensated import compensated
 from compress.methods.solvers.error_feedback import factorise
 from compress.methods.solvers.uniform_grid import stored
@@ -184,7 +184,7 @@ def test_a_row_keeps_what_is_better_for_itself() -> None:
     weight = torch.zeros(2, 8, dtype=torch.float64)
     codes, scale = torch.full((2, 8), 2, dtype=torch.uint8), torch.ones(2, 1).double()
     offset = torch.tensor([[0.0], [1.0]]).double()
-    kept = Kept(lambda *now: (weight - decoded(*now, BITS)).square().sum(1), codes, scale, offset)
+    kept = BestRows(lambda *now: (weight - decoded(*now, BITS)).square().sum(1), codes, scale, offset)
     assert kept.offer(codes, scale * 2, offset.flip(0))  # better for the second row only
     assert kept.offset.tolist() == [[0.0], [0.0]]
     assert kept.scale.tolist() == [[1.0], [2.0]]

@@ -14,7 +14,7 @@ from compress.calibration.statistics import Hessian
 from compress.methods.prune.magnitude import METHOD as Magnitude
 from compress.methods.retrain.bqpo import METHOD, Rounded
 from compress.methods.solvers.block_loss import loss
-from compress.methods.solvers.trainable_weight import Fields, Kept
+from compress.methods.solvers.trainable_weight import DenseBase, Fields
 from compress.weights.mask import Bitmask
 from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
@@ -88,5 +88,5 @@ def test_what_has_no_single_grid_moves_as_it_can() -> None:
     scattered = random_weight(16, 32, desc_act=True, group_size=16)
     assert isinstance(METHOD().trainable(scattered, scattered.dequantize(), None, generator), Fields)
     dense = Magnitude()(block.weight("up"), {}).weight
-    assert isinstance(METHOD().trainable(dense, block.weight("up"), None, generator), Kept)
+    assert isinstance(METHOD().trainable(dense, block.weight("up"), None, generator), DenseBase)
     assert METHOD().path == "retrain/bqpo"

@@ -25,7 +25,7 @@ from compress.methods.prune.magnitude import METHOD as Magnitude
 from compress.methods.retrain.perp import METHOD
 from compress.methods.solvers.block_loss import loss
 from compress.methods.solvers.block_training import advance, optimizer, pace
-from compress.methods.solvers.trainable_weight import Bound, Factors, Kept, LowRankAdapter, factors
+from compress.methods.solvers.trainable_weight import Bound, DenseBase, Factors, LowRankAdapter, factors
 from compress.report.rows import read_rows
 from compress.weights.dense import Dense
 from compress.weights.low_rank import LowRank
@@ -43,13 +43,13 @@ def pruned(block: SmallBlock, **options: Any) -> dict[str, CompressedWeight]:
     return {site: made(block.weight(site), {}).weight for site in block.sites}
 
 
-def kept(variant: Any, seed: int = 0) -> tuple[Kept, Tensor, Tensor]:
+def kept(variant: Any, seed: int = 0) -> tuple[DenseBase, Tensor, Tensor]:
     """A moving weight in float32, and what float64 references are made of: values and mask."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(12, 20, generator=generator)
     keep = torch.rand(12, 20, generator=generator) > 0.5
     weight = CompressedWeight.pruned(Dense(values), Bitmask(keep))
-    return Kept(weight, variant, 4, 8.0, generator), values.double() * keep, keep.double()
+    return DenseBase(weight, variant, 4, 8.0, generator), values.double() * keep, keep.double()
 
 
 def reference(variant: str, values: Tensor, keep: Tensor, up: Tensor, down: Tensor, stored: bool) -> Tensor:
