@@ -10,7 +10,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 # Two processes with one thread each: on small models, torch's threads cost more than they give.
 JOBS ?= 2
-PYTEST_ARGS ?= -q -n $(JOBS)
+# A file of tests stays in one process, which then makes what its tests share once.
+PYTEST_ARGS ?= -q -n $(JOBS) --dist loadfile
 INPUTS := pyproject.toml constraints.txt tools/install.py
 
 .PHONY: demo test test-all others lint types pytest format wheel clean

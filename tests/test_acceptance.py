@@ -23,6 +23,7 @@ from command_line import command
 from places import ROOT
 from runs import compress as run
 from runs import digests, killed_at, steps
+from thorough import some
 from written import OFFLINE, no_network
 
 from compress import registry
@@ -102,7 +103,15 @@ def runs() -> Iterator[tuple[str, str]]:
         yield from ((name, family) for family in (both if len(values) == 1 else both[number % 2 :][:1]))
 
 
-@pytest.mark.parametrize(("name", "family"), list(runs()))
+def once() -> Iterator[tuple[str, str]]:
+    """Every method once, on either model in turn."""
+    places = dict[str, list[str]]()
+    for name, family in runs():
+        places.setdefault(name, []).append(family)
+    yield from ((name, families[number % len(families)]) for number, (name, families) in enumerate(places.items()))
+
+
+@pytest.mark.parametrize(("name", "family"), some(runs(), *once()))
 def test_killed_and_run_again_with_every_method(
     name: str, family: str, forks: Any, tiny: Tiny, ids: Path, tmp_path: Path
 ) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_line import Done, Run
 from option_checks import ALIASES, CHECKS, DELIVERY, ONLY_PRUNE, ONLY_QUANTIZE
+from thorough import some
 
 from compress import cli
 
@@ -53,10 +55,17 @@ def speaking(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("command", "option"),
-    [(command, option) for command in ("quantize", "run", "prune") for option in checks_of(command)],
-)
+OF_COMMANDS = [(command, option) for command in ("quantize", "run", "prune") for option in checks_of(command)]
+
+
+def each_option_once() -> Iterator[tuple[str, str]]:
+    """Options that commands share, with each command in turn."""
+    for number, option in enumerate(dict.fromkeys(option for _, option in OF_COMMANDS)):
+        having = [command for command, known in OF_COMMANDS if known == option]
+        yield having[number % len(having)], option
+
+
+@pytest.mark.parametrize(("command", "option"), some(OF_COMMANDS, *each_option_once()))
 def test_every_option_does_something(command: str, option: str, run: Run, speaking: Path, ids: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("steps: [{match: '*.*', method: quant/gptq, options: {group_size: 16}}]\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from runs import compress, ids_file, steps
+from thorough import some
 
 from compress.errors import CheckpointError
 from compress.evaluation import bisect as module
@@ -16,20 +17,21 @@ from compress.recipe.data import Data
 Tiny = Callable[..., Path]
 
 
+NAMES = {
+    "llama": "model.layers.{}.mlp.down_proj",
+    "gpt2": "transformer.h.{}.mlp.c_proj",
+    "gpt_oss": "model.layers.{}.self_attn.v_proj",
+}
+
+
 def quiet(*_: object) -> None:
     pass
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
-@pytest.mark.parametrize("block", [0, 2])
+@pytest.mark.parametrize(("family", "block"), some([(f, b) for f in NAMES for b in (0, 2)], ("llama", 2), ("gpt_oss", 0)))
 def test_the_ruined_weight_is_found(family: str, block: int, tiny: Tiny, tmp_path: Path) -> None:
     """One weight at one bit, all others at eight; also where weights are stored transposed, and experts fused."""
-    names = {
-        "llama": "model.layers.{}.mlp.down_proj",
-        "gpt2": "transformer.h.{}.mlp.c_proj",
-        "gpt_oss": "model.layers.{}.self_attn.v_proj",
-    }
-    ruined = names[family].format(block)
+    ruined = NAMES[family].format(block)
     recipe = steps("quant/rtn", match=ruined, bits=1, group_size=-1) + steps("quant/rtn", bits=8, group_size=-1)
     compress(tiny(family), tmp_path / "out", None, recipe)
     data = Data(name=str(ids_file(tmp_path / "ids.npy", samples=3, seed=5)))

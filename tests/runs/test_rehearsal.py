@@ -10,6 +10,7 @@ import pytest
 from command_line import Run
 from places import ROOT
 from runs import steps
+from thorough import some
 from tiny import TINY
 
 from compress.errors import CalibrationError
@@ -26,7 +27,7 @@ def rehearse(
     return rehearsal.rehearse(str(model), made, folder / "rehearsal", "cpu", lambda *_: None, formats=formats)
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", some(TINY, "llama", "gpt2", "gpt_oss"))
 def test_every_family_passes(family: str, tiny: Tiny, tmp_path: Path) -> None:
     found = rehearse(tiny(family), tmp_path, steps(bits=4, group_size=-1))
     assert found.problem is None

@@ -12,6 +12,7 @@ import torch
 from cuts import loaded, logits, made, quiet
 from runs import compress as run
 from runs import digests, steps
+from thorough import some
 from torch import Tensor
 
 from compress.checkpoint.source import Source
@@ -35,7 +36,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("family", [*SETTINGS, "mixtral without a block"])
+@pytest.mark.parametrize("family", some([*SETTINGS, "mixtral without a block"], "gpt_oss", "mixtral without a block"))
 def test_cutting_experts_equals_a_model_of_those_that_stay(family: str, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     """Every parameter of the original that has a row for each expert, cut by hand."""
     from transformers import AutoModelForCausalLM
@@ -123,7 +124,7 @@ UNEVEN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", UNEVEN)
+@pytest.mark.parametrize("family", some(UNEVEN, "llama"))
 def test_blocks_of_different_sizes_load_and_go_on(family: str, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     """What is cut equals what is zeroed; it generates, is verified, measured and compressed further."""
     model, out = tiny(family), tmp_path / "out"

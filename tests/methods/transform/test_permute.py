@@ -13,6 +13,7 @@ import transformed
 from pydantic import ValidationError
 from runs import compress as run
 from runs import digests, steps
+from thorough import some
 from tiny import TINY
 from torch import Tensor
 
@@ -172,7 +173,7 @@ def test_sets_do_not_touch_each_other() -> None:
         assert torch.equal(together[number], best_order(score[number : number + 1], (2, 4), 10)[0])
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", some(TINY, "llama", "gpt2", "phi3", "qwen2_moe", "gpt_oss"))
 def test_logits_stay_in_every_family(family: str, tiny: Tiny) -> None:
     """And every linear that reads heads or the channels of an MLP or expert gets an order that keeps as much or more."""
     folder = tiny(family)
