@@ -90,6 +90,7 @@ def quantize(
     out: str | Path,
     *,
     method: str | None = None,
+    effort: str | None = None,
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
@@ -101,14 +102,19 @@ def quantize(
     options: RunOptions = DEFAULTS,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Quantize all linears in the blocks of a model: by one method, quant/gptq if None, or by a plan within a `budget`.
+    """Quantize all linears in the blocks of a model: by one method, or by a plan within a `budget`.
+
+    Without a method, `effort` chooses it: "fast" (to nearest, without data), "normal" (the default: channels scaled, then GPTQ),
+    or "best" (blocks trained).
 
     A plan chooses `bits`, `group_size` and `symmetric` itself; what it measures is kept next to `out`. Raises CompressError.
     """
     given = given_options(bits=bits, group_size=group_size, symmetric=symmetric)
     if budget is None:
-        recipe = quantization_recipe(method, given, data=data, dtype=dtype, changes=changes)
+        recipe = quantization_recipe(build.method_of(method, effort), given, data=data, dtype=dtype, changes=changes)
     else:
+        if effort is not None:
+            raise RecipeError(not_with_budget("effort"))
         if given:
             raise RecipeError(not_with_budget(next(iter(given))))
         planned = plan_before_run(model, out, budget, method, data, dtype, options, progress)
@@ -127,7 +133,7 @@ def not_with_budget(option: str) -> str:
 
 
 def quantization_recipe(
-    method: str | None,
+    method: str,
     options: Mapping[str, Any],
     *,
     data: Text = None,
@@ -138,7 +144,7 @@ def quantization_recipe(
 
     Raises RecipeError.
     """
-    return build.with_changes(build.one_step(method or "quant/gptq", options), data_options(data), dtype, changes)
+    return build.with_changes(build.one_step(method, options), data_options(data), dtype, changes)
 
 
 def prune(

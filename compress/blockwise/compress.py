@@ -32,13 +32,14 @@ def compress_block(
     progress: Callable[[str, float], None],
     read: Callable[[Site], Tensor] | None = None,
     cache: BlockCache | None = None,
+    known: dict[str, Stats] | None = None,
 ) -> Iterator[tuple[str, CompressedSite]]:
     """Compress this rank's sites of one filled block, and yield each with its report row; see `observed`.
 
     `read` returns the weight (out, in) of a site in float32; None reads the source's.
     """
     read = read or (lambda site: streamed.weight(site).to(streamed.device).float())
-    for unit, stats, pooled in observed(streamed, assignments, run, budget, progress, cache):
+    for unit, stats, pooled in observed(streamed, assignments, run, budget, progress, cache, known):
         memory.give_back()  # holes left by calibration or the last weight, before new allocations add more
         yield from _compress_unit(read, unit, stats, pooled)
 

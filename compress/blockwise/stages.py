@@ -24,6 +24,7 @@ def transform(around: BlockRun, stages: Sequence[StageAssignment]) -> dict[str, 
             around.weights[site] = weight
             around.streamed.set_weight(view._sites[site], weight)
         around.replace_others(changed.others)
+        around.divide_known(changed.divided, view._sites.values())
         for site in view.sites:
             notes.setdefault(site, {})[stage.method.path] = changed.notes.get(site, changed.notes.get("", {}))
     return notes

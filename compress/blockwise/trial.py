@@ -50,16 +50,16 @@ def compress_in_memory(
         def say(step: str, share: float) -> None:
             progress(block, blocks, step, share)
 
-        read = None
+        read, known = None, None
         if before is not None:
             assert fit is not None
             entering = before.untouched.states
             around = BlockRun(streamed, block, fit.states, entering, None, observe, memory_budget, before.seed, say)
             block_stages.transform(around, within(before.stages, block))
-            read = around.weight
+            read, known = around.weight, around.known
         mine = [a for a in assignments if a.site.block == block]
         made = []
-        for name, (weight, row) in compress_block(streamed, mine, observe, memory_budget, say, read):
+        for name, (weight, row) in compress_block(streamed, mine, observe, memory_budget, say, read, known=known):
             made.append((name, weight))
             rows.append(row)
         yield COMPRESSED, Weights.of(made)

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.calibration.cache import BlockCache
 from compress.calibration.observe import Tap, observe, passes
-from compress.calibration.statistics import Hessian, Statistics, Stats
+from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
 from compress.model.streamed import StreamedModel
 from compress.recipe.assignment import Assignment
 from compress.system import distributed
@@ -75,12 +75,28 @@ def taps(streamed: StreamedModel, work: Sequence[Unit]) -> list[Tap]:
 def _reduce(collected: dict[str, Stats], owners: dict[str, int]) -> None:
     """Sum statistics over ranks: each tap's at its owner, pooled ones on all ranks."""
     for tap, stats in collected.items():
-        for statistic in stats.values():
-            distributed.reduce_to(statistic.tensors(), owners.get(tap))
+        for each in stats.values():
+            distributed.reduce_to(each.tensors(), owners.get(tap))
     counts = distributed.gather({tap: [s.tokens for s in stats.values()] for tap, stats in collected.items()})
     for tap, stats in collected.items():
-        for index, statistic in enumerate(stats.values()):
-            statistic.tokens = sum(count[tap][index] for count in counts)
+        for index, each in enumerate(stats.values()):
+            each.tokens = sum(count[tap][index] for count in counts)
+
+
+def _from_known(group: Sequence[Tap], known: dict[str, Stats]) -> dict[str, Stats] | None:
+    """Take the statistics of taps out of those that are known; a pooled tap's are the sum of its members'. None if one is not."""
+    if any(kind not in known.get(name, {}) for tap in group for kind in tap.kinds for name in tap.pooled or (tap.name,)):
+        return None
+    found: dict[str, Stats] = {}
+    for tap in group:
+        if tap.pooled:
+            total = Hessian(tap.columns, statistic(known[tap.pooled[0]], Hessian).total.device)
+            for name in tap.pooled:
+                total.merge(statistic(known[name], Hessian))
+            found[tap.name] = {Hessian: total}
+        else:
+            found[tap.name] = known.pop(tap.name)
+    return found
 
 
 def observed(
@@ -90,10 +106,12 @@ def observed(
     budget: int,
     progress: Callable[[str, float], None],
     cache: BlockCache | None = None,
+    known: dict[str, Stats] | None = None,
 ) -> Iterator[tuple[Unit, Stats, Stats]]:
     """Yield this rank's units of one filled block, each with its statistics and those pooled over experts.
 
-    `run` sends the calibration data through the block, once per pass; the statistics of a pass fit in `budget` bytes.
+    `run` sends the calibration data through the block, once per pass; the statistics of a pass fit in `budget` bytes. It is not
+    called where all that is needed is `known`, over all ranks and by tap, of which nothing is left in the end.
     """
     work = units(assignments)
     owner = dict(zip([u.tap for u in work], distributed.assign([u.cost for u in work], distributed.world()), strict=True))
@@ -103,11 +121,13 @@ def observed(
     schedule = passes(watched, budget) or [[]]
     for number, group in enumerate(schedule):
         progress("calibrating", number / len(schedule))
-        kept = cache.read(group) if cache is not None and group else None
-        collected = kept if kept is not None else observe(group, run, streamed.device) if group else {}
-        _reduce(collected, owner)
-        if cache is not None and group and kept is None:
-            cache.write(group, collected)
+        collected = _from_known(group, known or {})
+        if collected is None:
+            kept = cache.read(group) if cache is not None and group else None
+            collected = kept if kept is not None else observe(group, run, streamed.device) if group else {}
+            _reduce(collected, owner)
+            if cache is not None and group and kept is None:
+                cache.write(group, collected)
         pooled |= {tap: stats for tap, stats in collected.items() if tap not in owner}
         ready = [tap for tap in collected if tap in owner] if number + 1 < len(schedule) else list(left)
         for index, tap in enumerate(ready):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from compress.blockwise import permutable as orders
 from compress.blockwise import scalable as scalings
 from compress.blockwise.hidden_states import States
 from compress.calibration.observe import Tap, observe, observe_drift, passes
-from compress.calibration.statistics import Drift, Statistics, Stats
+from compress.calibration.statistics import Drift, Hessian, Statistics, Stats, statistic
 from compress.errors import CalibrationError
 from compress.methods.block import Permutable, Scalable
 from compress.methods.method import Method
@@ -38,11 +38,22 @@ class BlockRun:
     progress: Callable[[str, float], None]
     weights: dict[str, Tensor] = field(default_factory=dict)  # (out, in) float32, of sites changed by a transform
     others: dict[str, Tensor] = field(default_factory=dict)  # tensors stored instead of the source's, by disk name
+    known: dict[str, Stats] = field(default_factory=dict)  # Hessians of taps as the block is now, over all ranks
 
     def weight(self, site: Any) -> Tensor:
         """Return a site's weight (out, in) in float32, after any transforms."""
         changed = self.weights.get(site.name)
         return self.streamed.weight(site).to(self.streamed.device).float() if changed is None else changed
+
+    def divide_known(self, divided: Mapping[str, Tensor] | None, sites: Iterable[Any]) -> None:
+        """Keep what is known of the inputs after some, of sites by name, were divided by (in,); None: forget it."""
+        if divided is None:
+            self.known.clear()
+            return
+        scales = {site.tap: divided[site.name] for site in sites if site.name in divided}
+        for tap, scale in scales.items():
+            if tap in self.known:
+                self.known[tap] = {Hessian: statistic(self.known[tap], Hessian).divided(scale)}
 
     def replace_others(self, others: Mapping[str, Tensor]) -> None:
         """Store other tensors in the source's dtypes, and let the block run with them. Raises CalibrationError if not finite."""
@@ -104,12 +115,15 @@ class MethodView:
     def observe_in_turn(self, kinds: Sequence[type[Statistics]]) -> Iterator[tuple[tuple[str, ...], Stats]]:
         """Yield the same, one input tensor at a time with the sites that read it, observed in passes within the budget."""
         by_tap = self._by_tap()
-        for group in passes(self._taps(by_tap, tuple(kinds)), self._around.budget):
+        schedule = passes(self._taps(by_tap, tuple(kinds)), self._around.budget)
+        for group in schedule:
             found = observe(group, self._around.send, self._around.streamed.device)
             for tap in [tap.name for tap in group]:
                 stats = found.pop(tap)
-                for statistic in stats.values():
-                    _sum_over_ranks(statistic)
+                for each in stats.values():
+                    _sum_over_ranks(each)
+                if len(schedule) == 1 and Hessian in stats:  # all fit in memory at once
+                    self._around.known[tap] = {Hessian: stats[Hessian]}
                 yield tuple(site.name for site in by_tap[tap]), stats
 
     def drift_in_turn(self) -> Iterator[tuple[tuple[str, ...], Drift]]:

@@ -94,6 +94,13 @@ class Hessian:
         mean = (self.total / max(self.tokens, 1)).float()
         return mean.triu() + mean.triu(1).T
 
+    def divided(self, scales: Tensor) -> Hessian:
+        """Return the accumulator of the same inputs divided by scales (in,)."""
+        result = Hessian(0, self.total.device)
+        result.total = self.total / scales / scales.unsqueeze(1)
+        result.tokens = self.tokens
+        return result
+
     def shrunk(self, pooled: Hessian, weight: float) -> Hessian:
         """Return this accumulator with `weight` tokens of the pooled mean added: the estimate for an expert that saw few tokens.
 

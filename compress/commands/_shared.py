@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +25,19 @@ def progress(quiet: bool, predicted: float | None = None) -> Iterator[Progress]:
         yield shown
 
 
-def run_and_show(recipe: Recipe, model: str, output: Path, options: RunOptions, flags: RunFlags, quiet: bool) -> None:
+def run_and_show(
+    recipe: Recipe,
+    model: str,
+    output: Path,
+    options: RunOptions,
+    flags: RunFlags,
+    quiet: bool,
+    efforts: Mapping[str, Recipe] | None = None,
+) -> None:
     """Run a recipe, or say what it would do; show what came out. Raises CompressError.
 
-    These are the steps of `api.run`, each with a display of its own.
+    A dry run also says how long each of `efforts` would take, recipes by name. These are the steps of `api.run`, each with a
+    display of its own.
     """
     from compress.recipe.build import watched
     from compress.runs.prepared import prepare_run
@@ -43,6 +52,9 @@ def run_and_show(recipe: Recipe, model: str, output: Path, options: RunOptions, 
         show_findings(options.target, run.findings)
     if flags.dry_run:
         found = describe_dry_run(run)
+        if efforts:
+            others = {name: prepare_run(other, model, output, options, headers=True) for name, other in efforts.items()}
+            found["efforts"] = {name: other.estimate.seconds for name, other in others.items()}
         print(json.dumps(found, indent=2)) if flags.json_ else show_dry_run(found)
         return
     with progress(silent or not leader, run.estimate.seconds) as shown:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from compress.commands._options import BudgetFlags, DataFlags, DeliveryFlags, Model, Output, Quiet, RunFlags
 from compress.commands._shared import progress, run_and_show
 from compress.errors import RecipeError
+
+if TYPE_CHECKING:
+    from compress.recipe.schema import Recipe
 
 
 def quantize(
@@ -17,6 +20,9 @@ def quantize(
     *,
     method: Annotated[
         str | None, typer.Option(help="As `compress methods` lists it, gptq for short; after transforms: awq+gptq.")
+    ] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="Instead of a method: fast (no data), normal (default: scales, then GPTQ), best (trained).")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits per code, 1 to 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1 for the whole row.")] = None,
@@ -36,13 +42,15 @@ def quantize(
     compress quantize MODEL -o OUT --bpw 2.75 --data text.jsonl
     """
     from compress import api
+    from compress.recipe import build
     from compress.screen.plans import show_plan
 
     options, data, changes = flags.options(delivery), text.options(), flags.settings or ()
+    efforts: dict[str, Recipe] = {}
     given = api.given_options(bits=bits, group_size=group_size, symmetric=symmetric)
     if budget.given:
-        if given or recipe is not None:
-            raise RecipeError(api.not_with_budget("recipe" if recipe is not None else next(iter(given))))
+        if chosen := [*(["effort"] if effort else []), *(["recipe"] if recipe is not None else []), *given]:
+            raise RecipeError(api.not_with_budget(chosen[0]))
         silent = quiet or flags.json_
         with progress(silent) as shown:
             planned = api.plan_before_run(model, output, budget.budget(), method, data, flags.dtype, options, shown)
@@ -50,13 +58,19 @@ def quantize(
             show_plan(planned.planned.plain())
         made = api.changed_plan(planned, changes)
     elif recipe is None:
-        made = api.quantization_recipe(method, given, data=data, dtype=flags.dtype, changes=changes)
-    elif method or given:
-        flag = "--method" if method else "--" + next(iter(given)).replace("_", "-")
+
+        def by(method: str) -> Recipe:
+            return api.quantization_recipe(method, given, data=data, dtype=flags.dtype, changes=changes)
+
+        made = by(build.method_of(method, effort))
+        if method is None:
+            efforts = {name: by(other) for name, other in build.EFFORTS.items()}
+    elif method or effort or given:
+        flag = "--method" if method else "--effort" if effort else "--" + next(iter(given)).replace("_", "-")
         raise RecipeError(f"{flag}: not with --recipe; change the recipe with --set, as in --set steps.0.options.bits=3")
     else:
         made = api.read_recipe(recipe, data=data, dtype=flags.dtype, changes=changes)
-    run_and_show(made, model, output, options, flags, quiet)
+    run_and_show(made, model, output, options, flags, quiet, efforts)
 
 
 def run(

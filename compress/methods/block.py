@@ -143,6 +143,9 @@ class TransformResult:
     weights: dict[str, Tensor] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    # What the inputs of sites (in,) were divided by, where nothing else about the inputs of the block's sites has changed: their
+    # Hessians are then known. None: they are observed again.
+    divided: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)

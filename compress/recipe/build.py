@@ -12,6 +12,9 @@ from compress.recipe.data_options import DataOptions
 from compress.recipe.schema import Recipe, Watch, parse_size
 
 PLACE = "command line"  # where such a recipe comes from, in messages
+# Methods by how long they may take: to nearest without data; compensated on scaled channels; blocks trained.
+EFFORTS = {"fast": "rtn", "normal": "equalize+gptq", "best": "equalize+signround"}
+DEFAULT = EFFORTS["normal"]  # where none is named: as good as gptq, and far better where activations have outliers
 EVERY_BLOCK = "*.*"  # names of linears in blocks have a dot; the head's has none and stays as it is
 
 
@@ -28,12 +31,23 @@ def method_line(method: str, kind: str = "quant") -> tuple[list[str], str]:
 
 def method_lines(methods: Sequence[str], candidates: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """Read what is planned with: the transforms, which all methods share, and the methods; the best for most if none is named."""
-    methods = methods or ([] if candidates else ["drift+gptq"])
+    methods = methods or ([] if candidates else [DEFAULT])
     lines = [method_line(method) for method in methods]
     for (transforms, _), method in zip(lines, methods, strict=True):
         if transforms != lines[0][0]:
             raise RecipeError(f"--method {method}: a plan has the same transforms for all its methods; {methods[0]} has others")
     return (lines[0][0] if lines else []), [path for _, path in lines]
+
+
+def method_of(method: str | None, effort: str | None) -> str:
+    """The method that is named, or that of an effort. Raises RecipeError for both, and for an effort that is not known."""
+    if effort is None:
+        return method or DEFAULT
+    if method is not None:
+        raise RecipeError(f"--effort {effort}: chooses the method, and --method names one; leave one of them out")
+    if effort not in EFFORTS:
+        raise RecipeError(f"--effort {effort}: expected one of {', '.join(EFFORTS)}")
+    return EFFORTS[effort]
 
 
 def one_step(method: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def _compressed(
 ) -> Iterator[tuple[str, CompressedSite]]:
     """Transform the block, then yield this rank's sites as they are stored."""
     notes = stages.transform(around, work.transforms)
-    found = compress_block(around.streamed, work.alone, around.send, around.budget, around.progress, around.weight, cache)
+    found = compress_block(
+        around.streamed, work.alone, around.send, around.budget, around.progress, around.weight, cache, around.known
+    )
     if work.together or work.tuning:
         found = _as_a_whole(around, work, found, folder)
     for site, (weight, row) in found:

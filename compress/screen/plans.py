@@ -110,6 +110,8 @@ def show_dry_run(found: dict[str, Any]) -> None:
             f"time       about {duration(found['seconds'])}, to within a factor of two, from a probe of this machine just now:"
         )
         out.print("           if it gets busier, this takes longer; the run corrects what it shows by the blocks that are done")
+    if times := {name: seconds for name, seconds in found.get("efforts", {}).items() if seconds is not None}:
+        out.print("--effort   " + ", ".join(f"{name}: {duration(seconds)}" for name, seconds in times.items()))
     out.print(f"runs on    {found['device']} in {found['dtype']}")
     if found.get("target"):
         out.print(f"target     {found['target']} will load it" + (", see the warnings" if found["warnings"] else ""))

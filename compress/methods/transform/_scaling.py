@@ -78,9 +78,9 @@ class Moved:
         for name in place.copied:
             self._keep(name, self._other(name) * spread)
 
-    def changed(self, notes: Mapping[str, object]) -> TransformResult:
-        """The transformed block."""
-        return TransformResult(self.weights, self.others, dict(notes))
+    def changed(self, notes: Mapping[str, object], scaled_only: bool = True) -> TransformResult:
+        """The transformed block; `scaled_only`: whether scales are all that changed."""
+        return TransformResult(self.weights, self.others, dict(notes), self.columns if scaled_only else None)
 
 
 def expand(place: Scalable, channels: Tensor) -> Tensor:

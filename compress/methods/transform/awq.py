@@ -189,7 +189,7 @@ class _Search:
         wanted = [site for site in self.block.sites if self.clips(site)]
         if wanted:
             self.clip(set(wanted))
-        return self.moved.changed(self.notes)
+        return self.moved.changed(self.notes, scaled_only=not wanted)
 
     def scale(self) -> None:
         """Steps 1 to 3."""
