@@ -7,7 +7,8 @@ Theory    for a small change of the logits, KL is the quadratic form of their Fi
           where H is the mean of x x^T over the tokens that reach the site, and G_o the sum of g_o^2 over them per position of
           the text. Assumed independent: inputs and gradients, and errors of different outputs, tokens and sites.
 Steps     1. Forward, block by block through the original weights: statistics once per tap, every candidate from the same
-             statistics, and its (D H D^T)_oo. Hidden states before each block are kept for `GRADIENT_TOKENS` tokens.
+             statistics, and its (D H D^T)_oo. Of candidates that step 3 does not need whole, every eighth row is compressed.
+            Hidden states before each block are kept for `GRADIENT_TOKENS` tokens.
           2. Labels are drawn, and the gradients go backward through the same blocks, loaded one at a time.
           3. References: whole models at one candidate, run alongside the original on windows that the statistics have not seen.
              Their divergence over the sum of their sites' costs is the candidate's factor: errors of many sites exceed that sum,
@@ -56,6 +57,8 @@ from compress.weights.weight import CompressedWeight
 
 GRADIENT_TOKENS = 8192  # tokens of the backward pass
 BACKWARD_TOKENS = 2048  # tokens that pass through a block at a time with their graph
+SAMPLED = 8  # of so many rows of a weight, one is compressed
+LEAST_ROWS = 64  # of a sample
 EXPERT_TOKENS = 64  # weight of the other experts' mean gradient
 
 
@@ -221,19 +224,22 @@ class Measurement:
             members = [site for site in sites if self.fits[site.name][c]]
             joined = [members] if candidate.build.rows_independent else [[site] for site in members]
             for group in filter(None, joined):
-                result = candidate.build(torch.cat([weights[site.name] for site in group]), stats).weight
+                sizes = [candidate.build.describe(site.shape) for site in group]
+                whole = c in made or not made or not candidate.build.rows_independent or not all(d.exact for d in sizes)
+                taken = [weights[site.name] if whole else sample(weights[site.name]) for site in group]
+                result = candidate.build(torch.cat(taken), stats).weight
                 first = 0
-                for site in group:
-                    part = result.rows(first, first + site.shape[0])
-                    first += site.shape[0]
+                for site, rows, size in zip(group, taken, sizes, strict=True):
+                    part = result.rows(first, first + len(rows))
+                    first += len(rows)
                     values = part.dequantize()
                     if not bool(values.isfinite().all()):
                         raise CalibrationError(f"{site.name}: {candidate.label} gives values that are not finite")
-                    delta = weights[site.name] - values
+                    delta = rows - values
                     # Without any token nothing is known; the plain error still orders the candidates.
                     lost = (delta @ matrix) * delta if hessian.tokens else delta.square()
                     self.errors[site.name][c] = lost.sum(1).clamp_min(0).cpu()
-                    self.bits[site.name][c] = part.stored_bits
+                    self.bits[site.name][c] = part.stored_bits if whole else size.most
                     if c in made:
                         made[c].append((site.name, part))
 
@@ -326,10 +332,33 @@ class Measurement:
                 mean = whole / max(tokens, 1.0)
                 per_token = (self.squares[site.name] + EXPERT_TOKENS * mean) / (self.reached[site.name] + EXPERT_TOKENS)
                 weights = per_token * max(self.share[site.name], 1 / self.fit.ids.numel())
-            errors = self.errors[site.name]
-            kl = [None if e is None else 0.5 * float(weights @ e.double()) for e in errors]
-            rows.append(SiteCosts(site.name, self.bits[site.name], kl))
+            rows.append(SiteCosts(site.name, self.bits[site.name], self._predicted(site, weights)))
         return rows
+
+    def _predicted(self, site: Site, weights: Tensor) -> list[float | None]:
+        """KL by candidate for weights G (out,) of the outputs.
+
+        Errors of a sample of rows stand for all in proportion to those of the reference that is nearest in size.
+        """
+        bits, errors = self.bits[site.name], [None if e is None else e.double() for e in self.errors[site.name]]
+        known = {c: e for c in self.references if (e := errors[c]) is not None}
+        found: list[float | None] = []
+        for c, mine in enumerate(errors):
+            if mine is None:
+                found.append(None)
+            elif len(mine) == len(weights):
+                found.append(0.5 * float(weights @ mine))
+            else:
+                near = known[min((abs((bits[other] or 0) - (bits[c] or 0)), other) for other in known)[1]]
+                some = float(sample(weights) @ sample(near))
+                scale = float(weights @ near) / some if some > 0 else len(weights) / len(mine)
+                found.append(0.5 * scale * float(sample(weights) @ mine))
+        return found
+
+
+def sample(rows: Tensor) -> Tensor:
+    """Evenly spaced rows, of (out, in) or (out,): one of `SAMPLED`, `LEAST_ROWS` at least."""
+    return rows[:: max(1, min(SAMPLED, len(rows) // LEAST_ROWS))]
 
 
 def above_deviation(weights: Sequence[Tensor]) -> float:

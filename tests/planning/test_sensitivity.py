@@ -63,6 +63,24 @@ def test_costs_are_those_of_the_definition(family: str, tiny: Tiny, ids: Path) -
         assert [b for b in row.bits if b is not None] == sorted(b for b in row.bits if b is not None)
 
 
+def test_errors_of_a_sample_of_rows_stand_for_all(tiny: Tiny, ids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tokens = planned(tiny("llama"), ids)
+    many = [candidate("gptq", {"bits": bits, "group_size": 16}) for bits in range(2, 9)]
+    whole = Measurement(plan, tokens, many, ROOM, silent).run()
+    monkeypatch.setattr(measurement_module, "LEAST_ROWS", 4)
+    measurement = Measurement(plan, tokens, many, ROOM, silent)
+    sampled = measurement.run()
+    site = measurement.sites[0]
+    lengths = [len(e) for e in measurement.errors[site.name] if e is not None]
+    assert set(lengths) == {site.shape[0], site.shape[0] // min(8, site.shape[0] // 4)}
+    logs = []
+    for before, after in zip(whole.sites, sampled.sites, strict=True):
+        assert after.bits == before.bits
+        logs += [math.log(b / a) for a, b in zip(before.kl, after.kl, strict=True) if a is not None and b is not None]
+    assert abs(sum(logs) / len(logs)) < 0.05
+    assert max(map(abs, logs)) < 0.7  # four rows; of real weights there are 64 at least
+
+
 def drawn(measurement: Measurement) -> Tensor:
     """The labels that the measurement will draw: by inversion, from the model's own distribution."""
     generator = torch.Generator().manual_seed(0)

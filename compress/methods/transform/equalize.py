@@ -105,13 +105,14 @@ class _Input:
         return self.rounding.error(self.weight * scales, self.hessian / scales / scales.unsqueeze(1))
 
 
-def loss(scales: Tensor, costs: Tensor, weight: Tensor, rounding: _Rounding) -> Tensor:
-    """L of scales (in,) for a weight (rows, in), with costs r_k^2 (in,) of the unscaled Hessian."""
+def loss(scales: Tensor, costs: Tensor, eighths: Tensor, rounding: _Rounding) -> Tensor:
+    """L of scales (in,) for the eighth powers of a weight (rows, in), with costs r_k^2 (in,) of the unscaled Hessian."""
     size = group_columns(rounding.group_size, len(scales))
-    eighth = (weight * scales).square().square().square().view(len(weight), -1, size).sum(2)
-    top = (eighth + torch.finfo(eighth.dtype).tiny).pow(0.25).sum(0)  # squares of the norm of order 8, over rows: (groups,)
+    sums = torch.einsum("rgk,gk->rg", eighths.view(len(eighths), -1, size), scales.pow(8).view(-1, size))
+    top = (sums + torch.finfo(sums.dtype).tiny).pow(0.25).sum(0)  # squares of the norm of order 8, over rows: (groups,)
     left = (costs / scales.square()).view(-1, size).sum(1)
-    return (top * left).sum() * (2 / (2**rounding.bits - 1)) ** 2 / 12
+    step = 2 / ((1 << rounding.bits) - 1)
+    return (top * left).sum() * (step * step / 12)
 
 
 def search(inputs: Sequence[_Input], place: Scalable, channels: int, steps: int) -> Tensor:
@@ -122,14 +123,14 @@ def search(inputs: Sequence[_Input], place: Scalable, channels: int, steps: int)
         return logs.exp()
     for _ in range(_ROUNDS):
         before = expand(place, logs.exp())
-        terms = [(i.costs(before), i.weight / unit, i.rounding) for i in inputs]
+        terms = [(i.costs(before), (i.weight / unit).pow(8), i.rounding) for i in inputs]
         with torch.enable_grad():
             leaf = logs.clone().requires_grad_()
             adam = torch.optim.Adam([leaf], lr=_RATE)
             for _ in range(steps):
                 adam.zero_grad()
                 scales = expand(place, leaf).exp()
-                torch.stack([loss(scales, *term) for term in terms]).sum().log().backward()  # type: ignore[no-untyped-call]
+                torch.stack([loss(scales, *term) for term in terms]).sum().log().backward()
                 adam.step()
         logs = leaf.detach()
     return (logs - logs.mean()).exp()
