@@ -377,8 +377,12 @@ def import_each_first(modules: list[str], before: str, checked: bool) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_any_module_can_be_imported_first() -> None:
-    """Each in a process of its own, forked from one that has loaded the libraries and nothing of the package."""
+    """Each in a process of its own, forked from one that has loaded the libraries and nothing of the package.
+
+    That imports make no circle says the same, and takes no time.
+    """
     libraries = "import torch, numpy, scipy, pydantic, yaml, jinja2, rich.table, typer, transformers, transformers.modeling_utils"
     import_each_first([module for module in FILES if module != "__main__"], libraries, checked=False)
 
