@@ -13,7 +13,7 @@ from compress.recipe.schema import Recipe, Watch, parse_size
 
 PLACE = "command line"  # where such a recipe comes from, in messages
 # Methods by how long they may take: to nearest without data; compensated on scaled channels; blocks trained.
-EFFORTS = {"fast": "rtn", "normal": "equalize+gptq", "best": "equalize+signround"}
+EFFORTS = {"fast": "quant/rtn", "normal": "equalize+gptq", "best": "equalize+signround"}
 DEFAULT = EFFORTS["normal"]  # where none is named: as good as gptq, and far better where activations have outliers
 EVERY_BLOCK = "*.*"  # names of linears in blocks have a dot; the head's has none and stays as it is
 
