@@ -88,7 +88,7 @@ def matmul(x: Tensor, starts: Tensor, groups: Sequence[Group], most: int) -> Ten
         p = replace(planned, per_split=-(-shape.tiles // planned.tiles), splits=1)
         batches, panels = -(-most // p.tokens), -(-outputs // p.rows)
         kernel = weight_only.instance("wqmm", x.dtype, tiles.bits, tiles.kind, tiles.table is not None, p.tokens, tiles=p.tiles)
-        weight, output = weight_only.Weight(None, None, tiles.table, None), weight_only.Output(y=y)
+        weight, output = weight_only.WeightArguments(None, None, tiles.table, None), weight_only.OutputArguments(y=y)
         arguments = weight_only.arguments(rows, None, weight, output, shape, p, batches, (one.table, starts))
         reads = [t for t in (one.codes, one.meta, one.row_scale) if t is not None]
         _cuda.launch(kernel, (panels, 1, len(one.table) * batches), arguments, p.shared, x.device, reads)

@@ -68,7 +68,7 @@ class Plan:
         return 16 * BLOCKS * team(self.tokens)
 
 
-class Weight(NamedTuple):
+class WeightArguments(NamedTuple):
     """Arguments of `wqmm` that are read of W; None where a weight lacks it, or where experts have their own."""
 
     codes: Tensor | None
@@ -77,7 +77,7 @@ class Weight(NamedTuple):
     row_scale: Tensor | None
 
 
-class Output(NamedTuple):
+class OutputArguments(NamedTuple):
     """Arguments of `wqmm` for what is added to the sums, and where they go: `y` after rounding, `whole` in float32."""
 
     bias: Tensor | None = None
@@ -91,8 +91,8 @@ class Output(NamedTuple):
 def arguments(
     rows: Tensor,
     x_scale: Tensor | None,
-    weight: Weight,
-    output: Output,
+    weight: WeightArguments,
+    output: OutputArguments,
     shape: _Shape,
     p: Plan,
     batches: int,
@@ -279,8 +279,8 @@ def launch(
     assert (y is None) != (whole is None)
     dtype = rows.dtype if y is None else y.dtype
     kernel = instance("wqmm", dtype, tiles.bits, tiles.kind, tiles.table is not None, p.tokens, tiles.field == 8, p.tiles)
-    weight = Weight(tiles.codes, tiles.meta, tiles.table, tiles.row_scale)
-    output = Output(bias, addend, y, whole, workspace, counters)
+    weight = WeightArguments(tiles.codes, tiles.meta, tiles.table, tiles.row_scale)
+    output = OutputArguments(bias, addend, y, whole, workspace, counters)
     given = arguments(rows, x_scale, weight, output, shape, p, batches)
     _cuda.launch(kernel, (panels, p.splits, batches), given, p.shared, rows.device)
 
@@ -300,7 +300,7 @@ def dequantize_rows(tiles: Tiles, dtype: torch.dtype, start: int, stop: int) -> 
         kernel = instance("dequantize", dtype, tiles.bits, tiles.kind, lookup)
         count = -(-len(w) // _tiles.ROWS) * shape.tiles
         grid = min(-(-count // _WARPS), 8 * _cuda.device(where.index or 0).processors)
-        weight = Weight(tiles.codes, tiles.meta, tiles.table, tiles.row_scale)
+        weight = WeightArguments(tiles.codes, tiles.meta, tiles.table, tiles.row_scale)
         steps = (shape.tiles, shape.row_blocks, shape.reciprocal, shape.entries)
         given: list[_cuda.Argument] = [*weight, w, start, len(w), tiles.shape[1], *steps]
         _cuda.launch(kernel, (grid, 1, 1), given, _table_bytes(tiles.bits, lookup) + _WARPS * 2048, where)
