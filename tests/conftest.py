@@ -33,8 +33,8 @@ def reload_in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.M
 
 
 @pytest.fixture(autouse=True)
-def reports_without_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the charts out of the reports of runs; the tests of reports have them, and those that are marked `charts`."""
+def without_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the charts out of reports and plans; the tests of reports have them, and those that are marked `charts`."""
     if "report" not in request.path.parts and "charts" not in request.keywords:
         from charts import leave_out
 

@@ -246,6 +246,7 @@ def test_fused_experts_get_the_same(tiny: Tiny, ids: Path) -> None:
     assert len(joined) < len(groups)
 
 
+@pytest.mark.charts
 def test_a_plot_is_drawn(tiny: Tiny, ids: Path, run: Run, tmp_path: Path) -> None:
     common = ("plan", tiny("llama"), "--bpw", 4, "--data", ids, *SMALL)
     assert run(*common, "-o", tmp_path / "r.yaml").code == 0

@@ -113,6 +113,7 @@ def test_ranges() -> None:
         settings("2:4:0.5", whole=True)
 
 
+@pytest.mark.charts
 def test_the_command(tiny: Any, ids: Path, tmp_path: Path, run: Run) -> None:
     common = (tiny("llama"), "--data", ids, "--device", "cpu", "--dtype", "float32")
     done = run("sweep", *common, "--method", "wanda", "--sparsity", "0:0.6:0.3", "-o", tmp_path / "c.json")
