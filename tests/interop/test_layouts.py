@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import times
 
 from compress.checkpoint import packing
 from compress.errors import FormatError
@@ -27,7 +28,7 @@ from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
 
 FORMS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": CT}
-law = settings(max_examples=60, deadline=None, derandomize=True)
+law = settings(max_examples=times(15, 60), deadline=None, derandomize=True)
 Array = np.ndarray[Any, Any]
 
 

@@ -18,6 +18,7 @@ import torch
 from examples.bitpack import uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import times
 
 from compress import registry
 from compress.checkpoint import packing
@@ -26,7 +27,7 @@ from compress.weights import bit_stream as _bits
 from compress.weights.weight import CompressedWeight
 
 FORMATS = registry.names("formats")
-law = settings(max_examples=100, deadline=None, derandomize=True)
+law = settings(max_examples=times(25, 100), deadline=None, derandomize=True)
 
 
 def form(name: str) -> Any:
@@ -164,7 +165,7 @@ anything = odd | st.lists(odd, max_size=2) | st.dictionaries(st.text(max_size=2)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(law, max_examples=300)
+@settings(law, max_examples=times(75, 300))
 @given(data=st.data())
 def test_a_damaged_description_is_refused_or_still_a_layout(name: str, data: st.DataObject) -> None:
     codec = form(name)

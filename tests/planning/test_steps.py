@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import times
 
 from compress.planning.steps import fold
 
@@ -43,7 +44,7 @@ def planned(draw: st.DrawFn) -> tuple[dict[str, int], list[str]]:
     return choices, others
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=times(37, 150), deadline=None)
 @given(planned())
 def test_every_choice_comes_back(case: tuple[dict[str, int], list[str]]) -> None:
     choices, others = case
@@ -54,7 +55,7 @@ def test_every_choice_comes_back(case: tuple[dict[str, int], list[str]]) -> None
     assert all(any(unfold(steps, name) == c for name in choices) for c, _ in steps)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=times(12, 50), deadline=None)
 @given(st.dictionaries(st.text("ab[]*?!.01-", min_size=1, max_size=6), st.integers(0, 2), min_size=1, max_size=8))
 def test_names_that_look_like_globs_are_taken_as_they_are(choices: dict[str, int]) -> None:
     steps = fold(choices)

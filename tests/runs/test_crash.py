@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from runs import compress as run
 from runs import digests, ids_file, killed_at, steps
-from thorough import count
+from thorough import times
 
 from compress.checkpoint.source import Source
 from compress.errors import CalibrationError, CheckpointError, OutputError, ResumeError
@@ -66,7 +66,7 @@ def test_killed_at_each_durable_step(kind: str, forks: Any, tiny: Tiny, ids: Pat
     expected, events = digests(reference), int((tmp_path / "reference.events").read_text())
     assert events > 20
     generator = random.Random(kind)
-    for event in sorted(generator.sample(range(1, events + 1), count(6, 24))):
+    for event in sorted(generator.sample(range(1, events + 1), times(6, 24))):
         out = tmp_path / f"killed-{event}"
         process = start(forks, event, model, out, data, recipe, more)
         process.join()
@@ -88,7 +88,7 @@ def test_killed_again_and_again_at_random_moments(forks: Any, tiny: Tiny, ids: P
     expected = digests(tmp_path / "reference")
     generator = random.Random(0)
     kills = attempt = 0
-    while kills < count(6, 20):
+    while kills < times(6, 20):
         attempt += 1
         out = tmp_path / f"out-{attempt}"
         for _ in range(3):

@@ -11,7 +11,7 @@ import pytest
 THOROUGH = bool(os.environ.get("COMPRESS_SLOW"))
 
 
-def count(few: int, many: int) -> int:
+def times(few: int, many: int) -> int:
     """How often something random is tried."""
     return many if THOROUGH else few
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from masks import BASES as MASKED
 from masks import MASKS, pruned
 from places import TESTS
+from thorough import times
 from weights import random_weight
 
 from compress import registry
@@ -36,7 +37,9 @@ from examples import low_rank
 FORMATS = registry.names("formats")
 BASES = [name for name in FORMATS if "base" in registry.lookup("formats", name).roles]
 GOLDEN = TESTS / "golden" / "v1"
-law = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+law = settings(
+    max_examples=times(15, 60), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def stored(folder: Path, weight: CompressedWeight, site: str = "a.b") -> Stored:

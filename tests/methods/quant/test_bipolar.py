@@ -17,6 +17,7 @@ from problems import damped, loss, problem
 from pydantic import ValidationError
 from roundtrip import assert_round_trip
 from runs import steps
+from thorough import times
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian
@@ -27,7 +28,7 @@ from compress.weights.uniform import Uniform
 
 bipolar = function_of("quant/bipolar")
 
-law = settings(max_examples=40, deadline=None, derandomize=True)
+law = settings(max_examples=times(10, 40), deadline=None, derandomize=True)
 BITS = range(1, 9)
 
 

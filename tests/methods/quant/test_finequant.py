@@ -18,6 +18,7 @@ from options import bits_known, function_of
 from pydantic import ValidationError
 from roundtrip import assert_round_trip
 from runs import steps
+from thorough import times
 from torch import Tensor
 
 from compress.methods.quant.finequant import METHOD, granularity, sizes
@@ -26,7 +27,7 @@ from compress.weights.uniform import Uniform
 
 finequant = function_of("quant/finequant")
 
-law = settings(max_examples=80, deadline=None, derandomize=True)
+law = settings(max_examples=times(20, 80), deadline=None, derandomize=True)
 
 
 def random(rows: int, columns: int, seed: int = 0, tail: float = 0.0) -> Tensor:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from options import bits_known, function_of
 from problems import damped, loss, problem
 from pydantic import ValidationError
+from thorough import times
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian
@@ -31,7 +32,7 @@ gptq = function_of("quant/gptq")
 rtn = function_of("quant/rtn")
 
 ORDERS: tuple[Order, ...] = ("static", "none", "desc_act")
-law = settings(max_examples=40, deadline=None, derandomize=True)
+law = settings(max_examples=times(10, 40), deadline=None, derandomize=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the slow reference

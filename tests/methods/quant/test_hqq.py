@@ -15,6 +15,7 @@ from options import bits_known, function_of
 from pydantic import ValidationError
 from roundtrip import assert_round_trip
 from runs import steps
+from thorough import times
 from torch import Tensor
 
 from compress.methods.quant.hqq import METHOD
@@ -22,7 +23,7 @@ from compress.weights.uniform import Uniform
 
 hqq = function_of("quant/hqq")
 
-law = settings(max_examples=60, deadline=None, derandomize=True)
+law = settings(max_examples=times(15, 60), deadline=None, derandomize=True)
 BITS = range(1, 9)
 
 

@@ -16,6 +16,7 @@ from options import bits_known, function_of
 from problems import damped, loss, problem
 from pydantic import ValidationError
 from slim_reference import check, part, widths
+from thorough import times
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian
@@ -27,7 +28,7 @@ from compress.methods.solvers.uniform_grid import fit
 gptq = function_of("quant/gptq")
 slim = function_of("quant/slim")
 
-law = settings(max_examples=20, deadline=None, derandomize=True)
+law = settings(max_examples=times(10, 20), deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

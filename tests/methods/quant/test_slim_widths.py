@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from options import function_of
 from problems import damped, problem
 from slim_reference import part, widths
+from thorough import times
 from torch import Tensor
 
 from compress.methods.quant.slim import balanced, budget, cheapest, decoded
@@ -19,7 +20,7 @@ from compress.methods.solvers.uniform_grid import fit
 
 slim = function_of("quant/slim")
 
-law = settings(max_examples=20, deadline=None, derandomize=True)
+law = settings(max_examples=times(10, 20), deadline=None, derandomize=True)
 
 
 @law

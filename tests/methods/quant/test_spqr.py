@@ -17,6 +17,7 @@ from options import function_of
 from problems import damped, loss
 from pydantic import ValidationError
 from spqr_reference import COMMON, ORDERS, assert_equals_the_reference, leave_one_out, outlier_count, problem
+from thorough import times
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian
@@ -30,7 +31,7 @@ from compress.weights.two_level import TwoLevel, tiles
 gptq = function_of("quant/gptq")
 spqr = function_of("quant/spqr")
 
-law = settings(max_examples=40, deadline=None, derandomize=True)
+law = settings(max_examples=times(10, 40), deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from options import function_of
 from spqr_reference import bfloat16
+from thorough import times
 from torch import Tensor
 
 from compress.methods.solvers.outliers import Solver
@@ -18,7 +19,7 @@ from compress.methods.solvers.two_level_grid import Moments, TwoLevelGrid
 
 spqr = function_of("quant/spqr")
 
-law = settings(max_examples=40, deadline=None, derandomize=True)
+law = settings(max_examples=times(10, 40), deadline=None, derandomize=True)
 
 
 @law

@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thorough import times
 from torch import Tensor
 
 from compress.methods.method import indivisible
 from compress.methods.solvers.uniform_grid import Grid, encode, fit
 from compress.weights.uniform import Uniform
 
-law = settings(max_examples=60, deadline=None, derandomize=True)
+law = settings(max_examples=times(15, 60), deadline=None, derandomize=True)
 
 
 def bfloat16(value: float) -> float:
