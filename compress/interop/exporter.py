@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from compress.interop.foreign import open_any
 from compress.interop.layout import MARKER, RECORD, SHARD, Exporting, Layout
 from compress.output import seal
 from compress.report.redaction import base_model
-from compress.system.files import fsync_folder, write_json, write_text, writing
+from compress.system.files import empty_folder, locked, remove_folder, write_json, write_text, writing
 from compress.system.progress import Progress
 from compress.weights.table import Table
 
@@ -149,6 +147,7 @@ def export(work: Exporting, out: Path, progress: Progress, limit: int = SHARD) -
     identity = {"format": work.form.name, "source": work.source.fingerprint()}
     if (before := finished(out)) is not None:
         if before.get("identity") == identity:
+            _remove_leftover(out)
             return _shown(before) | {"resumed": True}
         raise OutputError(f"{out}: is another export; choose another place, or remove it")
     with _building(out) as folder:
@@ -161,7 +160,7 @@ def export(work: Exporting, out: Path, progress: Progress, limit: int = SHARD) -
         summary = _summary(work, identity, work.form.write(work, folder, step, limit))
         write_text(folder / "README.md", export_card.text(work.source, summary, out.name, work.form))
         write_json(folder / RECORD, summary)
-        publish(folder, out)
+        seal.publish(folder, out)
     return _shown(summary)
 
 
@@ -221,32 +220,44 @@ def check_place(out: Path) -> None:
     finished(out)
 
 
+def _place(out: Path) -> Path:
+    """The folder of an export that is being written: its marker, which is locked, and the checkpoint."""
+    return out.with_name(out.name + ".exporting")
+
+
+def _remove_leftover(out: Path) -> None:
+    """Remove the folder of an export that was killed after its result had got its name."""
+    place = _place(out)
+    if place.is_dir() and ((place / MARKER).exists() or not any(place.iterdir())):
+        with writing(place), suppress(BlockingIOError), locked(place / MARKER):
+            remove_folder(place, MARKER)
+
+
 @contextmanager
 def _building(out: Path) -> Iterator[Path]:
-    """Yield an empty folder next to `out` under a temporary name; what an interrupted export left there is removed first."""
-    folder = out.with_name(out.name + ".exporting")
-    with writing(folder):
-        if folder.exists() and not (folder / MARKER).exists() and any(folder.iterdir()):
-            raise OutputError(f"{folder}: exists and is not an unfinished export; remove it, or choose another place")
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / MARKER).open("w") as marker:
-            try:
-                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"{folder}: another export is at work here; wait for it, or choose another place") from None
-            for path in folder.iterdir():
-                if path.name != MARKER:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            try:
-                yield folder
-            except Exception:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+    """Yield an empty folder within one next to `out`, which is removed in the end.
 
-
-def publish(folder: Path, out: Path) -> None:
-    """Give a whole export its final name, in one step."""
-    with writing(out):
-        (folder / MARKER).unlink()
-        fsync_folder(folder)
-    seal.publish(folder, out)
+    What an interrupted export left there is removed first. The marker is the first to come and the last to go, so that it is
+    known for what it is whenever it is killed.
+    """
+    place = _place(out)
+    with writing(place):
+        if place.exists() and not (place / MARKER).exists() and any(place.iterdir()):
+            raise OutputError(f"{place}: exists and is not an unfinished export; remove it, or choose another place")
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            marker = locked(place / MARKER)
+        except BlockingIOError:
+            raise OutputError(f"{place}: another export is at work here; wait for it, or choose another place") from None
+    with marker:
+        folder = place / "checkpoint"
+        try:
+            with writing(place):
+                empty_folder(place, MARKER)
+                folder.mkdir()
+            yield folder
+        except Exception:
+            remove_folder(place, MARKER)
+            raise
+        with writing(place):
+            remove_folder(place, MARKER)

@@ -120,7 +120,7 @@ class Layout(Generic[Scheme]):
         there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         return {
             "bytes": sum(entry.nbytes for members in entries.values() for entry in members),
-            "files": {name: sha256(folder / name) for name in there if name != MARKER},
+            "files": {name: sha256(folder / name) for name in there},
             "values": values,
         }
 

@@ -12,16 +12,16 @@ A block is done when its line is in the journal, whole; anything newer than the 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CheckpointError, OutputError, ResumeError
-from compress.system.files import fsync_folder, sha256, write_json, write_text, writing
+from compress.system.files import fsync_folder, locked, remove_folder, sha256, write_json, write_text, writing
 
 _MARKER = "job.json"
 _FIRST = {_MARKER, "lock", "recipe.yaml", "parts", "hidden"}  # what a folder may hold before its marker is there
@@ -101,9 +101,8 @@ class Job:
         foreign = sorted(set(names) - _FIRST)
         if _MARKER not in names and foreign:
             raise OutputError(f"{self.folder}: holds {foreign[0]!r} and is not a job folder; choose another place, or remove it")
-        self._lock = (self.folder / "lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = locked(self.folder / "lock")
         except BlockingIOError as error:
             raise ResumeError(f"{self.folder}: another run is at work in this job folder; wait for it, or stop it") from error
 
@@ -156,7 +155,7 @@ class Job:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-        _remove(self.folder)
+        remove_folder(self.folder, _MARKER)
 
 
 def remove_leftover(folder: Path, identity: dict[str, Any]) -> None:
@@ -167,19 +166,9 @@ def remove_leftover(folder: Path, identity: dict[str, Any]) -> None:
         recorded = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         recorded = None
-    if recorded == identity or not any(folder.iterdir()):
-        _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a job folder, its marker last, so that what a kill leaves of it is still known for what it is."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != _MARKER:
-            path.unlink()
-    (folder / _MARKER).unlink(missing_ok=True)
-    folder.rmdir()
+    if recorded == identity or {path.name for path in folder.iterdir()} <= {"lock"}:
+        with writing(folder), suppress(BlockingIOError), locked(folder / "lock"):
+            remove_folder(folder, _MARKER)
 
 
 def _compare(folder: Path, identity: dict[str, Any]) -> None:

@@ -64,9 +64,10 @@ class MeasurementFile:
 
     def measured(self, memory_budget: int, progress: Progress) -> tuple[Sensitivity, bool]:
         """The sensitivities, and whether they were there already."""
-        if self.sensitivity is not None:
-            return self.sensitivity, True
         begun = self.path.with_suffix(".begun")
+        if self.sensitivity is not None:
+            shutil.rmtree(begun, ignore_errors=True)  # of a run that was killed after it had written them
+            return self.sensitivity, True
         self.sensitivity = measure(self.plan, self.ids, self.candidates, memory_budget, progress, begun)
         self._write()
         shutil.rmtree(begun)

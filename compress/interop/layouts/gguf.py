@@ -10,7 +10,7 @@ from compress.checkpoint.packed_source import PackedSource
 from compress.interop import gguf_blocks, gguf_file
 from compress.interop.gguf_blocks import Blocks
 from compress.interop.layout import SHARD, Exporting, Layout, Step
-from compress.system.files import sha256, writing
+from compress.system.files import replacing, sha256
 
 
 class Gguf(Layout[Blocks]):
@@ -33,8 +33,8 @@ class Gguf(Layout[Blocks]):
         """Write one file, whatever its size, and read it back; return what the record says of it."""
         members, left, notes = gguf_file.plan(work.source, work.schemes)
         path = folder / gguf_file.FILE
-        with writing(path):
-            gguf_file.write(work.source, work.schemes, members, path, lambda site: step(site, "exporting"))
+        with replacing(path) as temporary:
+            gguf_file.write(work.source, work.schemes, members, temporary, lambda site: step(site, "exporting"))
         gguf_file.check(work.source, work.schemes, members, path, lambda site: step(site, "reading back"))
         kinds: dict[str, int] = {}
         for member in members:
