@@ -10,6 +10,9 @@ and `samples` of them are drawn. So large data cost no more than small ones, and
   bring their own marks and get none. No special token is added inside a document.
 - Where the tokenizer puts something in front of every text by itself (bos of Llama or Gemma), every window starts with it,
   because the model sees no other beginning in use; the rest of the window, `length` less that prefix, is a slice of the stream.
+  `data.bos` puts the bos token there where the tokenizer does not, or leaves out what it would put there.
+- `builtin` is a .jsonl of this package, whose dialogues are written as plain text where there is no chat template; `self` is
+  written by the model, see `own_text`.
 - Ids of an .npy file are taken as they are: all rows in the file's order, or a drawn subset in the file's order, and the first
   `length` columns.
 """
@@ -28,9 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.calibration import own_text
 from compress.calibration.documents import Row, first_line, local_file, rows
 from compress.errors import CalibrationError
-from compress.recipe.data import Data
+from compress.recipe.data import BUILTIN, SELF, Data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,21 +56,23 @@ def load_ids(data: Data, model_folder: Path, vocabulary: int, max_length: int | 
     generator = torch.Generator().manual_seed(data.seed)
     if path is not None and path.suffix.lower() == ".npy":
         return _load_npy(path, data, vocabulary, max_length, generator)
-    length = _limit(data, data.length, max_length)
+    samples, length = data.shape
+    length = _limit(data, length, max_length)
     tokenizer = _load_tokenizer(model_folder)
-    prefix = _prefix(tokenizer)
+    prefix = _prefix(tokenizer, data.bos, model_folder)
+    if data.name == SELF:
+        return own_text.write(model_folder, tokenizer, prefix, samples, length, data.chat_template, generator)
     stride = length - len(prefix)
     if stride < 1:
         raise CalibrationError(
             f"data.length: {length}, but the tokenizer puts {len(prefix)} tokens before a text; use {len(prefix) + 1} or more"
         )
-    stream = _stream(rows(path, data, generator), data, tokenizer, POOL * data.samples * stride)
+    stream = _stream(rows(path, data, generator), data, tokenizer, POOL * samples * stride)
     count = len(stream) // stride
-    samples = data.samples
     if fewer and "samples" not in data.model_fields_set and count > 0:
         samples = min(samples, count)
     if count < samples:
-        raise CalibrationError(_too_little(data, len(stream), length, len(prefix)))
+        raise CalibrationError(_too_little(data.name, len(stream), samples, length, len(prefix)))
     chosen = torch.randperm(count, generator=generator)[:samples].sort().values
     windows = torch.from_numpy(stream[: count * stride].reshape(count, stride)[chosen.numpy()].astype(np.int64))
     ids = torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(samples, -1), windows], dim=1)
@@ -92,15 +98,15 @@ def _limit(data: Data, length: int, max_length: int | None) -> int:
     return max_length
 
 
-def _too_little(data: Data, tokens: int, length: int, prefix: int) -> str:
+def _too_little(name: str, tokens: int, samples: int, length: int, prefix: int) -> str:
     ways = ["more text"]
-    if tokens // data.samples + prefix > max(prefix, 1):
-        ways.insert(0, f"length: {tokens // data.samples + prefix} (at {data.samples} samples)")
+    if tokens // samples + prefix > max(prefix, 1):
+        ways.insert(0, f"length: {tokens // samples + prefix} (at {samples} samples)")
     if tokens >= length - prefix:
         ways.insert(0, f"samples: {tokens // (length - prefix)} (at length {length})")
     return (
-        f"{data.name}: has {tokens:,} tokens, but {data.samples} samples x {length - prefix} tokens need "
-        f"{data.samples * (length - prefix):,}; use " + ", or ".join(ways)
+        f"{name}: has {tokens:,} tokens, but {samples} samples x {length - prefix} tokens need "
+        f"{samples * (length - prefix):,}; use " + ", or ".join(ways)
     )
 
 
@@ -167,8 +173,20 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that the tokenizer puts in front of every text by itself."""
+def _prefix(tokenizer: PreTrainedTokenizerBase, bos: bool | None, folder: Path) -> list[int]:
+    """Return the ids in front of every window: what the tokenizer puts there by itself, its bos token with `bos`, or nothing."""
+    if bos is False:
+        return []
+    found = _by_itself(tokenizer)
+    if bos is None or found:
+        return found
+    if tokenizer.bos_token_id is None:
+        raise CalibrationError(f"data.bos: true, but the tokenizer of {folder} has no bos token; leave bos out")
+    return [tokenizer.bos_token_id]
+
+
+def _by_itself(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that the tokenizer puts in front of every text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
@@ -225,7 +243,7 @@ def _text(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase) -> tuple[str
             )
         return row.value, False
     messages = _messages(row)
-    if data.chat_template is False:
+    if data.chat_template is False or (data.name == BUILTIN and not tokenizer.chat_template):
         return "\n\n".join(message["content"] for message in messages), False
     if not tokenizer.chat_template:
         raise CalibrationError(

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from compress.errors import CalibrationError
-from compress.recipe.data import PRESETS, SUFFIXES, Data, Preset
+from compress.recipe.data import BUILTIN, PRESETS, SUFFIXES, Data, Preset
 
+OWN_TEXT = Path(__file__).with_name("builtin.jsonl")
 PIECE = 1 << 18  # bytes of a .txt that make a document
 SHUFFLE = 10_000  # rows in the shuffle buffer of a streamed dataset
 STREAM_ABOVE = 1 << 30  # bytes of a dataset that are not downloaded whole
@@ -46,6 +47,8 @@ def rows(path: Path | None, data: Data, generator: torch.Generator) -> Iterator[
 
 def local_file(name: str) -> Path | None:
     """Return the local file that `name` means; None when it means a dataset of the Hub."""
+    if name == BUILTIN:
+        return OWN_TEXT
     if name in PRESETS:
         return None
     path = Path(os.path.expanduser(name))
@@ -209,7 +212,8 @@ def _no_dataset(name: str, path: str, reason: str) -> str:
     place = f"{name} ({path})" if name in PRESETS else f"{name}: neither a file nor a preset ({', '.join(PRESETS)})"
     return (
         f"{place}: cannot be read from the Hugging Face Hub or its local cache ({reason}); "
-        "expected a dataset that can be reached; or pass a local file: --data text.jsonl, text.txt, text.parquet, ids.npy"
+        "expected a dataset that can be reached; or pass a local file: --data text.jsonl, text.txt, text.parquet, ids.npy; "
+        "or the text of this package: --data builtin"
     )
 
 

@@ -20,13 +20,21 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or a Hub id.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to create.")]
 DataName = Annotated[
-    str | None, typer.Option("--data", help="Calibration: .txt .jsonl .parquet .npy, a preset (c4, wikitext2, ...) or a Hub id.")
+    str | None,
+    typer.Option(
+        "--data",
+        help="Calibration: .txt .jsonl .parquet .npy, builtin, self (the model writes it), a preset (c4, ...) or a Hub id.",
+    ),
 ]
 Samples = Annotated[int | None, typer.Option(help="Windows of text.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a window.")]
 Seed = Annotated[int | None, typer.Option(help="Draws documents and windows.")]
 ChatTemplate = Annotated[
     bool | None, typer.Option("--chat-template/--no-chat-template", help="Write messages with the tokenizer's template.")
+]
+Bos = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="Begin every window with the bos token; else as the tokenizer begins a text."),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: steps.0.options.bits=3. May be repeated.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and its sizes, and stop.")]
@@ -86,13 +94,14 @@ class TextFlags:
 
 @dataclass(frozen=True)
 class DataFlags(TextFlags):
-    """A text, how much of it is drawn, and how messages are written."""
+    """A text, how much of it is drawn, how messages are written, and how windows begin."""
 
     chat_template: ChatTemplate = None
+    bos: Bos = None
 
     def options(self) -> DataOptions:
         """The same for the Python API."""
-        return DataOptions(self.data, self.samples, self.length, self.seed, self.chat_template)
+        return DataOptions(self.data, self.samples, self.length, self.seed, self.chat_template, self.bos)
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,15 @@ def run_and_show(
     from compress.recipe.build import watched
     from compress.runs.prepared import prepare_run
     from compress.screen.checkpoints import show_exports, show_findings
+    from compress.screen.console import console
     from compress.screen.plans import describe_dry_run, show_dry_run
     from compress.screen.results import show_outcome
     from compress.system import distributed
 
     leader, silent = distributed.leads(), quiet or flags.json_
     run = prepare_run(watched(recipe, flags.watch), model, output, options, headers=flags.dry_run)
+    if leader and not flags.json_ and run.plan.calibrated and recipe.data is not None and recipe.data.said:
+        console().print(recipe.data.said)
     if options.target is not None and leader:
         show_findings(options.target, run.findings)
     if flags.dry_run:

@@ -37,6 +37,7 @@ class Record:
     rows: list[dict[str, Any]] = field(default_factory=list)  # report rows of its sites
     seconds: float = 0.0
     difference: float | None = None  # of the held-out windows' hidden states from the original's, over their norm
+    largest: dict[str, Any] | None = None  # value of the hidden states that entered it: value, median, channel, position, token
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

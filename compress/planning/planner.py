@@ -25,6 +25,7 @@ from compress.planning.steps import fold
 from compress.planning.store import MeasurementFile
 from compress.recipe import assignment as recipe_assignment
 from compress.recipe import reading as recipe_reading
+from compress.recipe.data import BUILTIN
 from compress.recipe.schema import Recipe
 from compress.runs import prepare as run_prepare
 from compress.runs.prepare import RunPlan
@@ -89,7 +90,7 @@ def prepared(
     """Open the model, with all linears in blocks as sites, and transforms before them. Raises CheckpointError, RecipeError."""
     # The whole row as a group: a step that every shape takes, standing for those to come.
     step = {"match": "*.*", "method": "quant/gptq", "options": {"group_size": -1}}
-    values: dict[str, Any] = {"steps": [step], "data": data or {"name": "c4"}}
+    values: dict[str, Any] = {"steps": [step], "data": {"name": BUILTIN, **(data or {})}}
     if transforms:
         values["transforms"] = [{"method": path} for path in transforms]
     if dtype is not None:

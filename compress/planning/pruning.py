@@ -11,6 +11,7 @@ from compress import registry
 from compress.errors import RecipeError
 from compress.planning import sparsity_steps
 from compress.recipe import build, reading
+from compress.recipe.data import BUILTIN
 from compress.recipe.data_options import DataOptions
 from compress.recipe.schema import Recipe
 from compress.system.progress import Progress
@@ -73,7 +74,7 @@ def make_pruning_recipe(
 ) -> Recipe:
     """Make a recipe that prunes; only where the sparsity is distributed, the model is looked at. Raises CompressError."""
     transforms, path = build.method_line(pruning.method, "prune")
-    values: dict[str, Any] = {"data": data.values() or {"name": "c4"}}
+    values: dict[str, Any] = {"data": {"name": BUILTIN, **data.values()}}
     if transforms:
         values["transforms"] = [{"method": transform} for transform in transforms]
     if dtype is not None:

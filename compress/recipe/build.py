@@ -8,6 +8,7 @@ from typing import Any
 from compress import registry
 from compress.errors import RecipeError
 from compress.recipe import reading
+from compress.recipe.data import BUILTIN
 from compress.recipe.data_options import DataOptions
 from compress.recipe.schema import Recipe, Watch, parse_size
 
@@ -57,7 +58,7 @@ def one_step(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := [key for key in options if key not in known]:
         raise RecipeError(f"--{unknown[0].replace('_', '-')}: {path} has no such option; it has {', '.join(known)}")
     step = {"match": EVERY_BLOCK, "method": path, "options": dict(options)}
-    values: dict[str, Any] = {"data": {"name": "c4"}, "steps": [step]}
+    values: dict[str, Any] = {"data": {"name": BUILTIN}, "steps": [step]}
     if transforms:
         values["transforms"] = [{"method": transform} for transform in transforms]
     return values

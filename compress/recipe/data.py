@@ -11,6 +11,10 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
+BUILTIN = "builtin"  # the mixed text that is part of this package
+SELF = "self"  # text that the model itself writes
+OWN = (BUILTIN, SELF)  # texts that are always there
+OWN_SHAPE = (128, 512)  # their windows, and tokens of a window, where nothing is asked for
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,17 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 class Data(BaseModel):
     """The calibration data of a run.
 
-    `samples` and `length` that are not given follow the data: an .npy file keeps its own shape, and a model with a shorter
-    context gets shorter windows. Given ones are taken at their word. What was given is known from `model_fields_set`, so a
-    recipe that is saved for later must be dumped with `exclude_unset=True`, or with the numbers that were used in the end.
+    `samples` and `length` that are not given follow the data: an .npy file keeps its own shape, `builtin` and `self` give 128
+    windows of 512 tokens, and a model with a shorter context gets shorter windows. Given ones are taken at their word. What was
+    given is known from `model_fields_set`, so a recipe that is saved for later must be dumped with `exclude_unset=True`, or with
+    the numbers that were used in the end.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(
-        min_length=1, description=f"a preset ({', '.join(PRESETS)}), a dataset of the Hub, or a {', '.join(SUFFIXES)} file"
+        min_length=1,
+        description=f"builtin, self, a preset ({', '.join(PRESETS)}), a dataset of the Hub, or a {', '.join(SUFFIXES)} file",
     )
     samples: int = Field(default=256, ge=1, description="windows")
     length: int = Field(default=2048, ge=2, description="tokens of a window")
@@ -61,6 +67,26 @@ class Data(BaseModel):
         description="true: rows must hold messages, written by the tokenizer's chat template; false: their contents as "
         "plain text; not given: the template wherever a row holds messages",
     )
+    bos: bool | None = Field(
+        default=None,
+        description="true: every window begins with the tokenizer's bos token; false: nothing is put in front; not given: as "
+        "the tokenizer itself begins a text",
+    )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Windows and tokens of a window: what was given, or the defaults for this kind of text."""
+        samples, length = OWN_SHAPE if self.name in OWN else (self.samples, self.length)
+        given = self.model_fields_set
+        return self.samples if "samples" in given else samples, self.length if "length" in given else length
+
+    @property
+    def said(self) -> str:
+        """What is said of a text that is neither a file nor a dataset; empty for others."""
+        windows = "{} windows of {} tokens".format(*self.shape)
+        if self.name == BUILTIN:
+            return f"Calibration text: builtin, {windows} of the text that comes with compress; --data gives another"
+        return f"Calibration text: self, {windows} that the model itself writes" if self.name == SELF else ""
 
     @property
     def suffix(self) -> str | None:
@@ -71,10 +97,15 @@ class Data(BaseModel):
     @model_validator(mode="after")
     def _settings_apply(self) -> Self:
         """Refuse what would be ignored, so that a setting in the wrong place is not lost without a word."""
-        if self.suffix is None:
-            return self
-        unused = ["split", "config"] if self.suffix in (".jsonl", ".parquet") else ["split", "config", "column", "chat_template"]
+        unused: list[str] = []
+        if self.name in OWN:
+            unused = ["split", "config", "column"]
+        elif self.suffix is not None:
+            unused = ["split", "config"] + ([] if self.suffix in (".jsonl", ".parquet") else ["column", "chat_template"])
+        if self.suffix == ".npy":
+            unused.append("bos")
+        what = self.name if self.name in OWN else f"a {self.suffix} file"
         for field in unused:
             if getattr(self, field) is not None:
-                raise ValueError(f"`{field}` means nothing for a {self.suffix} file; remove it")
+                raise ValueError(f"`{field}` means nothing for {what}; remove it")
         return self

@@ -10,8 +10,9 @@ from typing import Any
 class DataOptions:
     """A text, and how much of it is drawn. What is None is left to the recipe, or to the text's own defaults.
 
-    `name`: a .txt, .jsonl, .parquet or .npy file, a preset (c4, wikitext2, ...) or a dataset of the Hub; `samples` windows of
-    `length` tokens, drawn by `seed`; `chat_template`: whether messages are written with the tokenizer's template.
+    `name`: a .txt, .jsonl, .parquet or .npy file, builtin (the text of this package), self (text that the model writes), a preset
+    (c4, wikitext2, ...) or a dataset of the Hub; `samples` windows of `length` tokens, drawn by `seed`; `chat_template`: whether
+    messages are written with the tokenizer's template; `bos`: whether windows begin with the tokenizer's bos token.
     """
 
     name: str | None = None
@@ -19,6 +20,7 @@ class DataOptions:
     length: int | None = None
     seed: int | None = None
     chat_template: bool | None = None
+    bos: bool | None = None
 
     def values(self) -> dict[str, Any]:
         """The `data:` section of a recipe, as far as it is given."""

@@ -55,6 +55,21 @@ def _tokens_notices(c: Checkpoint) -> list[Notice]:
     return found
 
 
+def _massive_notices(c: Checkpoint) -> list[Notice]:
+    """What stands out of the hidden states."""
+    seen = c.summary.get("massive") or []  # older checkpoints have no entry
+    if not seen:
+        return []
+    top = max(seen, key=lambda one: abs(one["value"]))
+    places = charts.ranges({one["block"] for one in seen})
+    text = (
+        f"The model has massive activations: {top['value']:,.0f} in channel {top['channel']} of token {top['position']} (id "
+        f"{top['token']}) before block {top['block']}, where the median magnitude is {top['median']:.3g}; before "
+        f"{'blocks' if len(seen) > 1 else 'block'} {places} values are over a thousand times the median."
+    )
+    return [Notice(text, False)]
+
+
 def _size_notices(c: Checkpoint) -> list[Notice]:
     """Why the file is not smaller."""
     found = []
@@ -80,7 +95,7 @@ def notices(c: Checkpoint) -> list[Notice]:
         found.append(Notice("Quality was measured on the calibration data itself, so it looks better than it is on other text."))
     if kind := c.summary.get("decoded_from"):
         found.append(Notice(f"The original is stored in {kind}; it was decoded to bfloat16 before it was compressed.", False))
-    found += _tokens_notices(c) + _size_notices(c)
+    found += _tokens_notices(c) + _massive_notices(c) + _size_notices(c)
     if c.rows:
         errors = [charts.ordered(row.error) for row in c.rows]
         worst, middle = worst_first(c.rows)[0], median(errors)

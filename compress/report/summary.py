@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from compress.recipe.data import PRESETS, Data
+from compress.recipe.data import OWN, PRESETS, Data
 from compress.report import charts
 from compress.report.redaction import base_model, cleaned_recipe, data_name, is_hub_id
 from compress.report.rows import SiteRow, bits_per_weight, read_rows
@@ -203,7 +203,13 @@ def _calibration(identity: dict[str, Any], rows: Sequence[SiteRow]) -> Calibrati
         return None
     name = str(data["name"])
     shown = data_name(name)
-    hub = PRESETS[name].path if name in PRESETS else name if Data(name=name).suffix is None and is_hub_id(shown) else None
+    hub = (
+        PRESETS[name].path
+        if name in PRESETS
+        else name
+        if name not in OWN and Data(name=name).suffix is None and is_hub_id(shown)
+        else None
+    )
     return Calibration(shown, hub, data["samples"], data["length"], data["seed"], identity["calibration"])
 
 

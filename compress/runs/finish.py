@@ -23,6 +23,7 @@ from compress.recipe import schema as recipe_schema
 from compress.report import card
 from compress.report import redaction as published
 from compress.report import rows as report
+from compress.runs import massive
 from compress.runs.pipeline import rows_of
 from compress.runs.prepare import RunPlan
 from compress.system import memory
@@ -102,6 +103,7 @@ def finish(
         "hardware": memory.machine() + ("" if plan.device.type != "cuda" else f", {torch.cuda.get_device_name(plan.device)}"),
         "predicted": predicted,
         "cache": cached,
+        "massive": massive.massive(job.records) if plan.calibrated else [],
         "watched": [record.difference for record in job.records if record.difference is not None],
         "compute_seconds": sum(record.seconds for record in job.records),
         "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),

@@ -23,7 +23,7 @@ from compress.model.streamed import StreamedModel, Weights
 from compress.output.job import Job, Record
 from compress.recipe.assignment import Assignment, StageAssignment, within
 from compress.report.rows import SiteRow
-from compress.runs import watch
+from compress.runs import massive, watch
 from compress.runs.block import BlockWork, compress_to_file, stored_weights
 from compress.runs.replay import replay
 from compress.system import distributed
@@ -133,6 +133,7 @@ class Run:
     def _visit(self, block: int) -> Iterator[tuple[str, Weights]]:
         """Compress a block, or the head, into files, yield its weights as they are stored, and note it in the journal."""
         start = time.perf_counter()
+        largest = massive.largest(self.calibration, block)
         name, mine = compress_to_file(self._around(block), self.work[block], self._cache(block), self.job.parts)
         files, rows = self._gathered(block, name, mine)
         difference = None
@@ -141,7 +142,7 @@ class Run:
             difference = watch.difference(self.watched, block, self.limit) if self.watched else None
         stored = block < self.blocks and self._store(block)
         distributed.barrier()
-        record = Record(block, files, stored, rows, time.perf_counter() - start, difference)
+        record = Record(block, files, stored, rows, time.perf_counter() - start, difference, largest)
         if distributed.rank() == 0:
             self.job.commit(record)
         else:

@@ -19,7 +19,7 @@ from compress.model.detect import find_family
 from compress.recipe import assignment as recipe_assignment
 from compress.recipe import reading as recipe_reading
 from compress.recipe.assignment import Assignment, StageAssignment
-from compress.recipe.data import Data
+from compress.recipe.data import SELF, Data
 from compress.recipe.schema import Recipe
 from compress.system import memory
 from compress.system.device import DTYPES, pick_device
@@ -124,12 +124,17 @@ def calibration(plan: RunPlan, data: Data | None = None) -> Tensor:
 
 
 def calibration_shape(plan: RunPlan) -> tuple[int, int]:
-    """Return the windows, and tokens per window, of `calibration`, without the tokenizer of a model on the Hub."""
+    """Return the windows, and tokens per window, of `calibration`, without the tokenizer of a model on the Hub.
+
+    A model is not run to write its own text.
+    """
     data = plan.recipe.data
-    if not plan.source.remote or not plan.calibrated or data is None or data.suffix == ".npy":
+    known = data is not None and (plan.source.remote or data.name == SELF) and data.suffix != ".npy"
+    if not plan.calibrated or data is None or not known:
         ids = calibration(plan)
         return ids.shape[0], ids.shape[1]
-    return data.samples, min(data.length, context_length(plan.source) or data.length)
+    samples, length = data.shape
+    return samples, min(length, context_length(plan.source) or length)
 
 
 def identity(plan: RunPlan, ids: Tensor) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def speaking(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shutil.copytree(model, tmp_path_factory.mktemp("speaking") / "model")
     tokenizer = Tokenizer(WordLevel({"<unk>": 0, **{f"word{n}": n + 1 for n in range(90)}}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="word3")
     fast.chat_template = "{% for m in messages %}word7 {{ m.content }} word8 {% endfor %}"
     fast.save_pretrained(folder)
     return folder
@@ -88,3 +88,17 @@ def test_every_option_does_something(command: str, option: str, run: Run, speaki
         return run("quantize", speaking, "-o", out, *flags, *arguments), out
 
     CHECKS[option](start, tmp_path)
+
+
+def test_without_data_the_text_of_the_package_is_used(run: Run, speaking: Path, tmp_path: Path) -> None:
+    """No file and no network: one line says what it was calibrated on, a dry run too."""
+    common = ("--group-size", "16", "--samples", "2", "--length", "16", "--device", "cpu", "--no-reload")
+    done = run("quantize", speaking, "-o", tmp_path / "out", *common)
+    line = "Calibration text: builtin, 2 windows of 16 tokens of the text that comes with compress; --data gives another"
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[0] == line
+    assert run("quantize", speaking, "-o", tmp_path / "other", *common, "--dry-run").out.splitlines()[0] == line
+    assert "Calibration text" not in run("quantize", speaking, "-o", tmp_path / "rtn", "--method", "rtn", *common).out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "builtin" in card
+    assert "datasets:" not in card, "it is no dataset of the Hub"

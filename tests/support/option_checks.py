@@ -100,6 +100,15 @@ def check_chat_template(start: Start, tmp_path: Path) -> None:
     assert (done.code, "holds plain text, but chat_template: true expects messages" in done.err) == (4, True)
 
 
+def check_bos(start: Start, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": " ".join(f"word{n % 90}" for n in range(300))}))
+    common = ("--data", text, "--samples", 4, "--length", 6)
+    _, out = start(*common, "--bos")
+    assert recipe_of(out)["data"]["bos"] is True
+    assert calibration_of(out) != calibration_of(start(*common, "--no-bos")[1])
+
+
 def check_recipe(start: Start, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("steps: [{match: '*.mlp.*', method: quant/rtn, options: {bits: 2, group_size: 32}}]\n")
