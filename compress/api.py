@@ -72,8 +72,9 @@ def run(
     listen = progress or _ignore
     summary = prepared.compress(listen)
     quality = prepared.measure(listen)
-    exports = prepared.exports()
-    return prepared.outcome(summary, quality, exports.write(listen))
+    exported = prepared.export(listen)
+    exported.raise_failed()
+    return prepared.outcome(summary, quality, exported.made)
 
 
 def read_recipe(

@@ -116,9 +116,10 @@ def _loaded(folder: Path) -> Any:
         )
     dtype = "auto" if device.type == "cuda" else torch.float32
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, trust_remote_code=False, local_files_only=True
-        ).to(device)  # fmt: skip
+        )
+        return model.to(device)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CalibrationError(
             f"--data self: transformers cannot load {folder} ({str(error).splitlines()[0]}); use --data builtin, or a file"

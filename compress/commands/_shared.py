@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from compress.system.progress import Progress
 
 if TYPE_CHECKING:
-    from compress.commands._options import RunFlags
+    from compress.commands._options import PlanningFlags, RunFlags
+    from compress.planning.budget import Budget
+    from compress.recipe.data_options import DataOptions
     from compress.recipe.schema import Recipe
     from compress.runs.prepared import RunOptions
 
@@ -66,13 +68,36 @@ def run_and_show(
         quality = run.measure(shown)
     if not leader:
         return
-    exports = run.exports()
-    if options.target is not None:
-        show_findings(options.target, [finding for finding in exports.findings if finding not in run.findings])
     with progress(silent or not options.formats) as shown:
-        outcome = run.outcome(summary, quality, exports.write(shown))
+        exported = run.export(shown)
+    if options.target is not None:
+        show_findings(options.target, [finding for finding in exported.findings if finding not in run.findings])
+    outcome = run.outcome(summary, quality, exported.made)
     if flags.json_:
         print(json.dumps(outcome.plain(), indent=2))
     else:
         show_outcome(outcome)
         show_exports(outcome.exports)
+    exported.raise_failed()
+
+
+def show_what_fits(
+    model: str,
+    data: DataOptions,
+    budget: Budget,
+    methods: Sequence[str],
+    candidates: Sequence[str],
+    flags: RunFlags | PlanningFlags,
+) -> None:
+    """Show the sizes that a plan can have, from config and headers: the dry run of a budget. Raises CompressError."""
+    from compress.planning.feasibility import feasibility
+    from compress.planning.planner import PlanRequest
+    from compress.recipe.build import memory_budget, method_lines
+    from compress.screen.plans import show_feasibility
+
+    transforms, paths = method_lines(methods, candidates)
+    most = memory_budget(flags.memory)
+    seen = feasibility(
+        PlanRequest(model, data.values(), budget, paths, candidates, transforms, flags.dtype, flags.device, flags.revision, most)
+    )
+    print(json.dumps(seen, indent=2)) if flags.json_ else show_feasibility(seen)

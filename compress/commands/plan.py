@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from compress.commands._options import BudgetFlags, DataFlags, Model, PlanningFlags
-from compress.commands._shared import progress
+from compress.commands._shared import progress, show_what_fits
 
 
 def plan_command(
@@ -44,21 +44,12 @@ def plan_command(
     """
     from compress import api
     from compress.planning import plots
-    from compress.planning.planner import PlanRequest, write
-    from compress.screen.plans import show_feasibility, show_plan
+    from compress.planning.planner import write
+    from compress.screen.plans import show_plan
 
     limit, data = budget.budget(), text.options()
     if dry_run:
-        from compress.planning.feasibility import feasibility
-        from compress.recipe.build import memory_budget, method_lines
-
-        transforms, methods = method_lines(method or (), candidates or ())
-        most = memory_budget(flags.memory)
-        request = PlanRequest(
-            model, data.values(), limit, methods, candidates or (), transforms, flags.dtype, flags.device, flags.revision, most
-        )
-        seen = feasibility(request)
-        print(json.dumps(seen, indent=2)) if flags.json_ else show_feasibility(seen)
+        show_what_fits(model, data, limit, method or (), candidates or (), flags)
         return
     options = api.RunOptions(device=flags.device, revision=flags.revision, memory=flags.memory)
     with progress(flags.quiet or flags.json_) as shown:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compress.commands._options import BudgetFlags, DataFlags, DeliveryFlags, Model, Output, Quiet, RunFlags
-from compress.commands._shared import progress, run_and_show
+from compress.commands._shared import progress, run_and_show, show_what_fits
 from compress.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ def quantize(
     if budget.given:
         if chosen := [*(["effort"] if effort else []), *(["recipe"] if recipe is not None else []), *given]:
             raise RecipeError(api.not_with_budget(chosen[0]))
+        if flags.dry_run:  # nothing is measured
+            show_what_fits(model, data, budget.budget(), () if method is None else (method,), (), flags)
+            return
         silent = quiet or flags.json_
         with progress(silent) as shown:
             planned = api.plan_before_run(model, output, budget.budget(), method, data, flags.dtype, options, shown)

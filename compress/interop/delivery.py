@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.packed_source import PackedSource
-from compress.errors import RecipeError
+from compress.checkpoint.source import Source
+from compress.errors import CompressError, FormatError, RecipeError
 from compress.interop import exporter, targets
 from compress.interop.targets import Finding, Stored
 from compress.system.progress import Progress
@@ -43,13 +44,18 @@ class Delivery:
         """Where each export goes: next to the checkpoint."""
         return {name: output.with_name(f"{output.name}-{name}") for name in self.formats}
 
-    def check(self, stored: Stored, output: Path) -> list[Finding]:
-        """Lint what will be stored, before anything is computed; return the warnings. Raises RecipeError, OutputError."""
+    def check(self, source: Source, stored: Stored, output: Path) -> list[Finding]:
+        """Lint what will be stored of a model, before anything is computed; return the warnings.
+
+        Raises RecipeError, OutputError, FormatError.
+        """
         misfits = []
         for name, place in self.places(output).items():
             misfits += targets.misfits(stored, name)
             exporter.check_place(place)
         targets.raise_refused(f"--format {' '.join(self.formats)}", misfits)
+        for name in self.formats:
+            exporter.check_model(source, stored.family, name, stored.specs)
         return self.lint(stored)
 
     def lint(self, stored: Stored) -> list[Finding]:
@@ -85,3 +91,42 @@ class Exports:
             return []
         works = [(exporter.prepare(self.source, name), place) for name, place in self.places.items()]
         return [{"output": str(place), **exporter.export(work, place, progress)} for work, place in works]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of the exports at the end of a run: those that were written, and why others were not."""
+
+    made: Sequence[dict[str, Any]] = ()
+    findings: Sequence[Finding] = ()
+    failed: Sequence[CompressError] = ()
+
+    def raise_failed(self) -> None:
+        """Raise what failed, once all else is done and shown."""
+        if len(self.failed) > 1:
+            raise FormatError("\n".join(error.message for error in self.failed))
+        if self.failed:
+            raise self.failed[0]
+
+
+def after_run(model: str, delivery: Delivery, places: Mapping[str, Path], progress: Progress) -> Exported:
+    """Export the result of a run to `places` by layout; one that fails keeps no other from being written.
+
+    Raises CheckpointError.
+    """
+    if not places:
+        return Exported()
+    source = exporter.open_packed(model)
+    made: list[dict[str, Any]] = []
+    failed: list[CompressError] = []
+    findings: Sequence[Finding] = ()
+    try:
+        findings = delivery.lint(targets.of_checkpoint(source)) if delivery.target is not None else ()
+    except CompressError as error:
+        failed.append(error)
+    for name, place in places.items():
+        try:
+            made.append({"output": str(place), **exporter.export(exporter.prepare(source, name), place, progress)})
+        except CompressError as error:
+            failed.append(error)
+    return Exported(made, findings, failed)

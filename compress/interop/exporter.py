@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from compress.architecture.known import family_of
 from compress.architecture.names import parameter_name
 from compress.checkpoint import packing
 from compress.checkpoint.packed_source import PackedSource
+from compress.checkpoint.source import Source
 from compress.checkpoint.tensor_file import DTYPES, read_tensor
 from compress.errors import FormatError, OutputError, RecipeError
 from compress.interop import readme as export_card
@@ -84,7 +85,7 @@ def prepare(model: str | PackedSource, name: str) -> Exporting:
         )
     family = family_of(source.model_type)
     if not form.own:
-        _names_fit(source, family, form)
+        _names_fit(source, family, form, source.table)
     schemes = {site: form.scheme(spec, scale) for site, spec in source.table.items()}
     form.check(source, schemes)
     head = parameter_name(family, family.head)
@@ -96,14 +97,22 @@ def prepare(model: str | PackedSource, name: str) -> Exporting:
     return Exporting(source, form, scale, schemes, form.model_config(source.config, table))
 
 
-def _names_fit(source: PackedSource, family: Family, form: Layout[Any]) -> None:
+def check_model(source: Source, family: Family, name: str, sites: Iterable[str]) -> None:
+    """Check that a layout has a place for a model, before its `sites` are compressed. Raises FormatError, OutputError."""
+    form = lookup(name)
+    if not form.own:
+        _names_fit(source, family, form, sites)
+    form.check_model(source)
+
+
+def _names_fit(source: Source, family: Family, form: Layout[Any], sites: Iterable[str]) -> None:
     """Other tools know weights by the names of the model, (out, in), experts one by one. Raises FormatError."""
     if family.transposed:
         raise FormatError(
             f"{source.folder}: {source.model_type} stores weights (in, out), which {form.name} readers take for another shape; "
             "keep the native format"
         )
-    if family.experts is not None and family.experts.fused and any(f".{family.experts.disk}." in s for s in source.table):
+    if family.experts is not None and family.experts.fused and any(f".{family.experts.disk}." in s for s in sites):
         raise FormatError(
             f"{source.folder}: experts of {source.model_type} are one tensor in the original, and {form.name} has no place for "
             "them; leave the experts out of the recipe, or keep the native format"

@@ -15,6 +15,7 @@ from torch import Tensor
 from compress._version import __version__
 from compress.architecture.config import settings
 from compress.checkpoint.packed_source import PackedSource
+from compress.checkpoint.source import Source
 from compress.errors import FormatError, OutputError, VerificationError
 from compress.interop import gguf_blocks as blocks
 from compress.interop import llama_cpp as _llama_cpp
@@ -36,16 +37,23 @@ class Member:
     nbytes: int = 0
 
 
-def plan(source: PackedSource, schemes: Mapping[str, blocks.Blocks]) -> tuple[list[Member], list[str], list[str]]:
-    """Return the tensors of the file, tensors that llama.cpp has no place for, and notes. Raises FormatError."""
+def check_model(source: Source) -> list[str]:
+    """Return what a reader should know of a model that llama.cpp has a place for. Raises FormatError where it has none."""
     config = settings(source)
     try:
         notes = _llama_cpp.check(config)
         _llama_cpp.parameters(config)
-        vocabulary(source)
+        if not source.remote:  # the tokenizer of a model on the Hub comes with its weights
+            vocabulary(source)
     except (FormatError, KeyError) as error:
         reason = f"config.json has no {error}" if isinstance(error, KeyError) else str(error)
         raise FormatError(f"{source.folder}: {reason}") from error
+    return notes
+
+
+def plan(source: PackedSource, schemes: Mapping[str, blocks.Blocks]) -> tuple[list[Member], list[str], list[str]]:
+    """Return the tensors of the file, tensors that llama.cpp has no place for, and notes. Raises FormatError."""
+    config, notes = settings(source), check_model(source)
     members: dict[str, Member] = {}
     left: list[str] = []
     tied = config.get("tie_word_embeddings", False)
@@ -92,7 +100,7 @@ def _nbytes(member: Member) -> int:
     return count * (4 if member.kind == "F32" else 2)
 
 
-def vocabulary(source: PackedSource) -> _llama_cpp.Vocabulary:
+def vocabulary(source: Source) -> _llama_cpp.Vocabulary:
     """Read the tokenizer of a checkpoint. Raises FormatError."""
     path = source.folder / "tokenizer.json"
     try:

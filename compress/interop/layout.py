@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.checkpoint import packing
 from compress.checkpoint.packed_source import PackedSource
-from compress.checkpoint.source import INDEX
+from compress.checkpoint.source import INDEX, Source
 from compress.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, Entry, write_stream
 from compress.errors import FormatError, VerificationError
 from compress.interop.foreign import open_any
@@ -85,6 +85,9 @@ class Layout(Generic[Scheme]):
     def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return JSON files next to config.json by name, given `quantization_config`."""
         return {}
+
+    def check_model(self, source: Source) -> None:
+        """Raise FormatError or OutputError where a model does not fit, whatever is made of its weights."""
 
     def check(self, source: PackedSource, schemes: Mapping[str, Scheme]) -> None:
         """Raise FormatError or OutputError where a checkpoint as a whole does not fit, before weights are read."""

@@ -15,7 +15,7 @@ from compress.calibration.data import load_ids
 from compress.errors import CalibrationError
 from compress.evaluation import quality as evaluation
 from compress.evaluation.quality import Quality
-from compress.interop.delivery import Delivery, Exports
+from compress.interop.delivery import Delivery, Exported, after_run
 from compress.interop.targets import Finding, Stored
 from compress.recipe import build, reading
 from compress.recipe.data import Data
@@ -127,10 +127,10 @@ class PreparedRun:
         distributed.stop()
         return result
 
-    def exports(self) -> Exports:
-        """Open the checkpoint to export it; the ranks other than 0 have nothing to do. Raises CheckpointError, RecipeError."""
+    def export(self, progress: Progress) -> Exported:
+        """Export the checkpoint as asked for; the ranks other than 0 have nothing to do. Raises CheckpointError."""
         delivery = self.options.delivery()
-        return Exports.of(str(self.out), delivery, delivery.places(self.out) if distributed.leads() else {})
+        return after_run(str(self.out), delivery, delivery.places(self.out) if distributed.leads() else {}, progress)
 
     def outcome(self, summary: Summary, quality: Quality | None, exports: Sequence[dict[str, Any]]) -> Outcome:
         """Put together what the steps gave."""
@@ -147,7 +147,7 @@ def prepare_run(
     """
     budget, delivery = build.memory_budget(options.memory), options.delivery()
     plan = run_prepare.prepare(str(model), recipe, options.device, options.revision, headers=headers)
-    findings = delivery.check(_stored(plan), Path(out)) if delivery.target or delivery.formats else []
+    findings = delivery.check(plan.source, _stored(plan), Path(out)) if delivery.target or delivery.formats else []
     ids = torch.empty(run_prepare.calibration_shape(plan), device="meta") if headers else run_prepare.calibration(plan)
     held_out = None if options.evaluate is None else reading.parse_data({"name": options.evaluate})
     if held_out is not None and not plan.source.remote:

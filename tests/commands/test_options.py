@@ -102,3 +102,11 @@ def test_without_data_the_text_of_the_package_is_used(run: Run, speaking: Path, 
     card = (tmp_path / "out" / "README.md").read_text()
     assert "builtin" in card
     assert "datasets:" not in card, "it is no dataset of the Hub"
+
+
+def test_what_gguf_has_no_place_for_is_said_before_the_run(run: Run, speaking: Path, tmp_path: Path) -> None:
+    """The tokenizer of words is one that llama.cpp does not know; nothing was computed."""
+    done = run("quantize", speaking, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32, "--format", "gguf")
+    assert done.code == 3, done.text
+    assert "tokenizer.json: model is 'WordLevel'; expected BPE" in done.err
+    assert list(tmp_path.iterdir()) == []

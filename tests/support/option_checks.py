@@ -131,6 +131,10 @@ def check_bpw(start: Start, tmp_path: Path) -> None:
     done, out = start("--bpw", 3.25, "--json")
     assert done.code == 0, done.err
     assert 3.0 < summary(out)["bits_per_compressed_weight"] <= 3.25
+    there = {path.name for path in tmp_path.iterdir()}
+    done, out = start("--bpw", 3.25, "--dry-run", "--json", "--method", "rtn")
+    assert done.json["candidates"]
+    assert {path.name for path in tmp_path.iterdir()} == there, "nothing was measured or kept"
     done, _ = start("--bpw", 3, "--bits", 3)
     assert (done.code, "--bits: not with a budget" in done.err) == (2, True)
 

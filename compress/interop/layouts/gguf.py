@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.packed_source import PackedSource
+from compress.checkpoint.source import Source
 from compress.interop import gguf_blocks, gguf_file
 from compress.interop.gguf_blocks import Blocks
 from compress.interop.layout import SHARD, Exporting, Layout, Step
@@ -23,6 +24,11 @@ class Gguf(Layout[Blocks]):
     def scheme(self, spec: Mapping[str, Any], scale: str | None) -> Blocks:
         """Return how a described site is stored. Raises FormatError with the reason where it cannot be."""
         return gguf_blocks.scheme(spec)
+
+    def check_model(self, source: Source) -> None:
+        """Raise FormatError where llama.cpp has no place for a model, OutputError where the package gguf is missing."""
+        gguf_file.check_model(source)
+        gguf_file.library()
 
     def check(self, source: PackedSource, schemes: Mapping[str, Blocks]) -> None:
         """Raise FormatError where llama.cpp has no place for a model, OutputError where the package gguf is missing."""
