@@ -3,11 +3,13 @@
 `make test` runs everything with one Python, the one that runs this file. Each other version from pyproject.toml's range gets an
 environment of its own, which is removed afterwards, a quarter of an hour for the install and as much for the rest. What was found
 and how it went is printed. Where no package index answers, or an install is not done in time, that is reported and is no failure,
-since the network decides it; all else that goes wrong is one.
+since the network decides it; all else that goes wrong is one. `--small` leaves out a Python for which there is no build of torch
+without CUDA libraries, which take gigabytes.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -54,17 +56,23 @@ def choose(commands: Iterable[str], minors: range, mine: int) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def answers(python: str, folder: Path) -> bool:
-    """Whether a package index gives pip a small package that any install needs."""
-    command = [python, "-m", "pip", "download", "-q", "--no-deps", "--retries", "1", "-d", str(folder / "asked"), "packaging"]
+def can_get(python: str, folder: Path, *wanted: str) -> bool:
+    """Whether pip finds a package where it looks."""
+    command = [python, "-m", "pip", "download", "-q", "--no-deps", "--retries", "1", "-d", str(folder / "asked"), *wanted]
     try:
         return subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 0
     except subprocess.TimeoutExpired:
         return False
 
 
-def short_run(python: str, folder: Path) -> str:
-    """Install into a new environment, run the demo and a few tests; return how it went.
+def small_torch(python: str, folder: Path) -> bool:
+    """Whether there is a build of torch without CUDA libraries, which only Linux has to ask for."""
+    pin = re.search(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return sys.platform != "linux" or (pin is not None and can_get(python, folder, f"torch=={pin[1]}+cpu"))
+
+
+def short_run(python: str, folder: Path, small: bool = False) -> str:
+    """Install into a new environment, run the demo and a few tests; return how it went; `small`: only with a small torch.
 
     Raises CalledProcessError, and TimeoutExpired for what follows the install.
     """
@@ -79,8 +87,10 @@ def short_run(python: str, folder: Path) -> str:
     inside = str(folder / "bin" / "python")
     try:
         run(python, "-m", "venv", str(folder))
-        if not answers(inside, folder):
+        if not can_get(inside, folder, "packaging"):
             return "NOT RUN: no package index answers"
+        if small and not small_torch(inside, folder):
+            return "NOT RUN: no build of torch without CUDA libraries was found where pip looks"
         run(inside, "tools/install.py")
         run(inside, "-m", "pip", "install", "-q", "--constraint", "constraints.txt", "pytest", "hypothesis", "accelerate")
     except subprocess.TimeoutExpired:
@@ -95,6 +105,9 @@ def short_run(python: str, folder: Path) -> str:
 
 def main() -> None:
     """Run with each other Python; exit with 1 where one fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="only where torch comes without CUDA libraries")
+    small = parser.parse_args().small
     minors = supported((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     mine = sys.version_info.minor
     others = choose(candidates(minors), minors, mine)
@@ -105,7 +118,7 @@ def main() -> None:
     for minor, command in others.items():
         with tempfile.TemporaryDirectory(prefix=f"python3.{minor}-") as folder:
             try:
-                results[minor] = short_run(command, Path(folder) / "environment")
+                results[minor] = short_run(command, Path(folder) / "environment", small)
             except subprocess.CalledProcessError as error:
                 results[minor] = f"FAILED: exit code {error.returncode} of {' '.join(error.cmd)}"
             except subprocess.TimeoutExpired as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from limits import quickly
+from limits import PROCESSOR, quickly
 from raw_headers import BIG, DATA, VALID, advice, check, of, packed, refusal
 
 from compress.checkpoint.tensor_file import (
@@ -153,7 +153,10 @@ def test_hostile_headers(path: Path, name: str) -> None:
     content = packed(header, data)
     path.write_bytes(content)
     # About as much as parsing needs; tracemalloc itself slows the parser down.
-    with quickly(20.0, nbytes=40 * len(content) + (1 << 20)), pytest.raises(CheckpointError, match=expected) as caught:
+    with (
+        quickly(20.0, nbytes=40 * len(content) + (1 << 20), timer=PROCESSOR),
+        pytest.raises(CheckpointError, match=expected) as caught,
+    ):
         read_header(path)
     advice(caught.value, path)
 
