@@ -56,8 +56,9 @@ def _oneshot(model: Any, ids: Tensor, steps: list[Any]) -> Any:
     for module in model.modules():  # what a loaded model multiplies with
         if isinstance(module, nn.Linear) and (scheme := getattr(module, "quantization_scheme", None)) is not None:
             zero = getattr(module, "weight_zero_point", None)
-            order = getattr(module, "weight_g_idx", None)
-            module.weight.data = forward.fake_quantize(module.weight, module.weight_scale, zero, scheme.weights, g_idx=order)
+            if zero is None:
+                zero = torch.zeros_like(module.weight_scale)
+            module.weight.data = forward.fake_quantize(module.weight, module.weight_scale, zero, scheme.weights)
     return model
 
 
@@ -84,13 +85,12 @@ def auto_round(model: Any, ids: Tensor, options: Options) -> Any:
 
 def hqq(model: Any, ids: Tensor, options: Options) -> Any:
     """HQQ, which looks at no data."""
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+    from hqq.core.quantize import BaseQuantizeConfig, Quantizer
 
-    how = BaseQuantizeConfig(nbits=options.bits, group_size=options.group_size, axis=1)
+    how = BaseQuantizeConfig(nbits=options.bits, group_size=options.group_size, axis=1)["weight_quant_params"]
     for module in (m for layer in model.model.layers for m in layer.modules() if isinstance(m, nn.Linear)):
-        found = HQQLinear(nn.Linear(1, 1), how, initialize=False)
-        found.quantize(module.weight.data.clone(), **how)
-        module.weight.data = found.dequantize().to(module.weight)
+        codes, grid = Quantizer.quantize(module.weight.data.clone(), device="cpu", compute_dtype=torch.float32, **how)
+        module.weight.data = Quantizer.dequantize(codes, grid).to(module.weight)
     return model
 
 

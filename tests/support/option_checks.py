@@ -47,6 +47,14 @@ def check_method(start: Start, tmp_path: Path) -> None:
     assert "did you mean quant/rtn?" in done.err
 
 
+def check_effort(start: Start, tmp_path: Path) -> None:
+    assert recipe_of(start("--effort", "fast")[1])["steps"][0]["method"] == "quant/rtn"
+    done, _ = start("--effort", "fast", "--method", "gptq")
+    assert (done.code, "--effort fast: chooses the method, and --method names one" in done.err) == (2, True)
+    done, _ = start("--effort", "most")
+    assert (done.code, "--effort most: expected one of fast, normal, best" in done.err) == (2, True)
+
+
 def check_bits(start: Start, tmp_path: Path) -> None:
     assert {spec["base"]["bits"] for spec in specs(start("--bits", 3)[1])} == {3}
     done, _ = start("--bits", 9)
@@ -393,7 +401,7 @@ CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().i
 ALIASES = {"settings": "set", "json_": "json"}
 
 
-ONLY_QUANTIZE = ("method", "bits", "group_size", "symmetric", "recipe", "bpw", "size", "max_kl")
+ONLY_QUANTIZE = ("method", "effort", "bits", "group_size", "symmetric", "recipe", "bpw", "size", "max_kl")
 
 
 ONLY_PRUNE = ("prune_method", "sparsity", "pattern", "group", "within", "prune_bits", "scope", "distribute", "retrain")
