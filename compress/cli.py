@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -46,9 +47,15 @@ app = typer.Typer(
 )
 
 
+def _terminated(*_: object) -> None:
+    """End as after Ctrl-C: what is being written is cleaned up, and the same command goes on later."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line; errors of the user's end in one message and an exit code of their own."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
     except CompressError as error:
@@ -61,6 +68,8 @@ def main() -> None:
             error.show()
             raise SystemExit(2) from None
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code == 130:  # what typer makes of Ctrl-C, depending on its version
         print("interrupted; run the same command again to go on", file=sys.stderr)
     if isinstance(code, int) and code:

@@ -22,6 +22,14 @@ def in_python(message: str) -> str:
     return _WORDS.sub(argument, message)
 
 
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Spell out control characters but tabs and ends of lines, and those that turn the direction of a text, as \\x1b."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class CompressError(Exception):
     """Something the user can act on; everything else is a bug and keeps its traceback.
 
@@ -36,7 +44,7 @@ class CompressError(Exception):
     @property
     def message(self) -> str:
         """The message as the command line has it."""
-        return super().__str__()
+        return printable(super().__str__())  # names in it come from files of other people
 
 
 class RecipeError(CompressError):

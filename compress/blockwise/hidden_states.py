@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from compress.checkpoint.tensor_file import bytes_of
 from compress.errors import CheckpointError
-from compress.system.files import replacing
+from compress.system.files import replacing, sha256
 
 
 class States(Protocol):
@@ -23,6 +24,17 @@ class States(Protocol):
 
     def read(self, batch: int) -> Tensor:
         """Return one batch (samples, length, width) on the CPU."""
+
+
+def _write(path: Path, batches: Iterable[Tensor]) -> str:
+    """Write batches (samples, length, width), one after the other, and return the SHA-256 of the file."""
+    digest = hashlib.sha256()
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        for batch in batches:
+            raw = bytes_of(batch)
+            stream.write(raw)
+            digest.update(raw)
+    return digest.hexdigest()
 
 
 class HiddenStates:
@@ -37,6 +49,7 @@ class HiddenStates:
         self._inner = length, width
         self._memory: list[Tensor | None] = [None] * len(samples)
         self._file: Path | None = None
+        self._digest = ""  # SHA-256 of the file
 
     @property
     def nbytes(self) -> int:
@@ -72,9 +85,7 @@ class HiddenStates:
                 self._memory[batch] = output.to("cpu", self.dtype)
             return
         path = self.folder / name
-        with replacing(path) as temporary, temporary.open("wb") as stream:
-            for output in outputs:
-                stream.write(bytes_of(output.to("cpu", self.dtype)))
+        self._digest = _write(path, (output.to("cpu", self.dtype) for output in outputs))
         self._file = path
 
     def after(self, outputs: Iterator[Tensor], name: str) -> HiddenStates:
@@ -98,21 +109,19 @@ class HiddenStates:
         self.shapes = [(batch.shape[0], batch.shape[1], batch.shape[2]) for batch in batches]
         self._memory, self._file = list(batches), None
 
-    def save(self, path: Path) -> None:
-        """Write all batches to a file that `restore` reads; does nothing if they are on disk already."""
-        if self._file is not None:
-            return
-        with replacing(path) as temporary, temporary.open("wb") as stream:
-            for batch in range(len(self.shapes)):
-                stream.write(bytes_of(self.read(batch)))
+    def save(self, path: Path) -> str:
+        """Write all batches to a file that `restore` reads, unless they are on disk already; return its SHA-256."""
+        if self._file is None:
+            return _write(path, (self.read(batch) for batch in range(len(self.shapes))))
+        return self._digest
 
-    def fits(self, path: Path) -> bool:
-        """Whether `path` is a file of the same size as these states."""
-        return path.is_file() and path.stat().st_size == self.nbytes
+    def fits(self, path: Path, digest: str) -> bool:
+        """Whether `path` is a file of the same size as these states, with this SHA-256."""
+        return path.is_file() and path.stat().st_size == self.nbytes and sha256(path) == digest
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, digest: str) -> None:
         """Load all batches from a file that `fits`."""
         if self.folder is not None:
-            self._file = path
+            self._file, self._digest = path, digest
         else:
             self._memory = [self._read_file(path, batch) for batch in range(len(self.shapes))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,17 +99,20 @@ class Stream:
         """Return the same states, in memory, to go through other weights."""
         return Stream(follows, follows, self.ids, self.cuts, self.states.copy(), self.position)
 
-    def save(self, folder: Path, block: int) -> None:
-        """Write the states after a block into a file that `restore` reads; on disk they are there already."""
-        self.states.save(folder / self._after(block))
+    def save(self, folder: Path, block: int) -> dict[str, str]:
+        """Write the states after a block into a file that `restore` reads, if they are not on disk; return name and SHA-256."""
+        name = self._after(block)
+        return {name: self.states.save(folder / name)}
 
-    def saved(self, folder: Path, block: int) -> bool:
-        """Whether `restore` will find the states after a block."""
-        return self.states.fits(folder / self._after(block))
+    def saved(self, folder: Path, block: int, digests: Mapping[str, str]) -> bool:
+        """Whether `restore` will find the states after a block as they were written, given the SHA-256 of each file."""
+        name = self._after(block)
+        return name in digests and self.states.fits(folder / name, digests[name])
 
-    def restore(self, folder: Path, block: int) -> None:
+    def restore(self, folder: Path, block: int, digests: Mapping[str, str]) -> None:
         """Take the states after a block from the file that `save` wrote."""
-        self.states.restore(folder / self._after(block))
+        name = self._after(block)
+        self.states.restore(folder / name, digests[name])
         self.position = block + 1
 
     def logs(self, model: StreamedModel) -> Iterator[Tensor]:

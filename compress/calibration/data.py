@@ -254,8 +254,9 @@ def _text(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase) -> tuple[str
 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False)), True
-    # TypeError and ValueError are what templates that index or convert raise on messages they do not expect.
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    # TypeError and ValueError are what templates that index or convert raise on messages they do not expect; OverflowError what
+    # the sandbox raises for ranges that would take for ever.
+    except (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CalibrationError(
             f"{row.place}: the tokenizer's chat template refuses these messages ({first_line(error)}); "
             "remove the row, or set chat_template: false"

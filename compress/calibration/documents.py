@@ -65,6 +65,9 @@ def local_file(name: str) -> Path | None:
     return path
 
 
+LONGEST_LINE = 16 << 20  # bytes; tokenizers take a hundred times as much
+
+
 def _file_rows(path: Path, data: Data, generator: torch.Generator) -> Iterator[Row]:
     read = {".txt": _txt_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[path.suffix.lower()]
     try:
@@ -99,6 +102,9 @@ def _jsonl_rows(path: Path, data: Data, generator: torch.Generator) -> Iterator[
             start = int(ends[index - 1]) if index else 0
             file.seek(start)
             place = f"{path}:{index + 1}"
+            if int(ends[index]) - start > LONGEST_LINE:
+                found = f"has {int(ends[index]) - start:,} bytes"
+                raise CalibrationError(f"{place}: {found}; expected at most {LONGEST_LINE:,} in a line. Cut it into documents")
             line = _decode(file.read(int(ends[index]) - start), place, start).strip()
             if not line:
                 continue

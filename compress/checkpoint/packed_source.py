@@ -16,6 +16,18 @@ from compress.errors import FormatError
 from compress.weights.site_input import SiteInput
 from compress.weights.weight import CompressedWeight
 
+MAX_UNSTORED = 1 << 26  # weights that need no bytes of their own, such as those of an expert that was pruned away
+MAX_RATIO = 1024  # weights that a byte may stand for: a mask of runs of 128 neighbours
+
+
+def check_announced(weights: int, nbytes: int, place: str) -> None:
+    """Raise FormatError where bytes stand for far more weights than they could describe, before any is decoded."""
+    if weights > MAX_UNSTORED + MAX_RATIO * nbytes:
+        raise FormatError(
+            f"{place}: {nbytes:,} packed bytes stand for {weights:,} weights; expected at most {MAX_RATIO:,} per byte. The "
+            "config does not belong to these weights. Fetch both again"
+        )
+
 
 @dataclass(frozen=True)
 class PackedSource(Source):
@@ -51,6 +63,7 @@ class PackedSource(Source):
                 packed[f"{name}.{leaf}"] = entry
             rows, columns = _shape(spec)
             virtual[f"{name}.weight"] = Entry(f"{name}.weight", "F32", (rows, columns), 0, rows * columns * 4, plain.folder)
+        check_announced(sum(entry.numel for entry in virtual.values()), sum(e.nbytes for e in packed.values()), str(folder))
         for name in entries:
             site, _, leaf = name.rpartition(".")
             if site in table and leaf != "bias":

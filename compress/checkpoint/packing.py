@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compress import registry
+from compress.checkpoint.source import check_finite
 from compress.checkpoint.tensor_file import bytes_of
 from compress.errors import FormatError, RecipeError
 from compress.weights.site_input import SiteInput
@@ -124,6 +125,23 @@ def _layout_of(spec: Spec, role: str) -> dict[str, tuple[torch.dtype, tuple[int,
     described = spec[role]
     found = _format(role, described).layout(described, _shape(spec))
     return {_prefix(role) + name: value for name, value in found.items()}
+
+
+def check(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], site: str) -> None:
+    """Raise FormatError where packed tensors of a site do not fit their description, name what is not there, or are not finite.
+
+    What it costs grows with scales, masks and single weights, not with codes.
+    """
+    described = dict(spec)
+    for role, part in _parts(described).items():
+        mine = _tensors_of(role, tensors)
+        try:
+            _format(role, part).check(part, _shape(described), mine)
+        except FormatError as error:
+            raise FormatError(f"{site}: {role}: {error.message}") from error
+        for leaf, tensor in mine.items():
+            if tensor.is_floating_point():
+                check_finite(tensor, f"{site}.{_prefix(role)}{leaf}")
 
 
 def unpack(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedWeight:

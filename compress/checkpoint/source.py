@@ -17,6 +17,7 @@ from torch import Tensor
 from compress.checkpoint.fp8_mxfp4 import decoded
 from compress.checkpoint.tensor_file import DTYPES, Entry, described, read_header, read_tensor
 from compress.errors import CheckpointError
+from compress.system.side_files import lies_within, read_object
 from compress.weights.site_input import SiteInput
 
 INDEX = "model.safetensors.index.json"
@@ -67,6 +68,7 @@ class Source:
     revision: str | None = None
     remote: bool = False  # only headers were read; weights are on the Hub
     coded: str | None = None  # stored type of weights that are decoded to bfloat16 when read
+    as_read: str = ""  # SHA-256 of the values of config.json
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None = None) -> Source:
@@ -76,11 +78,12 @@ class Source:
         found = None
         if not os.path.isdir(folder):
             folder, found = _fetch(str(model), revision)
-        config = _read_json(folder / "config.json", "a Hugging Face checkpoint has one; is this the folder of a model?")
+        config = _read_config(folder)
+        as_read = _digest(config)
         entries = _entries(folder)
         _check_config(folder / "config.json", config, entries)
         config, entries, coded = decoded(config, entries)
-        return cls(folder.resolve(), str(model), config, entries, found, coded=coded)
+        return cls(folder.resolve(), str(model), config, entries, found, coded=coded, as_read=as_read)
 
     @classmethod
     def headers(cls, model: str | Path, revision: str | None = None) -> Source:
@@ -88,7 +91,7 @@ class Source:
         if os.path.isdir(os.path.expanduser(model)):
             return cls.open(model, revision)
         folder, entries = _fetch_headers(str(model), revision)
-        config = _read_json(folder / "config.json", "a Hugging Face checkpoint has one")
+        config = _read_config(folder)
         _check_config(folder / "config.json", config, entries)
         config, entries, coded = decoded(config, entries)
         return cls(folder, str(model), config, entries, folder.name, remote=True, coded=coded)
@@ -131,23 +134,51 @@ class Source:
         return None
 
     def carried(self) -> list[Path]:
-        """Side files to copy byte for byte: tokenizer, chat templates, generation config, licence."""
+        """Side files to copy byte for byte: tokenizer, chat templates, generation config, licence. Raises CheckpointError."""
         rewritten = {path for pattern in _REWRITTEN for path in self.folder.glob(pattern)}
-        return sorted({p for pattern in _CARRIED for p in self.folder.glob(pattern) if p.is_file()} - rewritten)
+        found = sorted({p for pattern in _CARRIED for p in self.folder.glob(pattern) if p.is_file()} - rewritten)
+        if outside := [path for path in found if not lies_within(path, self.folder)]:
+            raise CheckpointError(
+                f"{outside[0]}: is a link to {os.path.realpath(outside[0])}, outside of the model, and would be copied into the "
+                "result; put a copy in its place if it belongs to the model, or remove it"
+            )
+        return found
 
     def placed(self) -> Iterable[Entry]:
         """The tensors as stored in files."""
         return self.entries.values()
 
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where files are not what they were when the source was opened, before a result gets its name."""
+        files = {entry.file: entry.seen for entry in self.placed() if entry.seen is not None}
+        different = [file for file, seen in files.items() if not file.exists() or _now(file) != seen]
+        if self.as_read and _digest(_read_config(self.folder)) != self.as_read:
+            different.append(self.folder / "config.json")
+        if different:
+            raise CheckpointError(
+                f"{different[0]}: was changed during the run; the result is not published. Start again when the model is whole"
+            )
+
     def fingerprint(self) -> dict[str, str]:
         """Identify the files: a hash of the config; size, modification time and header hash of each weight file."""
-        result = {"config": hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()}
+        result = {"config": _digest(self.config)}
         for file in sorted({entry.file for entry in self.placed()}):
             mine = sorted((e.name, e.dtype, e.shape, e.start) for e in self.placed() if e.file == file)
-            status = file.stat()
             header = hashlib.sha256(json.dumps(mine).encode()).hexdigest()
-            result[file.name] = f"{status.st_size} bytes, changed {status.st_mtime_ns}, header {header}"
+            size, changed = next(e.seen for e in self.placed() if e.file == file) or _now(file)
+            result[file.name] = f"{size} bytes, changed {changed}, header {header}"
         return result
+
+
+def _digest(config: dict[str, Any]) -> str:
+    """SHA-256 of the values of a config, in whatever order they stand."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _now(file: Path) -> tuple[int, int]:
+    """Size of a file and the time of its last change, as entries have seen them."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def check_finite(tensor: Tensor, place: str) -> None:
@@ -161,17 +192,11 @@ def check_finite(tensor: Tensor, place: str) -> None:
         )
 
 
-def _read_json(path: Path, advice: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # text that cannot be encoded again, such as "\ud800", fails here
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: not found; {advice}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); expected JSON. Fetch the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}; expected an object. Fetch the file again")
-    return value
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: not found; a Hugging Face checkpoint has one; is this the folder of a model?")
+    return read_object(path)
 
 
 def _check_config(path: Path, config: dict[str, Any], entries: dict[str, Entry]) -> None:
@@ -242,7 +267,7 @@ def _fetch_headers(model: str, revision: str | None) -> tuple[Path, dict[str, En
 def _index(folder: Path) -> dict[str, str]:
     """Read the index: file name by tensor name. Only files within the folder are accepted."""
     path = folder / INDEX
-    weight_map = _read_json(path, "").get("weight_map")
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no weight_map; expected file names by tensor name. Fetch the file again")
     for name, file in weight_map.items():

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-import stat
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError
 from compress.system.files import CHUNK, replacing
+from compress.system.side_files import open_regular
 
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
+MAX_TENSORS = 250_000  # in a file; the largest models have 100,000 in all of their files
 MAX_NAME = 1000  # characters; also keeps every number in a name small enough for int()
 MAX_AXES = 64  # the limit of torch
 MAX_SIZE = 2**63 - 1  # elements and bytes, counting an empty axis as one element: torch computes strides that way
@@ -56,6 +58,7 @@ class Entry:
     start: int
     nbytes: int
     file: Path
+    seen: tuple[int, int] | None = field(default=None, compare=False)  # size and ns of change of the file when it was described
 
     @property
     def numel(self) -> int:
@@ -78,7 +81,8 @@ class Coded(Entry):
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], parts: tuple[Entry, ...], decode: Callable[..., Tensor]) -> Coded:
         """Make one that decodes to bfloat16 of `shape`, from the tensors of `parts` or one element of the first axis of each."""
-        return cls(name, "BF16", shape, parts[0].start, 2 * math.prod(shape), parts[0].file, parts, decode)
+        nbytes = 2 * math.prod(shape)
+        return cls(name, "BF16", shape, parts[0].start, nbytes, parts[0].file, parts[0].seen, parts, decode)
 
     @property
     def stored(self) -> int:
@@ -168,11 +172,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     byte counts equal to shape times dtype, and tensors that cover the data without gap or overlap.
     """
     try:
-        status = path.stat()
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode):  # a pipe would wait for ever
-            raise CheckpointError(f"{path}: is not a file; expected a safetensors file")
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
+            seen = _seen(stream)
+            size = seen[0]
             prefix = stream.read(8)
             if len(prefix) < 8:
                 raise _refuse(path, f"the file has {size} bytes", "at least 8 bytes")
@@ -180,11 +182,15 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             if length > min(size - 8, MAX_HEADER):
                 raise _refuse(path, f"the header claims {length} bytes", f"at most {min(size - 8, MAX_HEADER)} bytes")
             raw = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path and the permissions") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); check the path and the permissions") from error
     if len(raw) < length:
         raise _refuse(path, f"the header ends after {len(raw)} bytes", f"{length} bytes")
+    if raw.count(b",") > 8 * MAX_TENSORS:  # before anything is made of it; a description of two axes has five
+        raise _refuse(path, f"the header holds {raw.count(b','):,} commas", f"at most {MAX_TENSORS:,} tensors")
     header = _parse(path, raw)
+    if len(header) > MAX_TENSORS:
+        raise _refuse(path, f"the header describes {len(header):,} tensors", f"at most {MAX_TENSORS:,}")
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # the reference takes null for nothing, and no other value
     if not isinstance(metadata, dict) or not all(_is_text(text) for item in metadata.items() for text in item):
@@ -199,7 +205,21 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         position += entry.nbytes
     if position != size:
         raise _refuse(path, f"{size - position} bytes follow the last tensor", "none")
-    return {entry.name: entry for entry in entries}, metadata
+    return {entry.name: replace(entry, seen=seen) for entry in entries}, metadata
+
+
+def _seen(stream: IO[bytes]) -> tuple[int, int]:
+    """Size of an open file and the time of its last change."""
+    status = os.fstat(stream.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _unchanged(entry: Entry, stream: IO[bytes]) -> None:
+    """Raise CheckpointError where the file of a tensor is not what it was when its header was read."""
+    if entry.seen is not None and _seen(stream) != entry.seen:
+        raise CheckpointError(
+            f"{entry.file}: was changed while it was in use; wait until it is whole, then start again with an empty place"
+        )
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -219,6 +239,7 @@ def read_tensor(entry: Entry, index: int | None = None) -> Tensor:
     view = bytes_of(buffer)
     try:
         with entry.file.open("rb", buffering=0) as stream:
+            _unchanged(entry, stream)
             stream.seek(start)
             done = 0
             while done < nbytes:
@@ -240,6 +261,7 @@ def stream_entry(entry: Entry) -> Iterator[bytes]:
         return
     try:
         with entry.file.open("rb") as stream:
+            _unchanged(entry, stream)
             stream.seek(entry.start)
             left = entry.nbytes
             while left:

@@ -5,7 +5,6 @@ Both models run one block at a time, so that any checkpoint can be measured in t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from compress.report.redaction import LOCAL, cleaned, data_name
 from compress.system.device import DTYPES, pick_device
 from compress.system.files import write_json
 from compress.system.progress import Progress
+from compress.system.side_files import read_object
 
 FILE = "evaluation.json"
 TOKENS = 8192  # tokens that pass through a block at a time
@@ -76,7 +76,7 @@ def base_of(model: str) -> str | None:
     path = Path(model) / LOCAL
     if not path.is_file():
         return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model")
+    base = read_object(path).get("base_model")
     return base if isinstance(base, str) and Path(base).is_dir() else None
 
 

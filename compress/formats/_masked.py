@@ -41,6 +41,15 @@ def layout(described: dict[str, Any], shape: tuple[int, int], align: int) -> Lay
     return {} if key == "kept" else {"pointers": (torch.int32, (tiles(shape[0]) + 1,))}
 
 
+def check(described: dict[str, Any], tensors: dict[str, Tensor], align: int) -> None:
+    """Raise FormatError unless pointers rise within the stream; that they are those of the mask, `stream` says."""
+    if "fields" not in described:
+        return
+    pointers, last = tensors["pointers"], described["fields"] // align
+    if int(pointers[0]) != 0 or int(pointers[-1]) != last or bool((pointers[1:] < pointers[:-1]).any()):
+        raise FormatError(f"{described['format']}: pointers do not rise from 0 to {last}; the file is damaged, fetch it again")
+
+
 def fields(described: dict[str, Any], shape: tuple[int, int]) -> int:
     """Return the length of the stream."""
     return int(described.get("fields", shape[0] * described.get("kept", shape[1])))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.formats import _fit
 from compress.weights import bit_stream as _bits
 from compress.weights.mask import Bitmask
 
@@ -49,15 +50,15 @@ class BitmaskFormat:
         """Return the tensors of a part."""
         return {"bits": _bits.pack(part.kept.to(torch.uint8), 1)}
 
+    def check(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        """Raise FormatError where tensors do not fit their description, or name what is not there."""
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
+
     def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Bitmask:
         """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
-        dtype, expected = self.layout(described, shape)["bits"]
-        got = tensors.get("bits")
-        if got is None or got.dtype != dtype or tuple(got.shape) != expected:
-            found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
-            raise FormatError(f"bitmask: bits is {found}; expected {dtype} {expected}")
+        self.check(described, shape, tensors)
         runs = shape[1] // described["size"]
-        return Bitmask(_bits.unpack(got, 1, shape[0] * runs).view(shape[0], runs).bool(), described["size"])
+        return Bitmask(_bits.unpack(tensors["bits"], 1, shape[0] * runs).view(shape[0], runs).bool(), described["size"])
 
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import _masked
+from compress.formats import _fit, _masked
 from compress.weights import bit_stream as _bits
 from compress.weights.bit_stream import WORD
 from compress.weights.kept_values import Stream, kept_groups, stored_groups
@@ -137,21 +137,22 @@ class BitPack:
             tensors["group"] = part.group.contiguous()
         return tensors
 
+    def check(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        """Raise FormatError where tensors do not fit their description, or name what is not there."""
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
+        _masked.check(described, tensors, WORD)
+        if "group" in described:
+            _fit.check_groups(self.name, tensors["group"], shape[1] // described["group_size"])
+
     def unpack(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], keep: Tensor | None = None
     ) -> Uniform:
         """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
         layout = self.layout(described, shape)
-        for name, (dtype, expected) in layout.items():
-            got = tensors.get(name)
-            if got is None or got.dtype != dtype or tuple(got.shape) != expected:
-                found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
-                raise FormatError(f"bitpack: {name} is {found}; expected {dtype} {expected}")
+        self.check(described, shape, tensors)
         bits, group_size = described["bits"], described["group_size"]
         groups = shape[1] // group_size
         group = tensors.get("group")
-        if group is not None and not bool(((group >= 0) & (group < groups)).all()):
-            raise FormatError(f"bitpack: group names a group outside 0..{groups - 1}; the file is damaged")
         stream = _masked.stream(self.name, described, tensors, keep, WORD)
         codes = _bits.unpack(tensors["codes"], bits, math.prod(shape) if stream is None else stream.count)
         live = None

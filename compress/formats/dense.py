@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from compress.errors import FormatError
-from compress.formats import _masked
+from compress.formats import _fit, _masked
 from compress.weights.dense import DENSE_DTYPES, Dense
 from compress.weights.kept_values import Stream
 
@@ -56,15 +56,16 @@ class DenseValues:
         stream = Stream.of(keep, 1)
         return _masked.pointers(stream) | {"values": stream.compact(part.values)}
 
+    def check(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        """Raise FormatError where tensors do not fit their description, or name what is not there."""
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
+        _masked.check(described, tensors, 1)
+
     def unpack(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], keep: Tensor | None = None
     ) -> Dense:
         """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
-        for name, (dtype, expected) in self.layout(described, shape).items():
-            got = tensors.get(name)
-            if got is None or got.dtype != dtype or tuple(got.shape) != expected:
-                found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
-                raise FormatError(f"dense: {name} is {found}; expected {dtype} {expected}")
+        self.check(described, shape, tensors)
         stream = _masked.stream(self.name, described, tensors, keep, 1)
         return Dense(tensors["values"] if stream is None else stream.spread(tensors["values"]))
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.formats import _fit
 from compress.weights import bit_stream as _bits
 from compress.weights.activation import Activation, activation_problem
 from compress.weights.dense import DENSE_DTYPES
@@ -146,16 +147,17 @@ class Input:
                 tensors[name] = tensor.contiguous()
         return tensors
 
+    def check(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        """Raise FormatError where tensors do not fit their description, or name what is not there."""
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
+        scale = tensors.get("scale")
+        if scale is not None and not bool(((scale > 0) & scale.isfinite()).all()):
+            raise FormatError("input: scale is not above 0 everywhere; the file is damaged, fetch it again")
+
     def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> SiteInput:
         """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
         layout = self.layout(described, shape)
-        for name, (dtype, expected) in layout.items():
-            got = tensors.get(name)
-            if got is None or got.dtype != dtype or tuple(got.shape) != expected:
-                found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
-                raise FormatError(f"input: {name} is {found}; expected {dtype} {expected}")
-        if "scale" in layout and not bool(((tensors["scale"] > 0) & tensors["scale"].isfinite()).all()):
-            raise FormatError("input: scale is not above 0 everywhere; the file is damaged, fetch it again")
+        self.check(described, shape, tensors)
         columns = shape[1]
         transform: InputTransform | None = None
         if "transform" in described:

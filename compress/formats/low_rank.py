@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.formats import _fit
 from compress.weights.dense import DENSE_DTYPES
 from compress.weights.low_rank import LowRank
 
@@ -53,13 +54,13 @@ class Factors:
         """Return the tensors of a part."""
         return {"left": part.left.contiguous(), "right": part.right.contiguous()}
 
+    def check(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        """Raise FormatError where tensors do not fit their description, or name what is not there."""
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
+
     def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> LowRank:
         """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
-        for name, (dtype, expected) in self.layout(described, shape).items():
-            got = tensors.get(name)
-            if got is None or got.dtype != dtype or tuple(got.shape) != expected:
-                found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
-                raise FormatError(f"low_rank: {name} is {found}; expected {dtype} {expected}")
+        self.check(described, shape, tensors)
         return LowRank(tensors["left"], tensors["right"])
 
     def cut_rows(

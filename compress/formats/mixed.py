@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.formats import _fit
 from compress.weights import bit_stream as _bits
 from compress.weights.mixed import WIDTH_BITS, WIDTHS, Mixed, group_bits, group_dtype
 
@@ -105,22 +106,28 @@ class MixedWidths:
                     tensors[f"zero{bits}"] = _bits.pack(part.zero[:, part.widths == bits], bits)
         return tensors
 
+    def check(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        """Raise FormatError where tensors do not fit their description, or name what is not there."""
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
+        widths = self._widths(described, shape, tensors["widths"])
+        if "scattered" in described:
+            self._group(tensors["group"], shape[1], len(widths))
+
+    def _widths(self, described: dict[str, Any], shape: tuple[int, int], stored: Tensor) -> Tensor:
+        """Return the width of each group (groups,). Raises FormatError unless there are as many of each as described."""
+        widths = _bits.unpack(stored, WIDTH_BITS, shape[1] // described["group_size"]) + 1
+        found = torch.bincount(widths.long(), minlength=WIDTHS.stop)[1:].tolist()
+        if found != described["groups"]:
+            raise FormatError(
+                f"mixed: widths has {found} groups of 1..8 bits; expected {described['groups']} as described. The file is damaged"
+            )
+        return widths
+
     def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Mixed:
         """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
-        layout = self.layout(described, shape)
-        for name, (dtype, expected) in layout.items():
-            got = tensors.get(name)
-            if got is None or got.dtype != dtype or tuple(got.shape) != expected:
-                found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
-                raise FormatError(f"mixed: {name} is {found}; expected {dtype} {expected}")
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
         (rows, columns), size, counts = shape, described["group_size"], described["groups"]
-        widths = _bits.unpack(tensors["widths"], WIDTH_BITS, columns // size) + 1
-        scale = tensors["scale"]
-        found_counts = torch.bincount(widths.long(), minlength=WIDTHS.stop)[1:].tolist()
-        if found_counts != counts:
-            raise FormatError(
-                f"mixed: widths has {found_counts} groups of 1..8 bits; expected {counts} as described. The file is damaged"
-            )
+        widths, scale = self._widths(described, shape, tensors["widths"]), tensors["scale"]
         group = self._group(tensors["group"], columns, columns // size) if "scattered" in described else None
         of_column = _of_column(widths, group, size)
         codes = torch.empty(shape, dtype=torch.uint8, device=scale.device)
@@ -136,11 +143,7 @@ class MixedWidths:
     def _group(self, stored: Tensor, columns: int, groups: int) -> Tensor:
         """Return the group of each column. Raises FormatError unless all groups have the same number of columns."""
         group = _bits.unpack(stored, group_bits(groups), columns) if groups <= 256 else stored
-        inside = bool(((group >= 0) & (group < groups)).all())
-        if not inside or bool((torch.bincount(group.long(), minlength=groups) != columns // groups).any()):
-            raise FormatError(
-                f"mixed: group does not give each of the groups 0..{groups - 1} {columns // groups} columns; the file is damaged"
-            )
+        _fit.check_groups(self.name, group, groups)
         return group
 
     def cut_rows(

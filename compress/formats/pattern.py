@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.formats import _fit
 from compress.weights import bit_stream as _bits
 from compress.weights.mask import Pattern, choice_bits
 
@@ -55,19 +56,24 @@ class PatternFormat:
         """Return the tensors of a part."""
         return {"choice": _bits.pack(part.choice, choice_bits(part.kept, part.of))}
 
-    def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Pattern:
-        """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
-        dtype, expected = self.layout(described, shape)["choice"]
-        got = tensors.get("choice")
-        if got is None or got.dtype != dtype or tuple(got.shape) != expected:
-            found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
-            raise FormatError(f"pattern: choice is {found}; expected {dtype} {expected}")
+    def check(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        """Raise FormatError where tensors do not fit their description, or name what is not there."""
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
+        self._choice(described, shape, tensors["choice"])
+
+    def _choice(self, described: dict[str, Any], shape: tuple[int, int], stored: Tensor) -> Tensor:
+        """Return the combination of each group (out, groups). Raises FormatError where there is no such combination."""
         kept, of = described["kept"], described["of"]
         groups = shape[1] // of
-        choice = _bits.unpack(got, choice_bits(kept, of), shape[0] * groups).view(shape[0], groups)
+        choice = _bits.unpack(stored, choice_bits(kept, of), shape[0] * groups).view(shape[0], groups)
         if not bool((choice < math.comb(of, kept)).all()):
             raise FormatError(f"pattern: choice names more than the {math.comb(of, kept)} combinations; the file is damaged")
-        return Pattern(choice, kept, of)
+        return choice
+
+    def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Pattern:
+        """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
+        return Pattern(self._choice(described, shape, tensors["choice"]), described["kept"], described["of"])
 
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.formats import _fit
 from compress.weights.sparse import Sparse, column_dtype
 
 _KEYS = ("format", "nnz")
@@ -54,13 +55,9 @@ class SparseRows:
         """Return the tensors of a part."""
         return {name: getattr(part, name).contiguous() for name in ("pointers", "columns", "values")}
 
-    def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Sparse:
-        """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
-        for name, (dtype, expected) in self.layout(described, shape).items():
-            got = tensors.get(name)
-            if got is None or got.dtype != dtype or tuple(got.shape) != expected:
-                found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
-                raise FormatError(f"sparse: {name} is {found}; expected {dtype} {expected}")
+    def check(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        """Raise FormatError where tensors do not fit their description, or name what is not there."""
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
         pointers, columns, nnz = tensors["pointers"], tensors["columns"], described["nnz"]
         if int(pointers[0]) != 0 or int(pointers[-1]) != nnz or bool((pointers[1:] < pointers[:-1]).any()):
             raise FormatError(f"sparse: pointers do not rise from 0 to nnz={nnz}; the file is damaged, fetch it again")
@@ -71,7 +68,11 @@ class SparseRows:
         row = torch.arange(shape[0], device=index.device).repeat_interleave(pointers.diff().long(), output_size=nnz)
         if not bool(((row * shape[1] + index).diff() > 0).all()):
             raise FormatError("sparse: columns do not rise within a row; the file is damaged, fetch it again")
-        return Sparse(pointers, columns, tensors["values"], shape[1])
+
+    def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Sparse:
+        """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
+        self.check(described, shape, tensors)
+        return Sparse(tensors["pointers"], tensors["columns"], tensors["values"], shape[1])
 
     def cut_rows(
         self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor], start: int, stop: int

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.formats import _fit
 from compress.weights import bit_stream as _bits
 from compress.weights.table import DATATYPES, SCALE_DTYPES, Table, code_bits, select_bits
 
@@ -93,19 +94,20 @@ class TableFormat:
             tensors["select"] = _bits.pack(part.select, select_bits(part.datatype))
         return tensors
 
-    def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Table:
-        """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
-        layout = self.layout(described, shape)
-        for name, (dtype, expected) in layout.items():
-            got = tensors.get(name)
-            if got is None or got.dtype != dtype or tuple(got.shape) != expected:
-                found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
-                raise FormatError(f"table: {name} is {found}; expected {dtype} {expected}")
-        datatype, group_size, scale = described["datatype"], described["group_size"], tensors["scale"]
+    def check(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        """Raise FormatError where tensors do not fit their description, or name what is not there."""
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
+        scale = tensors["scale"]
         # 8-bit exponents and floats can be NaN; all codes and choices have an entry.
         wrong = scale == 255 if described["scale"] == "e8m0" else scale.view(torch.uint8) & 127 == 127
         if described["scale"] in ("e8m0", "e4m3") and bool(wrong.any()):
             raise FormatError("table: scale has values that are not numbers; expected finite ones. The file is damaged")
+
+    def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> Table:
+        """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
+        layout = self.layout(described, shape)
+        self.check(described, shape, tensors)
+        datatype, group_size, scale = described["datatype"], described["group_size"], tensors["scale"]
         codes = _bits.unpack(tensors["codes"], code_bits(datatype), math.prod(shape)).view(shape)
         select = None
         if bits := select_bits(datatype):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import FormatError
+from compress.formats import _fit
 from compress.weights import bit_stream as _bits
 from compress.weights.two_level import TILE, TwoLevel, tiles
 
@@ -100,19 +101,18 @@ class TwoLevelPack:
             tensors["group"] = part.group.contiguous()
         return tensors
 
+    def check(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        """Raise FormatError where tensors do not fit their description, or name what is not there."""
+        _fit.check_tensors(self.name, self.layout(described, shape), tensors)
+        if "group" in described:
+            _fit.check_groups(self.name, tensors["group"], shape[1] // described["group_size"])
+
     def unpack(self, described: dict[str, Any], shape: tuple[int, int], tensors: dict[str, Tensor]) -> TwoLevel:
         """Return the part that was packed, equal bit for bit. Raises FormatError where tensors do not fit their description."""
         layout = self.layout(described, shape)
-        for name, (dtype, expected) in layout.items():
-            got = tensors.get(name)
-            if got is None or got.dtype != dtype or tuple(got.shape) != expected:
-                found = "nothing" if got is None else f"{got.dtype} {tuple(got.shape)}"
-                raise FormatError(f"two_level: {name} is {found}; expected {dtype} {expected}")
+        self.check(described, shape, tensors)
         rows, columns = shape
-        groups = columns // described["group_size"]
         group = tensors["group"] if "group" in layout else None
-        if group is not None and not bool(((group >= 0) & (group < groups)).all()):
-            raise FormatError(f"two_level: group names a group outside 0..{groups - 1}; the file is damaged")
         fields: dict[str, Any] = {
             name: _bits.unpack(tensors[name], width, rows * count).view(rows, count)
             for name, (count, width) in _streams(described, columns).items()

@@ -6,7 +6,6 @@ what was found allows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from compress.architecture.inventory import Inventory, take_inventory
 from compress.architecture.names import matches, parameter_name
 from compress.checkpoint import packing, site_table
 from compress.checkpoint.packed_source import PackedSource
+from compress.checkpoint.recorded_files import recorded_files, sha256_of
 from compress.checkpoint.source import INDEX, SINGLE, Source
 from compress.checkpoint.tensor_file import Entry, read_header, read_tensor
 from compress.errors import CheckpointError, CompressError
@@ -26,8 +26,8 @@ from compress.interop import gguf_file, targets
 from compress.interop.foreign import ForeignSource, importer, open_any
 from compress.model.detect import find_family
 from compress.model.streamed import StreamedModel
-from compress.system.files import sha256
 from compress.system.progress import Progress
+from compress.system.side_files import read_json, read_object
 
 Severity = Literal["error", "warning", "note"]
 _STAGES = ("files", "checksums", "tensors", "model", "values", "tokenizer", "runtimes")
@@ -113,9 +113,9 @@ def diagnose(folder: Path, target: str | None, parallel: int, progress: Progress
 
 def _json(path: Path, stage: str, found: Diagnosis) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        found.add("error", stage, f"{path.name}: cannot be read ({error}); expected JSON. Fetch the file again")
+        return read_json(path)
+    except CheckpointError as error:
+        found.add("error", stage, error.message.replace(str(path), path.name, 1))
         return None
 
 
@@ -185,16 +185,17 @@ def _checksums(folder: Path, found: Diagnosis) -> None:
     for record in ("summary.json", "export.json"):
         if not (folder / record).exists():
             continue
-        values = _json(folder / record, "checksums", found)
-        files = values.get("files") if isinstance(values, dict) else None
-        if not isinstance(files, dict):
+        try:
+            files = recorded_files(read_object(folder / record).get("files"))
+            now = {name: sha256_of(folder, name) for name in files}
+        except (CheckpointError, ValueError) as error:
+            found.add("error", "checksums", f"{record}: {error}; fetch it again")
             continue
         digests = {digest: name for name, digest in files.items()}
         for name, digest in files.items():
-            path = folder / str(name)
-            if not path.is_file():
+            if (got := now[name]) is None:
                 found.add("error", "checksums", f"{name}: not there, but {record} has its SHA-256; fetch that file")
-            elif (got := sha256(path)) != digest:
+            elif got != digest:
                 swapped = f"; it is what {digests[got]} should be: files were swapped" if got in digests else ""
                 what = f"SHA-256 is {got[:12]}..., recorded is {str(digest)[:12]}...{swapped}"
                 found.add("error", "checksums", f"{name}: {what}. The file changed since it was written: fetch it again")
@@ -365,7 +366,7 @@ def _tokenizer(source: Source, found: Diagnosis) -> None:
         return
     path = source.folder / "tokenizer.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         ids = [t["id"] for t in values.get("added_tokens", [])] + list((values.get("model") or {}).get("vocab", {}).values())
         largest = max(number for number in ids if isinstance(number, int))
         size = vocabulary(source)

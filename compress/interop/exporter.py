@@ -169,6 +169,7 @@ def export(work: Exporting, out: Path, progress: Progress, limit: int = SHARD) -
         summary = _summary(work, identity, work.form.write(work, folder, step, limit))
         write_text(folder / "README.md", export_card.text(work.source, summary, out.name, work.form))
         write_json(folder / RECORD, summary)
+        work.source.check_unchanged()
         seal.publish(folder, out)
     return _shown(summary)
 

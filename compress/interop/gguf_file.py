@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,15 @@ from compress._version import __version__
 from compress.architecture.config import settings
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
-from compress.errors import FormatError, OutputError, VerificationError
+from compress.errors import CheckpointError, FormatError, OutputError, VerificationError
 from compress.interop import gguf_blocks as blocks
 from compress.interop import llama_cpp as _llama_cpp
 from compress.output import seal
+from compress.system.side_files import open_regular, read_object
 
 FILE = "model.gguf"
+MAX_COUNT = 250_000  # tensors, and keys, of a file
+_LEAST = 13  # bytes that describe a tensor or a key
 _FILE_TYPES = {"Q4_0": "MOSTLY_Q4_0", "Q5_0": "MOSTLY_Q5_0", "Q8_0": "MOSTLY_Q8_0", "MXFP4": "MOSTLY_MXFP4_MOE"}
 
 
@@ -104,11 +108,11 @@ def vocabulary(source: Source) -> _llama_cpp.Vocabulary:
     """Read the tokenizer of a checkpoint. Raises FormatError."""
     path = source.folder / "tokenizer.json"
     try:
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FormatError("no tokenizer.json, which llama.cpp needs within the file; put it beside the weights") from None
-    except (OSError, ValueError) as error:
-        raise FormatError(f"tokenizer.json cannot be read ({error}); fetch it again") from error
+        tokenizer = read_object(path)
+    except CheckpointError as error:
+        if not path.exists():
+            raise FormatError("no tokenizer.json, which llama.cpp needs within the file; put it beside the weights") from None
+        raise FormatError(error.message) from error
     return _llama_cpp.vocabulary(tokenizer, settings(source)["vocab_size"])
 
 
@@ -229,11 +233,25 @@ def check(
                 )
 
 
+def reader(path: Path) -> Any:
+    """Open a file with llama.cpp's own reader, once its counts are plausible. Raises FormatError."""
+    gguf = library()
+    try:
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            _, _, tensors, keys = struct.unpack("<4sIQQ", stream.read(24))
+        if max(tensors, keys) > min(MAX_COUNT, size // _LEAST):
+            raise ValueError(f"it announces {tensors:,} tensors and {keys:,} keys in {size:,} bytes")
+        return gguf.GGUFReader(str(path))
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
+        raise FormatError(f"{path}: cannot be read ({error}); expected a GGUF file. Fetch it again") from error
+
+
 def digests(path: Path) -> Iterator[tuple[str, str]]:
     """Yield the name of every tensor of a GGUF file and the SHA-256 of its values as llama.cpp's own reader decodes them."""
     gguf = library()
     try:
-        for tensor in gguf.GGUFReader(str(path)).tensors:
+        for tensor in reader(path).tensors:
             yield tensor.name, hashlib.sha256(gguf.dequantize(tensor.data, tensor.tensor_type).tobytes()).hexdigest()
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise FormatError(f"{path}: cannot be read ({error}); expected a GGUF file. Fetch it again") from error
@@ -243,25 +261,25 @@ def examine(path: Path) -> list[str]:
     """Return the problems of a GGUF file: what cannot be read, what llama.cpp needs and lacks, and values that are not finite."""
     gguf = library()
     try:
-        reader = gguf.GGUFReader(str(path))
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        return [f"cannot be read ({error}); expected a GGUF file. Fetch it again"]
+        opened = reader(path)
+    except FormatError as error:
+        return [error.message.removeprefix(f"{path}: ")]
     found = []
-    architecture = reader.fields.get("general.architecture")
+    architecture = opened.fields.get("general.architecture")
     needed = ["general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens"]
     if architecture is not None:
         needed += [f"{architecture.contents()}.block_count", f"{architecture.contents()}.embedding_length"]
-    if lacking := [key for key in needed if key not in reader.fields]:
+    if lacking := [key for key in needed if key not in opened.fields]:
         found.append(f"has no {', '.join(lacking)}, which llama.cpp needs; export or convert it again")
-    names = {tensor.name for tensor in reader.tensors}
+    names = {tensor.name for tensor in opened.tensors}
     if architecture is not None and not lacking:
-        count = reader.fields[f"{architecture.contents()}.block_count"].contents()
+        count = opened.fields[f"{architecture.contents()}.block_count"].contents()
         empty = [number for number in range(count) if not any(name.startswith(f"blk.{number}.") for name in names)]
         if empty:
             found.append(f"has no tensors of block {empty[0]}, of {count} blocks; fetch it again")
     if "token_embd.weight" not in names:
         found.append("has no token_embd.weight; fetch it again")
-    for tensor in reader.tensors:
+    for tensor in opened.tensors:
         if not torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).isfinite().all():
             found.append(f"{tensor.name} holds NaN or infinity; fetch it again")
     return found

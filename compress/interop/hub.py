@@ -5,14 +5,14 @@ Large files that the Hub has already are not sent again, so that a push that was
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.errors import OutputError, VerificationError
+from compress.checkpoint.recorded_files import recorded_files, sha256_of
+from compress.errors import CheckpointError, OutputError, VerificationError
 from compress.report.redaction import LOCAL, is_hub_id
-from compress.system.files import sha256
+from compress.system.side_files import lies_within, read_object, read_side_file
 
 _TEXTS = (".json", ".jsonl", ".yaml", ".md", ".html", ".txt", ".jinja")
 _LONG = 64 << 20  # bytes of a text that is looked through
@@ -44,8 +44,10 @@ class Push:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """Everything but what is hidden."""
+    """Everything but what is hidden. Raises OutputError where a link leads out."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    if outside := [path for path in paths if not lies_within(path, folder)]:
+        raise OutputError(f"{outside[0]}: is a link to a place outside of the checkpoint; nothing was published. Remove it")
     named = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     return {name: size for name, size in named.items() if not any(part.startswith(".") for part in name.split("/"))}
 
@@ -54,21 +56,21 @@ def _check(folder: Path, files: dict[str, int]) -> None:
     """Raise where a file is not what was written, or tells paths of this machine."""
     try:
         record = folder / "summary.json" if (folder / "summary.json").is_file() else folder / "export.json"
-        recorded = json.loads(record.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        recorded = recorded_files(read_object(record)["files"])
+    except (CheckpointError, ValueError, KeyError) as error:
         raise OutputError(f"{folder}: not a checkpoint that compress wrote ({error}); push knows no other") from error
     for name, digest in recorded.items():
-        if name not in files or sha256(folder / name) != digest:
+        if name not in files or sha256_of(folder, name) != digest:
             what = "was changed since it was written" if name in files else "is missing"
             raise VerificationError(f"{folder / name}: {what}; compress verify says more. Nothing was published")
     secrets = {str(folder.resolve().parent), str(Path.home())}
     if (folder / LOCAL).is_file():
-        secrets |= set(json.loads((folder / LOCAL).read_text(encoding="utf-8")).values())
+        secrets |= {text for text in read_object(folder / LOCAL).values() if isinstance(text, str)}
     secrets = {text for text in secrets if text.count("/") > 1}
     for name, size in files.items():
         if not name.endswith(_TEXTS) or size > _LONG or name.startswith("tokenizer"):
             continue
-        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+        text = read_side_file(folder / name, _LONG).decode("utf-8", errors="replace")
         if found := sorted(secret for secret in secrets if secret in text):
             raise OutputError(
                 f"{folder / name}: holds {found[0]!r}, a path of this machine; nothing was published. Compress the model again "

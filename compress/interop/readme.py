@@ -8,9 +8,12 @@ from typing import Any
 import yaml
 
 from compress.checkpoint.source import Source
+from compress.errors import CheckpointError
 from compress.interop.layout import Layout
+from compress.report.redaction import LONGEST_CARD
 from compress.report.summary import evaluation
 from compress.report.templating import environment, plain
+from compress.system.side_files import read_text
 
 _KEPT = ("base_model", "base_model_relation", "license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
@@ -18,9 +21,9 @@ _KEPT = ("base_model", "base_model_relation", "license", "license_name", "licens
 def _matter(folder: Path) -> dict[str, Any]:
     """The front matter of a checkpoint's card: what the Hub knows about a model stays with its weights."""
     try:
-        parts = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        parts = read_text(folder / "README.md", LONGEST_CARD).split("---\n", 2)
         values = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
-    except (OSError, ValueError, yaml.YAMLError):
+    except (CheckpointError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
 

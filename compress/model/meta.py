@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,16 @@ from torch.overrides import TorchFunctionMode
 from compress.errors import CheckpointError
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand)
+_LARGEST = 1 << 24  # values of a buffer that is counted up, such as rotary frequencies
 _LARGE = 1 << 20  # elements; a parameter above this is never allocated, not even for a moment
+
+
+def _length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The number of values that `torch.arange` would make."""
+    given = [*args, *(kwargs[name] for name in ("start", "end", "step") if name in kwargs)]
+    numbers = [value for value in given if isinstance(value, int | float)]
+    start, end, step = {1: (0, *numbers, 1), 2: (*numbers, 1), 3: tuple(numbers)}.get(len(numbers), (0, 0, 1))
+    return math.ceil((end - start) / step) if step else 0
 
 
 class _LargeOnMeta(TorchFunctionMode):
@@ -21,6 +31,8 @@ class _LargeOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.arange and (count := _length(args, kwargs)) > _LARGEST:
+            raise ValueError(f"a buffer of {count:,} values; expected at most {_LARGEST:,}")
         if func in _FACTORIES:
             size = args[0] if args and isinstance(args[0], (tuple, list, torch.Size)) else args
             if all(isinstance(n, int) for n in size) and torch.Size(size).numel() > _LARGE:

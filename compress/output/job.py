@@ -16,14 +16,16 @@ import json
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CheckpointError, OutputError, ResumeError
 from compress.system.files import fsync_folder, locked, remove_folder, sha256, write_json, write_text, writing
+from compress.system.side_files import parse_json, read_json, read_side_file
 
 _MARKER = "job.json"
+_MAX_JOURNAL = 1 << 30  # bytes; a model of 60,000 experts has a journal of 60 MB
 _FIRST = {_MARKER, "lock", "recipe.yaml", "parts", "hidden"}  # what a folder may hold before its marker is there
 
 
@@ -33,11 +35,24 @@ class Record:
 
     block: int  # the head is the block after the last
     parts: dict[str, str] = field(default_factory=dict)  # file name -> SHA-256
-    hidden: bool = False  # the hidden states after it are on disk
+    hidden: dict[str, str] = field(default_factory=dict)  # files of hidden states after it -> SHA-256
     rows: list[dict[str, Any]] = field(default_factory=list)  # report rows of its sites
     seconds: float = 0.0
     difference: float | None = None  # of the held-out windows' hidden states from the original's, over their norm
     largest: dict[str, Any] | None = None  # value of the hidden states that entered it: value, median, channel, position, token
+
+    @classmethod
+    def parse(cls, values: Any) -> Record:
+        """Read a record back from JSON values. Raises CheckpointError where they are none."""
+        whole = isinstance(values, dict) and values.keys() <= {f.name for f in fields(cls)} and type(values.get("block")) is int
+        if whole:
+            record = cls(**values)
+            parts = record.parts, record.hidden
+            names = all(isinstance(found, dict) and all(isinstance(d, str) for d in found.values()) for found in parts)
+            rows = isinstance(record.rows, list) and all(isinstance(row, dict) for row in record.rows)
+            if names and rows and all(Path(name).name == name for found in parts for name in found):
+                return record
+        raise CheckpointError("a line of a journal is not a record; the job begins again before it")
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -164,8 +179,8 @@ def remove_leftover(folder: Path, identity: dict[str, Any]) -> None:
     if not folder.is_dir():
         return
     try:
-        recorded = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        recorded = read_json(folder / _MARKER)
+    except CheckpointError:
         recorded = None
     if recorded == identity or {path.name for path in folder.iterdir()} <= {"lock"}:
         with writing(folder), suppress(BlockingIOError), locked(folder / "lock"):
@@ -174,9 +189,9 @@ def remove_leftover(folder: Path, identity: dict[str, Any]) -> None:
 
 def _compare(folder: Path, identity: dict[str, Any]) -> None:
     try:
-        recorded = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResumeError(f"{folder / _MARKER}: cannot be read ({error}); remove {folder} and start again") from error
+        recorded = read_json(folder / _MARKER)
+    except CheckpointError as error:
+        raise ResumeError(f"{error.message}; or remove {folder} and start again") from error
     differ(flatten(recorded), flatten(identity), str(folder))
 
 
@@ -197,16 +212,16 @@ def _read_journal(path: Path, repair: bool) -> list[Record]:
     if not path.exists():
         return []
     records = []
-    raw = path.read_bytes()
+    raw = read_side_file(path, _MAX_JOURNAL)
     good = 0
     for line in raw.splitlines(keepends=True):
         try:
-            values = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            values = None
-        if values is None:
+            record = Record.parse(parse_json(line, str(path))) if line.endswith(b"\n") else None
+        except CheckpointError:
+            record = None
+        if record is None:
             break
-        records.append(Record(**values))
+        records.append(record)
         good += len(line)
     if good < len(raw) and repair:
         with writing(path), path.open("r+b") as stream:

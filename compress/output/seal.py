@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from compress.checkpoint.tensor_file import Entry, copy_entries, read_header
 from compress.errors import CheckpointError, OutputError
 from compress.output import shards
 from compress.system.files import copy, fsync_folder, write_json, write_text, writing
+from compress.system.side_files import read_object
 
 SUMMARY = "summary.json"
 
@@ -124,10 +124,10 @@ def finished(out: Path, record: str = SUMMARY, kind: str = "a checkpoint") -> di
     if out.is_dir() and not any(out.iterdir()):
         return None
     try:
-        found: dict[str, Any] = json.loads((out / record).read_text(encoding="utf-8"))
-        if found["tool"] == "compress":
+        found = read_object(out / record)
+        if found.get("tool") == "compress":
             return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except CheckpointError:
         pass
     raise OutputError(f"{out}: exists and is not {kind} that compress wrote; choose another place, or remove it")
 

@@ -13,9 +13,11 @@ from pydantic import ValidationError
 
 from compress import registry
 from compress.architecture.family import Site
-from compress.errors import RecipeError
+from compress.errors import CheckpointError, RecipeError
 from compress.recipe import reading as recipe_reading
+from compress.system.side_files import read_text
 
+_LONGEST = 1 << 20  # bytes of a file of candidates
 WIDTHS = (2, 3, 4, 5, 6, 8)
 FINE = (2, 3)  # bits at which smaller groups pay
 GROUP, FINE_GROUPS = 128, (64, 32)
@@ -75,8 +77,10 @@ def parse_candidates(texts: Sequence[str]) -> list[Candidate]:
 
 def _from_file(path: Path) -> list[Candidate]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = yaml.safe_load(read_text(path, _LONGEST))
+    except CheckpointError as error:
+        raise RecipeError(error.message) from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     if not isinstance(values, list) or not values:
         raise RecipeError(f"{path}: expected a list of candidates, each with a method: and options:")

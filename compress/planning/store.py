@@ -14,12 +14,14 @@ from torch import Tensor
 
 from compress._version import __version__
 from compress.calibration.data import fingerprint
+from compress.errors import CheckpointError
 from compress.planning.candidates import Candidate
 from compress.planning.measure import measure
 from compress.planning.sensitivity import Sensitivity, check
 from compress.runs.prepare import RunPlan
 from compress.system.files import write_json, writing
 from compress.system.progress import Progress
+from compress.system.side_files import read_object
 
 VERSION = 1  # of what a sensitivity file means
 
@@ -50,10 +52,10 @@ class MeasurementFile:
         self.sensitivity: Sensitivity | None = None
         self.checks: dict[str, list[float | None]] = {}
         try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
+            values = read_object(self.path)
             if values["identity"] == self.identity:
                 self.sensitivity, self.checks = Sensitivity.parse(values["sensitivity"]), dict(values["checks"])
-        except (OSError, ValueError, LookupError, TypeError):
+        except (CheckpointError, ValueError, LookupError, TypeError, AttributeError):
             pass  # not there, or not what this command writes: measured, and written over
 
     def _write(self) -> None:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from compress.errors import RecipeError
+from compress.errors import CheckpointError, RecipeError
 from compress.recipe.data import Data
 from compress.recipe.schema import Recipe, Retrain, Step
+from compress.system.side_files import read_text
+
+LONGEST = 4 << 20  # bytes of a recipe; a plan for 60,000 experts has 2 MB
+_SHOWN = 20  # errors of a recipe
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a duplicate key is an error, not a silent overwrite."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen: set[Any] = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if not isinstance(key, Hashable):
+                break  # the loader refuses it
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -58,8 +65,10 @@ def read(name: str) -> dict[str, Any]:
     """Read a recipe as plain values, given its path or the name of a shipped one. Raises RecipeError."""
     path = locate(name)
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (OSError, *_BAD_YAML) as error:
+        value = yaml.load(read_text(path, LONGEST), _UniqueKeys)
+    except CheckpointError as error:
+        raise RecipeError(error.message) from error
+    except _BAD_YAML as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: holds a {type(value).__name__}; expected keys such as data: and steps:")
@@ -104,7 +113,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 def explain(error: ValidationError, known: Sequence[str] | None = None, prefix: str = "") -> str:
     """Write pydantic's errors as `place: what is wrong`, one line each, with the nearest key for a misspelt one."""
     lines = []
-    for item in error.errors():
+    for item in error.errors()[:_SHOWN]:
         place = prefix + ".".join(str(p) for p in item["loc"] if p not in _CHOICES or item["type"] == "extra_forbidden")
         place = place.rstrip(".")  # an error of all options together names no key
         message = item["msg"].removeprefix("Value error, ")
@@ -117,6 +126,8 @@ def explain(error: ValidationError, known: Sequence[str] | None = None, prefix: 
         elif item["type"] != "missing" and not isinstance(item["input"], (dict, list)):
             message += f" (got {item['input']!r:.80})"
         lines.append(f"{place}: {message}" if place else message)
+    if error.error_count() > _SHOWN:
+        lines.append(f"and {error.error_count() - _SHOWN} more")
     return "\n".join(lines)
 
 

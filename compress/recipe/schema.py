@@ -11,11 +11,20 @@ from compress import registry
 from compress.recipe.data import Data
 
 SHRINK = "shrink"
+LONGEST_GLOB = 1000  # characters, as of the name of a tensor
 _STAGE_KINDS = {"transforms": ("transform",), "tuning": ("tune", "retrain"), "retraining": ("retrain",)}
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _short_globs(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Refuse patterns that would take long to compare with every name of a model."""
+    for glob in (value,) if isinstance(value, str) else value:
+        if len(glob) > LONGEST_GLOB:
+            raise ValueError(f"a pattern of {len(glob):,} characters, {glob[:20]!r}...; expected at most {LONGEST_GLOB:,}")
+    return value
 
 
 class Step(_Strict):
@@ -26,6 +35,7 @@ class Step(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     min_tokens: Annotated[int, Field(ge=0)] | None = None  # None: the number of columns for experts, else 0
     fallback: str = SHRINK  # below min_tokens: a method, or "shrink" towards the mean Hessian of the block's experts
+    _short = field_validator("match")(_short_globs)
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -55,6 +65,7 @@ class Stage(_Strict):
     method: str
     match: str | tuple[str, ...] = "*.*"
     options: dict[str, Any] = Field(default_factory=dict)
+    _short = field_validator("match")(_short_globs)
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -96,6 +107,8 @@ class Recipe(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the calibration's forward passes
     batch_tokens: Annotated[int, Field(ge=1)] = 8192  # tokens that pass through a block at a time
     max_shard_size: str = "5GB"
+
+    _short = field_validator("copy_", "drop")(_short_globs)
 
     @field_validator("max_shard_size")
     @classmethod

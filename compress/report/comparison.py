@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CheckpointError
+from compress.system.side_files import read_json_lines, read_object
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,10 @@ class Entry:
 
 def _read(folder: Path) -> Entry:
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        lines = (folder / "report.jsonl").read_text(encoding="utf-8").splitlines()
+        summary = read_object(folder / "summary.json")
         measured = folder / "evaluation.json"
-        e = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
-        methods = sorted({json.loads(line)["method"] for line in lines})
+        e = read_object(measured) if measured.is_file() else {}
+        methods = sorted({str(row["method"]) for row in read_json_lines(folder / "report.jsonl")})
         interval = e.get("kl_interval")
         return Entry(
             folder.resolve().name,
@@ -57,7 +56,7 @@ def _read(folder: Path) -> Entry:
             e.get("agreement"),
             e.get("ids_sha256"),
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(f"{folder}: cannot be read ({error}); expected a checkpoint that compress wrote") from error
 
 

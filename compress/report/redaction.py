@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from compress.errors import CheckpointError
 from compress.recipe.data import SUFFIXES
+from compress.system.side_files import read_text
 
 LOCAL = ".local.json"  # where a checkpoint notes, for this machine alone, what it was made from
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -17,6 +19,7 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]
 _PATHS = ("/", "~", "./", "../", ".\\", "..\\", "\\\\", "file:")
 # An absolute path in the middle of a text.
 _WITHIN = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+-]+){2,}[/\\]?")
+LONGEST_CARD = 1 << 20  # bytes of a model card
 _CARD_KEYS = ("license", "license_name", "license_link", "language")
 
 
@@ -74,9 +77,9 @@ def base_model(name: str, revision: str | None) -> tuple[str, str | None]:
 def card_of(folder: Path) -> dict[str, Any]:
     """Return licence and languages from the front matter of a model's card, {} where there is none."""
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
+        text = read_text(folder / "README.md", LONGEST_CARD)
         found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, flags=re.DOTALL)
         values = yaml.safe_load(found[1]) if found else {}
-    except (OSError, ValueError, yaml.YAMLError):
+    except (CheckpointError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return {key: values[key] for key in _CARD_KEYS if values.get(key)} if isinstance(values, dict) else {}

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.errors import CheckpointError
 from compress.system.files import write_text
+from compress.system.side_files import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,17 @@ class SiteRow:
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> SiteRow:
-        """Read a row back from JSON values."""
-        return cls(**{**values, "shape": tuple(values["shape"])})
+        """Read a row back from JSON values. Raises CheckpointError where they are not those of a row."""
+        try:
+            row = cls(**{**values, "shape": tuple(values["shape"])})
+            whole = len(row.shape) == 2 and all(isinstance(n, int) and 0 <= n < 2**63 for n in (*row.shape, row.stored_bits))
+            texts = all(isinstance(text, str) for text in (row.site, row.kind, row.method))
+            numbers = all(isinstance(n, int | float) for n in (row.bits_per_weight, row.error, row.seconds))
+            if whole and texts and numbers and isinstance(row.notes, dict):
+                return row
+        except (TypeError, KeyError):
+            pass
+        raise CheckpointError(f"a row of a report is not as compress writes it: {str(values)[:80]!r}; fetch the report again")
 
     def plain(self) -> dict[str, Any]:
         """The row as JSON values."""
@@ -51,8 +62,8 @@ def write_rows(path: Path, rows: Iterable[SiteRow]) -> None:
 
 
 def read_rows(path: Path) -> list[SiteRow]:
-    """Read what `write_rows` wrote."""
-    return [SiteRow.parse(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read what `write_rows` wrote. Raises CheckpointError."""
+    return [SiteRow.parse(values) for values in read_json_lines(path)]
 
 
 def bits_per_weight(rows: Sequence[SiteRow]) -> float:

@@ -5,7 +5,7 @@ The folder may be published, so only the last name of a local path is kept.
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shlex
 from collections import Counter
@@ -17,11 +17,13 @@ from typing import Any
 
 import yaml
 
+from compress.errors import CheckpointError
 from compress.recipe.data import OWN, PRESETS, Data
 from compress.report import charts
 from compress.report.redaction import base_model, cleaned_recipe, data_name, is_hub_id
 from compress.report.rows import SiteRow, bits_per_weight, read_rows
 from compress.system.files import duration, human_bytes
+from compress.system.side_files import MAX_BYTES, open_regular, parse_json, read_object, read_text
 
 # Keys that every evaluation has, and keys that it may leave out.
 _MEASURED = ("data", "perplexity", "windows", "length", "ids_sha256", "dtype", "device")
@@ -109,13 +111,13 @@ class Checkpoint:
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
         """Read the files that a run and an evaluation left in a folder."""
-        summary = _json(folder / "summary.json")
+        summary = read_object(folder / "summary.json")
         rows = read_rows(folder / "report.jsonl")
         return cls(
             summary,
             rows,
-            _recipe((folder / "recipe.yaml").read_text(encoding="utf-8")),
-            _json(folder / "config.json"),
+            _recipe(read_text(folder / "recipe.yaml")),
+            read_object(folder / "config.json"),
             evaluation(folder),
             _base(summary.get("base_model"), summary.get("base_revision")),
             _calibration(summary["identity"], rows),
@@ -169,19 +171,14 @@ class Checkpoint:
         return len({row.block for row in self.rows} - {None})
 
 
-def _json(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
-
-
 def evaluation(folder: Path) -> dict[str, Any] | None:
     """The evaluation of a checkpoint, fit to publish; None without one, or without one by this package."""
     try:
-        values = dict.fromkeys(_OPTIONAL) | _json(folder / "evaluation.json")
+        values = dict.fromkeys(_OPTIONAL) | read_object(folder / "evaluation.json")
         if any(key not in values for key in _MEASURED):
             return None
         return values | {"data": data_name(str(values["data"]))}
-    except (OSError, ValueError, TypeError):
+    except (CheckpointError, ValueError, TypeError):
         return None
 
 
@@ -298,10 +295,15 @@ def parts_of(c: Checkpoint, folder: Path) -> list[tuple[str, int, bool, str]]:
 
 def _stored(path: Path) -> dict[str, int]:
     """Bytes of each tensor in a weight file that this package wrote."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    return {name: v["data_offsets"][1] - v["data_offsets"][0] for name, v in header.items() if name != "__metadata__"}
+        if length > min(os.fstat(stream.fileno()).st_size, MAX_BYTES):
+            raise CheckpointError(f"{path}: its header claims {length} bytes; fetch the file again")
+        header = parse_json(stream.read(length), str(path))
+    try:
+        return {name: v["data_offsets"][1] - v["data_offsets"][0] for name, v in header.items() if name != "__metadata__"}
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error}); fetch the file again") from error
 
 
 def worst_first(rows: Sequence[SiteRow]) -> list[SiteRow]:

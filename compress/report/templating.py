@@ -9,7 +9,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from compress.errors import printable
 from compress.system.files import duration, human_bytes
+
+# Of HTML; of code; and of what some renderers turn into links, mentions and smileys without being asked.
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "`": "&#96;", "://": "&#58;//", "@": "&#64;", "www.": "www&#46;"}
+# What makes a heading, a list or a rule of a text that begins a line.
+_BEGINS = re.compile(r"^([#+=-])(?=[#=-]*(\s|$))")
+_NUMBERED = re.compile(r"^(\d+)([.)])(?=\s)")
 
 
 class _Markdown(str):
@@ -22,12 +29,15 @@ def _fenced(text: str, language: str = "") -> _Markdown:
     return _Markdown(f"{fence}{language}\n{text.rstrip()}\n{fence}")
 
 
-def _escaped(value: Any) -> str:
+def escaped(value: Any) -> str:
     """Any text escaped for Markdown, on one line."""
     if isinstance(value, _Markdown):
         return value
-    text = re.sub(r"\s+", " ", str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("`", "&#96;")
-    return re.sub(r"([\\*_{}\[\]|~$])", r"\\\1", text)
+    text = re.sub(r"\s+", " ", printable(str(value)))
+    for character, entity in _ENTITIES.items():
+        text = text.replace(character, entity)
+    text = re.sub(r"([\\*_{}\[\]|~$])", r"\\\1", text)
+    return _NUMBERED.sub(r"\1\\\2", _BEGINS.sub(r"\\\1", text))
 
 
 def plain(text: str) -> str:
@@ -37,7 +47,7 @@ def plain(text: str) -> str:
 
 def _code(value: Any) -> _Markdown:
     """Any text as inline code, in a table or not."""
-    text = re.sub(r"\s+", " ", str(value)).replace("`", "'").replace("|", "¦")
+    text = re.sub(r"\s+", " ", printable(str(value))).replace("`", "'").replace("|", "¦") or " "
     return _Markdown(f"`{text}`")
 
 
@@ -48,7 +58,7 @@ def environment(markdown: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=not markdown,
-        finalize=_escaped if markdown else None,
+        finalize=escaped if markdown else None,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -116,6 +116,7 @@ def finish(
     if plan.source.revision is None:
         write_json(folder / published.LOCAL, {"base_model": str(plan.source.folder)})
     card.write(folder)
+    plan.source.check_unchanged()
     seal.publish(folder, out)
     return Summary(out, values, rows)
 

@@ -140,7 +140,7 @@ class Run:
         if block < self.blocks:
             yield COMPRESSED, stored_weights(self.job.parts, files, self.model.dtype)
             difference = watch.difference(self.watched, block, self.limit) if self.watched else None
-        stored = block < self.blocks and self._store(block)
+        stored = self._store(block) if block < self.blocks else {}
         distributed.barrier()
         record = Record(block, files, stored, rows, time.perf_counter() - start, difference, largest)
         if distributed.rank() == 0:
@@ -207,16 +207,19 @@ class Run:
             self.calibration.stop = max(behind, self.calibration.stop or 0)
             catch_up(self.model, self.calibration, behind, self._tell)
 
-    def _store(self, block: int) -> bool:
-        """Put the hidden states on disk when they are not there and it is time; ranks agree on the time."""
+    def _store(self, block: int) -> dict[str, str]:
+        """Put the hidden states on disk when they are not there and it is time, on which ranks agree.
+
+        Return the SHA-256 of all ranks' files by name, {} where none are stored.
+        """
         if any(stream.position != block + 1 for stream in self.streams):
-            return False  # nothing goes on with them
+            return {}  # nothing goes on with them
         due = self.settings.offload or distributed.gather(time.monotonic() - self._saved >= self.settings.snapshot_seconds)[0]
-        if due:
-            for stream in self.streams:
-                stream.save(self.job.hidden, block)
-            self._saved = time.monotonic()
-        return bool(due)
+        if not due:
+            return {}
+        mine = {name: digest for stream in self.streams for name, digest in stream.save(self.job.hidden, block).items()}
+        self._saved = time.monotonic()
+        return {name: digest for theirs in distributed.gather(mine) for name, digest in theirs.items()}
 
 
 def _identity(model: StreamedModel, ids: Tensor, batch_tokens: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ does not divide, a method that refuses, a result that transformers does not load
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from compress.runs import run as run_module
 from compress.runs.pipeline import Settings
 from compress.system.files import write_json
 from compress.system.progress import Progress
+from compress.system.side_files import read_object
 
 BLOCKS, VOCABULARY, WINDOWS, LENGTH = 2, 512, 4, 32
 _EXPERTS = 8
@@ -146,7 +146,7 @@ def write_copy(source: Source, folder: Path) -> dict[str, Any]:
         tensors[name] = values.to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
     save(folder / "model.safetensors", tensors)
     if (path := source.folder / "tokenizer.json").is_file() and not source.remote:
-        kept = small_tokenizer(json.loads(path.read_text(encoding="utf-8")), _setting(config, "vocab_size") or VOCABULARY)
+        kept = small_tokenizer(read_object(path), _setting(config, "vocab_size") or VOCABULARY)
         write_json(folder / "tokenizer.json", kept)
     return changed
 
@@ -219,7 +219,7 @@ def rehearse(
         import numpy as np
 
         generator = torch.Generator().manual_seed(0)
-        vocabulary = _setting(json.loads((folder / "model" / "config.json").read_text()), "vocab_size") or VOCABULARY
+        vocabulary = _setting(read_object(folder / "model" / "config.json"), "vocab_size") or VOCABULARY
         np.save(folder / "ids.npy", torch.randint(0, vocabulary, (WINDOWS, LENGTH), generator=generator).int().numpy())
         found["plan"] = plan = planned()
         ids = run_prepare.calibration(plan)

@@ -16,10 +16,10 @@ def replay(model: StreamedModel, streams: Sequence[Stream], job: Job, tell: Tell
     """Bring streams to where the journal ends, on all ranks alike; return the next block."""
     start = 0
     for record in reversed(job.records):
-        here = record.hidden and all(stream.saved(job.hidden, record.block) for stream in streams)
+        here = bool(record.hidden) and all(stream.saved(job.hidden, record.block, record.hidden) for stream in streams)
         if all(distributed.gather(here)):
             for stream in streams:
-                stream.restore(job.hidden, record.block)
+                stream.restore(job.hidden, record.block, record.hidden)
             start = record.block + 1
             break
 

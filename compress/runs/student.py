@@ -88,5 +88,5 @@ def records(student: Student, rows: Iterable[SiteRow], path: str, notes: Mapping
         name = f"retrained-{number:05d}.safetensors"
         part.write(job.parts / name, others)
         others = {}  # all of them lie in the first part
-        found.append(Record(number, {name: sha256(job.parts / name)}, False, now))
+        found.append(Record(number, {name: sha256(job.parts / name)}, {}, now))
     return found

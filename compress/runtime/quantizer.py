@@ -21,7 +21,7 @@ from compress.architecture.family import Family
 from compress.architecture.known import family_of
 from compress.architecture.names import parameter_name
 from compress.checkpoint import packing, site_table
-from compress.checkpoint.tensor_file import read_header
+from compress.checkpoint.tensor_file import DTYPE_NAMES, read_header
 from compress.errors import FormatError
 from compress.model import layer_sizes as uneven
 from compress.model.expert_loop import ExpertLoop, MakeLinear
@@ -87,14 +87,31 @@ def _linear_at(model: nn.Module, path: str, site: str) -> tuple[Any, list[int]]:
     return dense, list(dense.weight.shape)
 
 
-def check_files(family: Family, table: Mapping[str, packing.Spec], files: Iterable[str | Path]) -> None:
-    """Raise FormatError where the files lack a packed tensor: transformers would warn, and leave memory as it found it."""
-    names = {name for file in files for name in read_header(Path(file))[0]}
+def check_files(family: Family, table: Mapping[str, packing.Spec], files: Iterable[str | Path], blocks: int = 0) -> None:
+    """Raise FormatError where the files lack a packed tensor or a block, or have a tensor in another type or shape.
+
+    transformers would warn, and leave memory as it found it, or cast.
+    """
+    stored = {name: entry for file in files for name, entry in read_header(Path(file))[0].items()}
+    if not stored:
+        return
     for site, spec in table.items():
         spelled = {site, family.prefix + site, site.removeprefix(family.prefix)}  # the last as `AutoModel` saves them
-        for leaf in packing.layout(spec):
-            if names and not {f"{name}.{leaf}" for name in spelled} & names:
+        for leaf, (dtype, shape) in packing.layout(spec).items():
+            entry = next((stored[name] for name in (f"{name}.{leaf}" for name in spelled) if name in stored), None)
+            if entry is None:
                 raise FormatError(f"{site}.{leaf}: named in quantization_config, but no file has it; fetch the checkpoint again")
+            if (entry.dtype, entry.shape) != (DTYPE_NAMES[dtype], shape):
+                raise FormatError(
+                    f"{site}.{leaf}: is {entry.dtype} {list(entry.shape)} in {entry.file.name}; quantization_config says "
+                    f"{DTYPE_NAMES[dtype]} {list(shape)}. Fetch the checkpoint again"
+                )
+    within = (family.blocks.removeprefix(family.prefix), family.blocks)
+    there = {name[len(start) + 1 :].partition(".")[0] for name in stored for start in within if name.startswith(f"{start}.")}
+    if there and (lacking := [block for block in range(blocks) if str(block) not in there]):
+        raise FormatError(
+            f"config.json: has {blocks} blocks, and no file has a tensor of block {lacking[0]}; fetch the checkpoint again"
+        )
 
 
 def replace_modules(model: Any, table: Mapping[str, packing.Spec], guard: str | None) -> bool:
@@ -180,7 +197,15 @@ class CompressQuantizer(HfQuantizer):
         family = family_of(model.config.model_type)
         uneven.resize(model, uneven.sizes_of(model.config.to_dict()), lambda name: _within(family, name)[0])
         self._single_experts = replace_modules(model, table, guard)
-        check_files(family, table, kwargs.get("checkpoint_files") or ())
+        blocks = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+        check_files(family, table, kwargs.get("checkpoint_files") or (), blocks)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Look at every number that a kernel follows, and at every scale, before the first product."""
+        for name, module in model.named_modules():
+            if isinstance(module, CompressedLinear) and not any(tensor.is_meta for tensor in module.tensors.values()):
+                packing.check(module.spec, module.tensors, name)
+        return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *rest: Any) -> Any:
         """Take out what would join the tensors of single experts: there is no fused parameter to join them into."""

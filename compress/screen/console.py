@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+
+from compress.errors import printable
 
 _PIPED = 160  # columns where there is no terminal
 _NUMBERS = (
@@ -15,11 +19,19 @@ _NUMBERS = (
 )
 
 
+class _Printable(Console):
+    """A console on which names from models and recipes cannot move the cursor, colour or hide anything."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
 def console() -> Console:
     """The console of standard output."""
-    console = Console(highlight=False)
+    console = _Printable(highlight=False)
     # A program that reads a pipe expects each row of a table on a line of its own.
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_PIPED)
+    return console if console.is_terminal or "COLUMNS" in os.environ else _Printable(highlight=False, width=_PIPED)
 
 
 def table_of(title: str, *columns: str) -> Table:

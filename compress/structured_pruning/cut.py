@@ -7,6 +7,7 @@ stopped goes on, to the same bytes.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,6 +31,7 @@ from compress.output import seal
 from compress.output.job import Job, Record, differ, flatten, remove_leftover
 from compress.recipe.data import Data
 from compress.report import redaction as published
+from compress.report.templating import escaped
 from compress.structured_pruning.coupled import Cut
 from compress.structured_pruning.cutter import Cutter
 from compress.structured_pruning.sizes import Wish, after, expert_sets, sizes_of, smaller_config
@@ -218,6 +220,7 @@ def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: f
     values["files"] = recorded.checksums(folder)
     write_json(folder / published.LOCAL, {"base_model": str(source.folder)})
     write_json(folder / seal.SUMMARY, values)
+    source.check_unchanged()
     seal.publish(folder, out)
     return values
 
@@ -225,7 +228,7 @@ def _write(cutter: Cutter, job: Job, mine: dict[str, Any], out: Path, started: f
 def card(values: dict[str, Any], source: Source) -> str:
     """Return the model card of a model that was cut."""
     name = Path(source.name).name if Path(source.name).is_dir() else source.name
-    base = "" if Path(source.name).is_dir() else f"base_model: {source.name}\n"
+    base = "" if Path(source.name).is_dir() else f"base_model: {json.dumps(source.name)}\n"  # which YAML reads as a text
     sizes = {key: value for key, value in values["before"].items() if value}
     rows = [f"| {key.replace('_', ' ')} | {sizes[key]} | {values['after'][key]} |" for key in sizes]
     rows.append(f"| weights | {values['weights']:,} | {values['weights_after']:,} |")
@@ -233,7 +236,7 @@ def card(values: dict[str, Any], source: Source) -> str:
     gone = [b for b in range(values["before"]["blocks"]) if b not in values["blocks"]]
     lines = [
         f"---\n{base}library_name: transformers\npipeline_tag: text-generation\ntags: [compress, pruned]\n---",
-        f"# {name}, cut",
+        f"# {escaped(name)}, cut",
         "Heads, channels, experts or blocks of the original were taken out; what is left is "
         + (
             "a checkpoint whose blocks differ in size: do `import compress` before transformers loads it. The sizes are means."
@@ -244,7 +247,7 @@ def card(values: dict[str, Any], source: Source) -> str:
         f"Scores: {wish['score']}; what reads the rest was {'fitted by least squares' if wish['repair'] else 'left alone'}.",
     ]
     if values["by_magnitude"]:
-        names = ", ".join(values["by_magnitude"])
+        names = ", ".join(map(escaped, values["by_magnitude"]))
         lines.append(f"Cut by the magnitude of weights, since no token of the calibration reached them: {names}.")
     if values["experts"]:
         lines.append(

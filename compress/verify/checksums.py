@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from compress.checkpoint.recorded_files import sha256_of
 from compress.errors import VerificationError
 from compress.report.redaction import LOCAL
 from compress.system.files import sha256
@@ -29,11 +30,10 @@ def changed(folder: Path, files: Mapping[str, str], progress: Progress) -> list[
     found: dict[str, str | None] = {}
     for number, name in enumerate(files):
         progress(1, 1, "checksums", number / len(files))
-        path = folder / name
-        found[name] = sha256(path) if path.is_file() else None
+        found[name] = sha256_of(folder, name)
     # Files that weights are read from must be recorded; other files added to the folder do no harm.
     weights = [p.name for kind in ("*.safetensors*", "*.gguf") for p in sorted(folder.glob(kind)) if p.name not in files]
-    strange = {name: sha256(folder / name) for name in weights}
+    strange = {name: sha256_of(folder, name) for name in weights}
     where = {digest: name for name, digest in ({n: d for n, d in found.items() if d is not None} | strange).items()}
     problems = []
     for name, digest in files.items():

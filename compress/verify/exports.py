@@ -6,14 +6,15 @@ numbers are what they are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from compress.checkpoint.recorded_files import recorded_digests, recorded_files
 from compress.errors import CheckpointError
 from compress.interop.exporter import lookup
 from compress.system.progress import Progress
+from compress.system.side_files import read_object
 from compress.verify import second_reader as independent
 from compress.verify.checksums import EXPORTED, changed, refuse
 from compress.verify.raw_files import open_stored
@@ -27,13 +28,13 @@ def _recorded(folder: Path) -> tuple[str, dict[str, str], dict[str, str]]:
             "that compress wrote. `compress doctor` examines those of any tool"
         )
     try:
-        record = json.loads((folder / EXPORTED).read_text(encoding="utf-8"))
-        layout, files, values = record["format"], record["files"], record["values"]
-        if not isinstance(files, dict) or not isinstance(values, dict) or not values:
-            raise ValueError("files or values are not as compress writes them")
+        record = read_object(folder / EXPORTED)
+        layout, files, values = record["format"], recorded_files(record["files"]), recorded_digests(record["values"])
+        if not isinstance(layout, str) or not values:
+            raise ValueError("format or values are not as compress writes them")
     except KeyError as error:
         raise CheckpointError(f"{folder}/{EXPORTED}: has no {error}; written by an older version, export it again") from error
-    except (OSError, ValueError, TypeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder}/{EXPORTED}: cannot be read ({error}); fetch it again") from error
     return layout, files, values
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ from torch import Tensor
 from compress.architecture.config import vocabulary
 from compress.blockwise.forward import last_hidden, token_losses
 from compress.checkpoint.packed_source import PackedSource
+from compress.checkpoint.recorded_files import recorded_files
 from compress.checkpoint.source import Source
 from compress.checkpoint.tensor_file import Entry, stream_entry
 from compress.errors import CheckpointError, VerificationError
 from compress.system.device import DTYPES, pick_device
 from compress.system.progress import Progress
+from compress.system.side_files import read_json_lines, read_object
 from compress.verify import exports as exported
 from compress.verify import second_reader as independent
 from compress.verify.checksums import SHOWN, SUMMARY, changed, refuse
@@ -72,34 +73,28 @@ def _recorded(folder: Path) -> tuple[dict[str, str], Tensor, Tensor, str, bool]:
     whether it is a plain one, as `compress cut` writes.
     """
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        files, check = summary["files"], summary["check"]
+        summary = read_object(folder / SUMMARY)
+        files, check = recorded_files(summary["files"]), summary["check"]
         ids, losses, dtype = torch.tensor([check["ids"]]), torch.tensor(check["losses"]), check["dtype"]
-        if (
-            not isinstance(files, dict)
-            or dtype not in TOLERANCE
-            or ids.is_floating_point()
-            or losses.shape != (ids.shape[1] - 1,)
-        ):
-            raise ValueError("files or check are not as compress writes them")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if dtype not in TOLERANCE or ids.is_floating_point() or losses.shape != (ids.shape[1] - 1,):
+            raise ValueError("check is not as compress writes it")
+    except (CheckpointError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"{folder}/summary.json: cannot be read ({error}); expected a checkpoint that compress wrote"
         ) from error
-    return files, ids, losses, dtype, "cut" in summary.get("identity", {})
+    return files, ids, losses, dtype, "cut" in (summary.get("identity") or {})
 
 
 def _decoded(folder: Path, progress: Progress) -> tuple[int, list[str]]:
     """Decode every site with the second reader; return how many, and which differ from what was compressed."""
     recorded: dict[str, str] = {}
     try:
-        for line in (folder / "report.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in read_json_lines(folder / "report.jsonl"):
             if isinstance(row.get("sha256"), str):
-                recorded[row["site"]] = row["sha256"]
+                recorded[str(row["site"])] = row["sha256"]
         stored = open_stored(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return 0, [f"report.jsonl cannot be read ({error})"]
+    except KeyError as error:
+        return 0, [f"report.jsonl cannot be read (no {error})"]
     except CheckpointError as error:
         return 0, [str(error)]
     problems, count = [], 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,13 @@ fuzz = settings(max_examples=400, deadline=None, derandomize=True, suppress_heal
 def test_whole_and_cut_and_linked_folders_are_read(tmp_path: Path) -> None:
     whole = Source.open(checkpoint(tmp_path / "whole"))
     cut = Source.open(checkpoint(tmp_path / "cut", files=HALVES))
-    (tmp_path / "linked").mkdir()
-    for file in (tmp_path / "cut").iterdir():  # as the Hub's cache has it
-        (tmp_path / "linked" / file.name).symlink_to(file)
-    linked = Source.open(tmp_path / "linked")
+    cached = tmp_path / "models--org--name"  # as the Hub's cache has it
+    (cached / "snapshots" / "0").mkdir(parents=True)
+    (cached / "blobs").mkdir()
+    for number, file in enumerate((tmp_path / "cut").iterdir()):
+        shutil.copyfile(file, cached / "blobs" / f"{number}")
+        (cached / "snapshots" / "0" / file.name).symlink_to(f"../../blobs/{number}")
+    linked = Source.open(cached / "snapshots" / "0")
     assert set(whole.entries) == set(cut.entries) == set(linked.entries) == set(LLAMA)
     assert whole.numel == cut.numel == sum(math.prod(shape) for shape in LLAMA.values())
     assert whole.nbytes == 4 * whole.numel

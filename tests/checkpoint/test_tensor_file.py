@@ -12,6 +12,7 @@ import pytest
 from limits import PROCESSOR, quickly
 from raw_headers import BIG, DATA, VALID, advice, check, of, packed, refusal
 
+from compress.checkpoint import tensor_file
 from compress.checkpoint.tensor_file import (
     MAX_HEADER,
     read_header,
@@ -182,6 +183,18 @@ def test_many_empty_tensors_in_one_place(path: Path) -> None:
     entries = check(path)
     assert entries is not None
     assert len(entries) == 52
+
+
+def test_more_tensors_than_any_model_has(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_file, "MAX_TENSORS", 20)
+    path.write_bytes(packed({f"e{n}": of("F32", [0], 0, 0) for n in range(20)}))
+    assert len(read_header(path)[0]) == 20
+    path.write_bytes(packed({f"e{n}": of("F32", [0], 0, 0) for n in range(21)}))
+    with pytest.raises(CheckpointError, match="describes 21 tensors; expected at most 20"):
+        read_header(path)
+    path.write_bytes(packed({f"e{n}": of("F32", [0], 0, 0) for n in range(100)}))
+    with pytest.raises(CheckpointError, match="commas; expected at most 20 tensors"):
+        read_header(path)
 
 
 def test_what_is_not_a_plain_file(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 from command_line import Run, tree
 
 import compress.checkpoint
-from compress import errors
+from compress import cli, errors
 
 
 def test_exit_codes_are_those_of_the_help(run: Run) -> None:
@@ -134,3 +137,17 @@ def test_a_bug_keeps_its_traceback(run: Run, model: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("compress.inspection.contents.contents", broken)
     with pytest.raises(ZeroDivisionError):
         run("inspect", model)
+
+
+def test_sigterm_ends_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(**_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "app", work)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -36,7 +36,7 @@ ROOMS: dict[str, Room] = {
     "weights": Room("errors", "torch"),
     "formats": Room("weights errors", "torch"),
     "checkpoint": Room("weights registry system errors", "torch", "huggingface_hub"),
-    "recipe": Room("registry errors", "pydantic yaml"),
+    "recipe": Room("registry system errors", "pydantic yaml"),
     "architecture": Room("checkpoint registry errors", "torch"),
     "calibration": Room("recipe checkpoint system errors", "torch numpy", "datasets huggingface_hub pyarrow transformers jinja2"),
     "report": Room("recipe weights system _version errors", "yaml jinja2", "matplotlib"),
@@ -75,7 +75,7 @@ ROOMS: dict[str, Room] = {
         "matplotlib",
     ),
     "api": Room("planning runs evaluation recipe checkpoint system errors"),
-    "screen": Room("runs inspection evaluation interop report registry system", "rich"),
+    "screen": Room("runs inspection evaluation interop report registry system errors", "rich"),
     "commands": Room(
         "screen api planning runs structured_pruning inspection evaluation verify interop report calibration architecture recipe "
         "registry system errors",
@@ -89,7 +89,7 @@ ROOMS: dict[str, Room] = {
 # What holds for single modules in place of their room's row: modules as globs over full names, of their own room too.
 MODULES: dict[str, Room] = {
     # A second reader of the format shares nothing with what writes it.
-    "verify.raw_files": Room("errors", "numpy"),
+    "verify.raw_files": Room("system.side_files errors", "numpy"),
     "verify.second_reader": Room("verify.raw_files errors", "numpy"),
     # Methods see statistics and nothing else of calibration.
     "calibration.statistics": Room("errors", "torch"),
@@ -125,6 +125,9 @@ SAME_FLOOR = ("methods.solvers.*", "methods.block")  # these may import from the
 
 # At the top of a file these load nothing heavy: the command line starts without torch.
 LIGHT = ("errors", "_version", "registry", "commands.*", "cli", "__main__", "", "recipe.*", "screen.*", "system.progress")
+
+
+WITHOUT_TORCH = ("system.files", "system.memory", "system.side_files")  # what these may import at their top in addition
 
 
 class Import(NamedTuple):
@@ -204,11 +207,7 @@ def complaints(module: str, text: str) -> list[str]:
             other = inner if inner in FILES else inner.rpartition(".")[0]
             if other != module and not may_import(module, other):
                 found.append(f"{place}may not import {name}")
-            elif (
-                light
-                and not lazy
-                and not any(fnmatchcase(other, pattern) for pattern in (*LIGHT, "system.files", "system.memory"))
-            ):
+            elif light and not lazy and not any(fnmatchcase(other, pattern) for pattern in (*LIGHT, *WITHOUT_TORCH)):
                 found.append(f"{place}may not import {name} at its top")
         elif top not in sys.stdlib_module_names and top not in row.third.split() and not (lazy and top in row.lazy.split()):
             found.append(f"{place}may not import {top}{'' if lazy or top not in row.lazy.split() else ' at its top'}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from limits import PROCESSOR, quickly
 from named_sites import SITES, Named
 
 import compress
@@ -166,6 +167,21 @@ def test_files_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> No
         recipe_reading.load(written(tmp_path, text))
     assert message in str(caught.value)
     assert str(tmp_path / "recipe.yaml") in str(caught.value)
+
+
+def test_what_would_take_for_ever_is_refused_at_once(tmp_path: Path) -> None:
+    keys = "".join(f"key{n}: 1\n" for n in range(5_000))
+    with quickly(20.0, timer=PROCESSOR), pytest.raises(RecipeError, match="and 4980 more"):
+        recipe_reading.load(written(tmp_path, f"{keys}steps: []\n"))
+    for key in ("steps: [{method: quant/rtn, match: GLOB}]", "steps: []\ncopy: [GLOB]", "steps: []\ndrop: [GLOB]"):
+        with (
+            quickly(timer=PROCESSOR),
+            pytest.raises(RecipeError, match=r"a pattern of 100,000 characters, .*; expected at most 1,000"),
+        ):
+            recipe_reading.load(written(tmp_path, key.replace("GLOB", '"' + "[" * 100_000 + '"')))
+    written(tmp_path, "#" * (5 << 20))
+    with pytest.raises(RecipeError, match="has 5,242,880 bytes; expected at most"):
+        recipe_reading.load(str(tmp_path / "recipe.yaml"))
 
 
 def test_yaml_runs_no_code(tmp_path: Path) -> None:

@@ -170,6 +170,54 @@ def test_a_damaged_part_is_found_before_anything_is_built_on_it(tiny: Tiny, ids:
         run(tiny("llama"), tmp_path / "out", ids, GPTQ)
 
 
+@pytest.mark.parametrize("settings", [Settings(offload=True), Settings(snapshot_seconds=0.0)], ids=["offloaded", "stored"])
+def test_a_flipped_bit_of_hidden_states_means_that_blocks_are_replayed(
+    settings: Settings, tiny: Tiny, ids: Path, tmp_path: Path
+) -> None:
+    run(tiny("llama"), tmp_path / "reference", ids, GPTQ)
+    interrupted(tiny("llama"), tmp_path / "out", ids, settings=settings)
+    states = sorted((tmp_path / "out.job" / "hidden").glob("after-00001.calibration.*"))
+    assert states
+    raw = bytearray(states[0].read_bytes())
+    raw[len(raw) // 2] ^= 64
+    states[0].write_bytes(raw)
+    seen: set[tuple[int, str]] = set()
+    run(
+        *(tiny("llama"), tmp_path / "out", ids, GPTQ),
+        settings=settings,
+        progress=lambda block, blocks, step, share: seen.add((block, step)),
+    )
+    assert {block for block, step in seen if step == "replaying"} == {0, 1}
+    assert digests(tmp_path / "out") == digests(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("line", [b"[1]\n", b'{"block": "a"}\n', b'{"block": 1, "strange": 2}\n', b'{"block": 1, "parts": []}\n'])
+def test_a_line_of_the_journal_that_is_no_record_is_as_good_as_torn(line: bytes, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    interrupted(tiny("llama"), tmp_path / "out", ids)
+    journal = tmp_path / "out.job" / "journal.jsonl"
+    first = journal.read_bytes().splitlines(keepends=True)[0]
+    journal.write_bytes(first + line)
+    seen: set[tuple[int, str]] = set()
+    run(tiny("llama"), tmp_path / "out", ids, GPTQ, progress=lambda block, blocks, step, share: seen.add((block, step)))
+    assert {block for block, step in seen if step == "compressing"} == {1, 2}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_source_that_is_rewritten_meanwhile_is_noticed(name: str, tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    last = "checking" if name == "config.json" else "compressing"  # of the last block, after which copied tensors are read
+
+    def progress(block: int, blocks: int, step: str, share: float) -> None:
+        if step == last and block >= 2:
+            path = model / name
+            path.write_bytes(path.read_bytes().replace(b'"rms_norm_eps"', b'"rms_norm_epz"'))
+            os.utime(path, ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match=f"{name}: was changed"):
+        run(model, tmp_path / "out", ids, GPTQ, progress=progress)
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_runs_in_one_job_folder_are_refused(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     def progress(block: int, blocks: int, step: str, share: float) -> None:
         if (block, step) == (1, "compressing"):

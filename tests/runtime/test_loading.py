@@ -29,7 +29,7 @@ from compress.checkpoint import packing, site_table
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
 from compress.checkpoint.tensor_file import save
-from compress.errors import FormatError
+from compress.errors import CheckpointError, FormatError
 from compress.kernels import int4_cpu
 from compress.runtime.linear import CompressedLinear
 
@@ -287,6 +287,67 @@ def test_a_missing_packed_tensor_is_loud(llama: Path, tmp_path: Path) -> None:
         PackedSource.open_packed(tmp_path / "gap")
     with pytest.raises(FormatError, match=r"model.layers.1.mlp.up_proj.scale: named in quantization_config, but no file has it"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "gap")
+
+
+def test_more_blocks_than_files_have(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "more")
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "more" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    with pytest.raises(FormatError, match=r"config\.json: has 5 blocks, and no file has a tensor of block 3"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "more")
+
+
+def damaged(folder: Path, target: Path, leaf: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> str:
+    """Copy a checkpoint and change one packed tensor, in place or by another; return the site that it is of."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith(f".{leaf}") and len(tensors[name]) > 1)
+    other = change(tensors[name])
+    tensors[name] = tensors[name] if other is None else other
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return name.removesuffix(f".{leaf}")
+
+
+@pytest.fixture(scope="module")
+def outliers(tiny: Tiny, ids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("outliers") / "out"
+    run(
+        tiny("llama"),
+        out,
+        ids,
+        [{"match": "*.1.mlp.*", "method": "quant/spqr", "options": {"bits": 3, "outlier_threshold": 0.1}}],
+    )
+    return out
+
+
+def put(index: Any, value: float) -> Callable[[torch.Tensor], None]:
+    def change(tensor: torch.Tensor) -> None:
+        tensor[index] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("leaf", "change", "message"),
+    [
+        ("outliers_pointers", put(1, 2**31 - 1), "pointers do not rise"),
+        ("outliers_pointers", put(-1, 10**6), "pointers do not rise"),
+        ("outliers_pointers", put(0, -5), "pointers do not rise"),
+        ("outliers_columns", put(0, 200), "names a column outside"),
+        ("outliers_values", put(0, float("nan")), "outliers_values: 1 of"),
+        ("scale_top", put((0, 0), float("inf")), "scale_top: 1 of"),
+        ("codes", lambda codes: codes.view(torch.float32), r"is F32 \[\d+\] in model.safetensors; .* says I32"),
+        ("codes", lambda codes: codes[:-1].clone(), "quantization_config says I32"),
+    ],
+)
+def test_what_a_kernel_would_follow_is_looked_at_when_it_is_loaded(
+    leaf: str, change: Callable[[torch.Tensor], torch.Tensor | None], message: str, outliers: Path, tmp_path: Path
+) -> None:
+    """On whatever device, and before any product: kernels read what pointers and columns name."""
+    site = damaged(outliers, tmp_path / "out", leaf, change)
+    with pytest.raises((FormatError, CheckpointError), match=message) as found:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert site in str(found.value)
 
 
 # --- every family at once, and memory

@@ -71,6 +71,7 @@ def test_it_imports_nothing_that_packs() -> None:
     own = {line for line in text.splitlines() if "compress" in line and "import" in line}
     assert own == {
         "from compress.errors import CheckpointError",
+        "from compress.system.side_files import open_regular, parse_json, read_json",  # bounds, and nothing of the format
         "from compress.verify.raw_files import SIZES, Bytes, Place, Stored, read_bytes",
     }
 

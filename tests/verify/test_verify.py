@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from limits import PROCESSOR, quickly
 from runs import compress, steps
 
 from compress.checkpoint import packed_source
-from compress.errors import VerificationError
+from compress.errors import CheckpointError, VerificationError
 from compress.output import seal
 from compress.verify import raw_files as stored
 from compress.verify import second_reader as independent
@@ -138,6 +140,46 @@ def test_a_changed_table_or_index(shards: Path, tmp_path: Path) -> None:
     index = copy(shards, tmp_path / "index")
     (index / "model.safetensors.index.json").write_text("{}")
     assert "model.safetensors.index.json was changed" in said(index)
+
+
+def endless(config: Any, index: Any, summary: Any) -> None:
+    config["quantization_config"]["sites"] = {"model.layers.{0-9999999}.mlp.{0-9999999}": 0}
+
+
+HOSTILE: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "ranges that never end": endless,
+    "a range that is none": lambda config, index, summary: config["quantization_config"]["sites"].update({"a.{x}": 0}),
+    "infinite shapes": lambda config, index, summary: config["quantization_config"]["specs"][0].update(shape=[float("inf"), 1]),
+    "far too large": lambda config, index, summary: config["quantization_config"]["specs"][0].update(shape=[2**30, 2**30]),
+    "an index that leaves": lambda config, index, summary: index["weight_map"].update(other="../other.safetensors"),
+    "an index of numbers": lambda config, index, summary: index["weight_map"].update(other=3),
+    "a file elsewhere": lambda config, index, summary: summary["files"].update({"/etc/passwd": "0" * 64}),
+    "a file above": lambda config, index, summary: summary["files"].update({"../secret": "0" * 64}),
+    "digests that are lists": lambda config, index, summary: summary["files"].update({"config.json": ["0" * 64]}),
+    "no identity": lambda config, index, summary: summary.update(identity=None, check=None),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_records_are_refused_at_once(kind: str, shards: Path, tmp_path: Path) -> None:
+    folder = copy(shards, tmp_path / "out")
+    paths = [folder / name for name in ("config.json", "model.safetensors.index.json", "summary.json")]
+    values = [json.loads(path.read_text()) for path in paths]
+    HOSTILE[kind](*values)
+    for path, value in zip(paths, values, strict=True):
+        path.write_text(json.dumps(value))
+    with quickly(20.0, 300 << 20, PROCESSOR), pytest.raises((VerificationError, CheckpointError)):
+        verify(folder, "cpu", lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "report.jsonl", "config.json", "a shard"])
+def test_a_pipe_is_not_waited_for(name: str, shards: Path, tmp_path: Path) -> None:
+    folder = copy(shards, tmp_path / "out")
+    path = folder / name if (folder / name).exists() else sorted(folder.glob("*.safetensors"))[1]
+    path.unlink()
+    os.mkfifo(path)
+    with quickly(60.0), pytest.raises((VerificationError, CheckpointError), match=r"is not a file|has neither"):
+        verify(folder, "cpu", lambda *_: None)
 
 
 def test_weights_beside_those_that_were_written(shards: Path, tmp_path: Path) -> None:
