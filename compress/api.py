@@ -93,7 +93,7 @@ def quantize(
     method: str | None = None,
     effort: str | None = None,
     bits: int | None = None,
-    group_size: int | None = None,
+    group_size: int | str | None = None,
     symmetric: bool | None = None,
     budget: Budget | None = None,
     data: Text = None,

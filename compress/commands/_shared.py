@@ -46,7 +46,7 @@ def run_and_show(
     from compress.screen.checkpoints import show_exports, show_findings
     from compress.screen.console import console
     from compress.screen.plans import describe_dry_run, show_dry_run
-    from compress.screen.results import show_outcome
+    from compress.screen.results import show_notes, show_outcome
     from compress.system import distributed
 
     leader, silent = distributed.leads(), quiet or flags.json_
@@ -62,6 +62,8 @@ def run_and_show(
             found["efforts"] = {name: other.estimate.seconds for name, other in others.items()}
         print(json.dumps(found, indent=2)) if flags.json_ else show_dry_run(found)
         return
+    if leader and not silent:
+        show_notes(run.plan.notes)
     with progress(silent or not leader, run.estimate.seconds) as shown:
         summary = run.compress(shown)
     with progress(silent or run.held_out is None or not leader) as shown:

@@ -30,7 +30,10 @@ class PruningFlags:
         None
     )
     bits: Annotated[int | None, typer.Option(help="Also quantize what is kept, in the same pass, 2 to 8 bits.")] = None
-    group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1 for the whole row.")] = None
+    group_size: Annotated[
+        str | None,
+        typer.Option(help="Input columns that share a scale; -1: the row; auto: 128, or 64 or 32 where it does not divide them."),
+    ] = None
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid without or with zero points.")] = None
     retrain: Annotated[
         str | None, typer.Option(help="Then train every block on what the original's gives: perp, or ast, which moves masks too.")

@@ -25,7 +25,10 @@ def quantize(
         str | None, typer.Option(help="Instead of a method: fast (no data), normal (default: scales, then GPTQ), best (trained).")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits per code, 1 to 8.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1 for the whole row.")] = None,
+    group_size: Annotated[
+        str | None,
+        typer.Option(help="Input columns that share a scale; -1: the row; auto: 128, or 64 or 32 where it does not divide them."),
+    ] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid without or with zero points.")] = None,
     budget: BudgetFlags,
     text: DataFlags,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Final, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from compress.calibration.statistics import Statistics, Stats
@@ -16,7 +16,24 @@ from compress.weights.weight import CompressedWeight
 
 # Options that several methods have. Defaults are those of each method's own class.
 Bits = Annotated[int, Field(ge=1, le=8, description="bits per code")]
-GroupSize = Annotated[int, Field(ge=-1, description="input columns that share a scale; -1: the whole row")]
+AUTO: Final = "auto"
+# Those that runtimes have kernels for; `auto` takes the first that divides the columns, and others are suggested after them.
+AUTO_SIZES = (128, 64, 32)
+
+
+def read_group_size(value: Any) -> Any:
+    """Check the value of a group size: auto, or a number of columns, -1 for the whole row. Raises ValueError."""
+    number = int(value) if isinstance(value, str) and value.removeprefix("-").isdecimal() else value
+    if number != AUTO and (not isinstance(number, int) or isinstance(number, bool) or number < -1):
+        raise ValueError("expected a number of columns, -1 for the whole row, or auto")
+    return number
+
+
+GroupSize = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(read_group_size),
+    Field(description="input columns that share a scale; -1: the whole row; auto: 128 where that divides them, else 64 or 32"),
+]
 Symmetric = Annotated[bool, Field(description="no zero points: the scale may be negative")]
 Compensate = Annotated[bool, Field(description="feed errors back as GPTQ does; false: to nearest, without data")]
 Damp = Annotated[float, Field(ge=0, le=100, description="added to the diagonal of the Hessian, over its mean")]
@@ -95,7 +112,7 @@ class Grouped(Method):
     """Options of methods that store codes on a grid per row and group of neighbouring columns."""
 
     bits: Bits = 4
-    group_size: GroupSize = 128
+    group_size: GroupSize = AUTO
 
     def size(self, columns: int) -> int:
         """Columns of a group, of so many in all."""
@@ -116,18 +133,24 @@ class GroupedGrid(Grouped):
         return uniform_described(shape, self.bits, self.size(shape[1]), zero=not self.symmetric)
 
 
-def group_columns(group_size: int, columns: int) -> int:
-    """Return the columns of a group, of so many in all: a group size of -1 is the whole row."""
+def group_columns(group_size: GroupSize, columns: int) -> int:
+    """Return the columns of a group, of so many in all: a group size of -1 is the whole row; for auto see `AUTO_SIZES`."""
+    if group_size == AUTO:
+        return next((size for size in AUTO_SIZES if columns % size == 0), AUTO_SIZES[0])
     return columns if group_size == -1 else group_size
 
 
-def indivisible(columns: int, group_size: int) -> str | None:
-    """Say what is wrong with a group size that does not divide the columns, and name the nearest ones that do."""
-    if group_size == -1 or (group_size > 0 and columns % group_size == 0):
+def indivisible(columns: int, group_size: GroupSize) -> str | None:
+    """Say what is wrong with a group size that does not divide the columns, and name sizes that do: those of runtimes first."""
+    size = group_columns(group_size, columns)
+    if size > 0 and columns % size == 0:
         return None
-    sizes = [size for size in range(1, columns + 1) if columns % size == 0]
-    near = sorted(sorted(sizes, key=lambda size: abs(size - group_size))[:3])
-    return f"in={columns} is not a multiple of group_size={group_size}; use {', '.join(map(str, near))}, or -1 for the whole row"
+    near = sorted((n for n in range(1, columns + 1) if columns % n == 0), key=lambda n: abs(n - size))[:3]
+    common = [n for n in AUTO_SIZES if columns % n == 0]
+    use = ", ".join(map(str, [*common, AUTO] if common else sorted(near)))
+    tried = ", ".join(map(str, AUTO_SIZES))
+    wrong = f"any of {tried}, which group_size=auto tries" if group_size == AUTO else f"group_size={size}"
+    return f"in={columns} is not a multiple of {wrong}; use {use}, or -1 for the whole row"
 
 
 INDEX_NAMES = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}  # of types that the group of a column is stored in

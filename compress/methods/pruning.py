@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, MeanSquare, Statistics, Stats, statistic
-from compress.methods.method import Described, GroupSize, Method, Result, group_columns, indivisible
+from compress.methods.method import AUTO, Described, GroupSize, Method, Result, group_columns, indivisible
 from compress.methods.solvers.error_feedback import full_precision
 from compress.methods.solvers.mask_scores import exact, mean_square
 from compress.methods.solvers.mask_selection import LARGEST_PATTERN, Target, Within, as_part, select
@@ -64,7 +64,7 @@ class Pruning(Method):
         Dtype, Field(description="of kept values; auto: the type of 16 bits that held the weight, or else float32")
     ] = "auto"
     bits: Annotated[int | None, Field(ge=2, le=8, description="also quantize what is kept, in the same pass")] = None
-    group_size: Annotated[GroupSize, Field(description="columns that share a scale, with bits; -1: the whole row")] = 128
+    group_size: Annotated[GroupSize, Field(description="columns that share a scale, with bits")] = AUTO
     symmetric: Annotated[bool, Field(description="no zero points, with bits")] = True
 
     @model_validator(mode="after")

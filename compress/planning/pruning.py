@@ -38,7 +38,7 @@ class PruningOptions:
     distribute: str = "uniform"
     scope: tuple[str, ...] = ()
     bits: int | None = None
-    group_size: int | None = None
+    group_size: int | str | None = None
     symmetric: bool | None = None
     retrain: str | None = None
 

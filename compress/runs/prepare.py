@@ -15,6 +15,7 @@ from compress.architecture.inventory import Inventory, take_inventory
 from compress.calibration.data import fingerprint, load_ids
 from compress.checkpoint.source import Source
 from compress.errors import RecipeError
+from compress.methods.method import AUTO, AUTO_SIZES, group_columns
 from compress.model.detect import find_family
 from compress.recipe import assignment as recipe_assignment
 from compress.recipe import reading as recipe_reading
@@ -46,6 +47,21 @@ class RunPlan:
             return True
         needy = any(o.needs or o.scope == "block" for a in self.assignments for o in (a.method, a.fallback) if o is not None)
         return needy or bool(self.transforms) or bool(self.tuning)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth saying before the run: group sizes that were chosen because 128 does not divide the columns."""
+        counts: dict[int, int] = {}
+        for a in self.assignments:
+            if getattr(a.method, "group_size", None) == AUTO:
+                size = group_columns(AUTO, a.site.shape[1])
+                counts[size] = counts.get(size, 0) + 1
+        first = AUTO_SIZES[0]
+        return [
+            f"group_size: {size} columns for {counts[size]} weights whose number of columns {first} does not divide"
+            for size in AUTO_SIZES[1:]
+            if size in counts
+        ]
 
     @property
     def compares(self) -> bool:

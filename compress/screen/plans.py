@@ -49,6 +49,7 @@ def describe_dry_run(run: PreparedRun) -> dict[str, Any]:
         "untouched_linears": untouched,
         "copied_tensors": len(plan.inventory.copied),
         "dropped_tensors": plan.inventory.dropped,
+        "notes": plan.notes,
         "bytes_before": expected.bytes_before,
         "bytes_after": expected.bytes_after,
         "bytes_after_exact": expected.exact,
@@ -97,6 +98,8 @@ def show_dry_run(found: dict[str, Any]) -> None:
     out.print(f"files      {about}{found['files_after']:,} bytes of weight files")
     copied, dropped = found["copied_tensors"], len(found["dropped_tensors"])
     out.print(f"untouched  {found['untouched_linears']} linears, {copied} other tensors copied, {dropped} dropped")
+    for note in found["notes"]:
+        out.print(f"note       {note}", soft_wrap=True, markup=False)
     if found["calibration"]:
         out.print(f"data       {found['calibration']['samples']} windows of {found['calibration']['length']} tokens")
     out.print(

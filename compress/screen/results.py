@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from compress.evaluation.bench import Bench
     from compress.evaluation.quality import Quality
     from compress.runs.prepared import Outcome
+
+
+def show_notes(notes: Sequence[str]) -> None:
+    """Print what is worth saying before a run."""
+    for note in notes:
+        console().print(f"note       {note}", soft_wrap=True, markup=False)
 
 
 def show_outcome(outcome: Outcome) -> None:

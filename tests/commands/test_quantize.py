@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from command_line import Run, header, specs, summary, tree
 from runs import ids_file
 from transformers import AutoModelForCausalLM
@@ -97,3 +99,22 @@ def test_tables_keep_a_row_on_a_line_when_piped(quantize: Run, monkeypatch: pyte
     rows = [line for line in quantize("--dry-run").out.splitlines() if "quant/gptq" in line]
     assert len(rows) == 7
     assert all("group_size=16" in row and "…" not in row for row in rows)
+
+
+def test_group_sizes_are_chosen_and_said_once(run: Run, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """A width that 128 does not divide, next to one that it does."""
+    folder = tiny("llama", hidden_size=96, intermediate_size=128)
+    common = ("quantize", folder, "-o", tmp_path / "out", "--method", "rtn", "--device", "cpu", "--no-reload")
+    note = "group_size: 32 columns for 18 weights whose number of columns 128 does not divide"
+    dry = run(*common, "--dry-run", "--json")
+    assert dry.json["notes"] == [note]
+    done = run(*common)
+    assert done.code == 0, done.err
+    assert done.out.count(note) == 1
+    assert {spec["base"]["group_size"] for spec in specs(tmp_path / "out")} == {32, 128}
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["steps"][0]["options"]["group_size"] == "auto"
+    given = run(*common, "--group-size", "24", "--dry-run", "--json")
+    assert given.code == 2
+    assert "is not a multiple of group_size=24; use" in given.err
+    wrong = run(*common, "--group-size", "much", "--dry-run")
+    assert "group_size: expected a number of columns, -1 for the whole row, or auto (got 'much')" in wrong.err

@@ -145,7 +145,7 @@ def test_the_command(tiny: Any, ids: Path, tmp_path: Path, run: Run) -> None:
         (("--method", "gptq", "--sparsity", "0.1,0.2"), "sparsity: unknown key"),
         (("--method", "signround", "--bits", "2:4:1"), "works on whole blocks"),
         (("--method", "gptq", "--bits", "2:4:1", "--set", "group_size"), "--set options.group_size: expected"),
-        (("--method", "gptq", "--bits", "2:4:1"), "in=32 is not a multiple of group_size=128"),
+        (("--method", "gptq", "--bits", "2:4:1", "--set", "group_size=24"), "in=32 is not a multiple of group_size=24"),
         (("--method", "gtpq", "--bits", "2:4:1"), "did you mean quant/gptq?"),
     ],
 )

@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Stats, statistic
-from compress.methods.method import Damp, Result, group_columns
+from compress.methods.method import Damp, GroupSize, Result, group_columns
 from compress.methods.pruning import Pruning
 from compress.methods.solvers.error_feedback import (
     ColumnRounding,
@@ -129,7 +129,7 @@ def sparsegpt(
     damp: float,
     block: int,
     bits: int | None,
-    group_size: int,
+    group_size: GroupSize,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Uniform | None, Factor]:
     """Return the mask (out, in) bool of weight (out, in) under hessian (in, in), the values on it, codes if any, and the factor.

@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
-from compress.methods.method import Damp, Described, Grouped, Refinements, Result, group_columns, uniform_described
+from compress.methods.method import Damp, Described, Grouped, GroupSize, Refinements, Result, group_columns, uniform_described
 from compress.methods.solvers.error_feedback import BLOCK, GridLayout, factorise, full_precision, importance, refine, swept
 from compress.methods.solvers.uniform_grid import Range, fit
 from compress.weights.uniform import Uniform
@@ -41,7 +41,7 @@ def bipolar(
     hessian: Tensor,
     *,
     bits: int,
-    group_size: int,
+    group_size: GroupSize,
     range: Range,
     damp: float,
     refinements: int,

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
 from compress.methods.method import (
+    AUTO,
     Compensate,
     Damp,
     Described,
@@ -53,7 +54,7 @@ def bitmod(
     hessian: Tensor | None = None,
     *,
     datatype: Datatype,
-    group_size: int,
+    group_size: GroupSize,
     range: Range,
     damp: float,
     refinements: int,
@@ -82,7 +83,7 @@ class BitMoD(Method):
     may_need: ClassVar[tuple[type[Statistics], ...]] = (Hessian,)
 
     datatype: Annotated[Datatype, Field(description="bits of a code and its values")] = "fp4"
-    group_size: GroupSize = 128
+    group_size: GroupSize = AUTO
     range: Annotated[Range, Field(description="minmax: cover every weight; mse: least error")] = "mse"
     compensate: Compensate = True
     damp: Damp = 0.01

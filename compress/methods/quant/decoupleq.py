@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
-from compress.methods.method import Bits, Damp, Described, Grouped, Result, group_columns, uniform_described
+from compress.methods.method import Bits, Damp, Described, Grouped, GroupSize, Result, group_columns, uniform_described
 from compress.methods.solvers.error_feedback import BLOCK, GridLayout, factorise, full_precision, importance, refine, swept
 from compress.methods.solvers.uniform_grid import Grid, fit, stored
 from compress.weights.uniform import Uniform, middle
@@ -44,7 +44,7 @@ def decoupleq(
     hessian: Tensor,
     *,
     bits: int,
-    group_size: int,
+    group_size: GroupSize,
     symmetric: bool,
     damp: float,
     rounds: int,

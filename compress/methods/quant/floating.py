@@ -79,7 +79,7 @@ def floating(
     hessian: Tensor | None = None,
     *,
     datatype: Datatype,
-    group_size: int | None,
+    group_size: GroupSize | None,
     range: Range,
     damp: float,
     refinements: int,
@@ -124,7 +124,7 @@ class Floating(Method):
         return self
 
     @property
-    def _size(self) -> int:
+    def _size(self) -> GroupSize:
         return _KINDS[self.datatype].group_size if self.group_size is None else self.group_size
 
     @property
@@ -136,7 +136,8 @@ class Floating(Method):
         """Say whether the group size does not divide the columns of a weight (out, in)."""
         complaint = indivisible(shape[1], self._size)
         if complaint is not None and _KINDS[self.datatype].fixed:
-            return f"in={shape[1]} is not a multiple of {self._size}, the group of {self.datatype}; use another datatype"
+            size = _KINDS[self.datatype].group_size
+            return f"in={shape[1]} is not a multiple of {size}, the group of {self.datatype}; use another datatype"
         return complaint
 
     def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:

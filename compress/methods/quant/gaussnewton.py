@@ -34,7 +34,7 @@ from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, statistic
 from compress.methods.block import Block
-from compress.methods.method import GroupedGrid, Result, group_columns
+from compress.methods.method import GroupedGrid, GroupSize, Result, group_columns
 from compress.methods.solvers.block_loss import gradients, loss, moved, probe
 from compress.methods.solvers.compensated import compensated
 from compress.methods.solvers.error_feedback import BLOCK, GridLayout, full_precision, refine
@@ -101,7 +101,7 @@ def gaussnewton(
     block: Block,
     *,
     bits: int,
-    group_size: int,
+    group_size: GroupSize,
     symmetric: bool,
     damp: float,
     steps: int,

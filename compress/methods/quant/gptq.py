@@ -33,7 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
-from compress.methods.method import Damp, Described, GroupedGrid, Refinements, Result, group_columns, uniform_described
+from compress.methods.method import Damp, Described, GroupedGrid, GroupSize, Refinements, Result, group_columns, uniform_described
 from compress.methods.solvers.error_feedback import BLOCK, ColumnRounding, GridLayout, factorise, full_precision, refine, swept
 from compress.methods.solvers.uniform_grid import Grid, Range, fit
 from compress.weights.mixed import group_dtype
@@ -48,7 +48,7 @@ def gptq(
     hessian: Tensor,
     *,
     bits: int,
-    group_size: int,
+    group_size: GroupSize,
     symmetric: bool,
     range: Range,
     order: Order,

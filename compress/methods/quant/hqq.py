@@ -49,7 +49,7 @@ def hqq(
     weight: Tensor,
     *,
     bits: int,
-    group_size: int,
+    group_size: GroupSize,
     p: float,
     beta: float,
     kappa: float,

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from compress.calibration.statistics import Stats
-from compress.methods.method import GroupedGrid, Result, group_columns
+from compress.methods.method import GroupedGrid, GroupSize, Result, group_columns
 from compress.methods.solvers.uniform_grid import Range, encode, fit
 from compress.weights.uniform import Uniform
 from compress.weights.weight import CompressedWeight
 
 
-def rtn(weight: Tensor, *, bits: int, group_size: int, symmetric: bool, range: Range) -> Result:
+def rtn(weight: Tensor, *, bits: int, group_size: GroupSize, symmetric: bool, range: Range) -> Result:
     """Round weight (out, in) to nearest."""
     if weight.dtype != torch.float64:
         weight = weight.float()

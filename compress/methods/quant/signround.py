@@ -31,7 +31,7 @@ from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, statistic
 from compress.methods.block import Block
-from compress.methods.method import GroupedGrid, Result, StepBatches, group_columns
+from compress.methods.method import GroupedGrid, GroupSize, Result, StepBatches, group_columns
 from compress.methods.solvers.block_loss import Adam, drawn, gradients, loss
 from compress.methods.solvers.compensated import compensated
 from compress.methods.solvers.uniform_grid import Grid, fit, nearest, stored
@@ -143,7 +143,7 @@ def signround(
     block: Block,
     *,
     bits: int,
-    group_size: int,
+    group_size: GroupSize,
     symmetric: bool,
     steps: int,
     batches: int,

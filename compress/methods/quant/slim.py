@@ -51,7 +51,18 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
-from compress.methods.method import Damp, Described, GroupSize, Method, Refinements, Result, Symmetric, group_columns, indivisible
+from compress.methods.method import (
+    AUTO,
+    Damp,
+    Described,
+    GroupSize,
+    Method,
+    Refinements,
+    Result,
+    Symmetric,
+    group_columns,
+    indivisible,
+)
 from compress.methods.solvers.error_feedback import BLOCK, ColumnRounding, GridLayout, factorise, full_precision, refine
 from compress.methods.solvers.uniform_grid import Grid, encode, fit, stored
 from compress.weights.bit_stream import stream_bits
@@ -73,7 +84,7 @@ def slim(
     hessian: Tensor,
     *,
     bits: float,
-    group_size: int,
+    group_size: GroupSize,
     symmetric: bool,
     allocation: Allocation,
     spread: int,
@@ -267,7 +278,7 @@ class SliM(Method):
     rows_independent: ClassVar[bool] = False  # the width of a group is one for all rows
 
     bits: Annotated[float, Field(ge=1, le=8, description="mean bits per code: any number, also 2.5")] = 2.0
-    group_size: GroupSize = 128
+    group_size: GroupSize = AUTO
     symmetric: Symmetric = True
     allocation: Annotated[
         Allocation, Field(description="free: the widths of least error; balanced: as many groups a bit above the mean as below")
@@ -319,7 +330,7 @@ class SliM(Method):
         counts = [groups - more if width == few else more if width == few + 1 else 0 for width in WIDTHS]
         likely = mixed_bits(shape, counts, size, not self.symmetric, scattered)
         # Which groups get which width follows from the weights; that there are several does not.
-        spec = {"shape": list(shape), "base": {"format": "mixed", "group_size": self.group_size}}
+        spec = {"shape": list(shape), "base": {"format": "mixed", "group_size": size}}
         if rows * size % 32 == 0 and (self.symmetric or (rows % 32 == 0 and 1 not in self._admitted)):
             return Described(spec, likely, likely, likely, whole=False)
         beside = mixed_bits(shape, counts, size, False, scattered)

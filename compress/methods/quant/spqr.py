@@ -60,7 +60,7 @@ def spqr(
     hessian: Tensor,
     *,
     bits: int,
-    group_size: int,
+    group_size: GroupSize,
     scale_bits: int,
     zero_bits: int,
     outlier_threshold: float | None,

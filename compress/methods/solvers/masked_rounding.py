@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.methods.method import group_columns
+from compress.methods.method import GroupSize, group_columns
 from compress.methods.solvers.compensated import compensated
 from compress.methods.solvers.uniform_grid import encode, fit
 from compress.weights.uniform import Uniform
@@ -20,7 +20,7 @@ def quantized(
     values: Tensor | None,
     hessian: Tensor | None,
     bits: int,
-    group_size: int,
+    group_size: GroupSize,
     symmetric: bool,
 ) -> tuple[Uniform, dict[str, Any]]:
     """Round what a mask (out, in) keeps of a weight (out, in), or the values (out, in) in its place, on grids of kept weights.

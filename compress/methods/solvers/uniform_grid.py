@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compress.methods.method import group_columns
+from compress.methods.method import GroupSize, group_columns
 from compress.weights.uniform import middle
 
 Range = Literal["minmax", "mse"]
@@ -60,7 +60,7 @@ class Grid:
 def fit(
     weight: Tensor,
     bits: int,
-    group_size: int,
+    group_size: GroupSize,
     *,
     symmetric: bool,
     search: bool,
@@ -88,7 +88,7 @@ def fit(
     return Grid(scale.to(torch.bfloat16), None if zero is None else zero.to(torch.uint8), bits, bipolar=bipolar)
 
 
-def encode(weight: Tensor, grid: Grid, group_size: int) -> Tensor:
+def encode(weight: Tensor, grid: Grid, group_size: GroupSize) -> Tensor:
     """Round weight (out, in) onto its grid and return codes (out, in) uint8."""
     grouped = _grouped(weight, group_size)
     low, high, zero = (x.unsqueeze(2) if isinstance(x, Tensor) else x for x in grid.levels(weight.dtype))
@@ -110,7 +110,7 @@ def stored(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() < _TINY, _TINY, scale).to(torch.bfloat16).to(scale.dtype)
 
 
-def _grouped(weight: Tensor, group_size: int) -> Tensor:
+def _grouped(weight: Tensor, group_size: GroupSize) -> Tensor:
     """View weight (out, in) as (out, groups, group size)."""
     return weight.reshape(weight.shape[0], -1, group_columns(group_size, weight.shape[1]))
 

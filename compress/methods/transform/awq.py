@@ -57,7 +57,7 @@ class Rounding:
     """The grid that scales are searched for."""
 
     bits: int
-    group_size: int
+    group_size: GroupSize
     symmetric: bool
     range: Range
 

@@ -360,7 +360,7 @@ def test_order_static_beats_natural_order() -> None:
 def test_options_and_notes() -> None:
     assert METHOD().model_dump() == {
         "bits": 4,
-        "group_size": 128,
+        "group_size": "auto",
         "symmetric": True,
         "range": "mse",
         "order": "static",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from thorough import times
 from torch import Tensor
 
-from compress.methods.method import indivisible
+from compress.methods.method import group_columns, indivisible, read_group_size
 from compress.methods.solvers.uniform_grid import Grid, encode, fit
 from compress.weights.uniform import Uniform
 
@@ -214,3 +214,34 @@ def test_indivisible_names_sizes_that_fit() -> None:
     message = indivisible(11000, 128)
     assert message == "in=11000 is not a multiple of group_size=128; use 100, 110, 125, or -1 for the whole row"
     assert indivisible(64, 0) is not None
+
+
+def test_sizes_of_runtimes_are_suggested_first() -> None:
+    """Width 576 has 72 and 96 nearer to 128, but kernels take 64 and 32."""
+    assert indivisible(576, 128) == "in=576 is not a multiple of group_size=128; use 64, 32, auto, or -1 for the whole row"
+
+
+@pytest.mark.parametrize(("columns", "size"), [(256, 128), (1536, 128), (576, 64), (96, 32), (32, 32)])
+def test_auto_takes_the_largest_size_that_divides(columns: int, size: int) -> None:
+    assert indivisible(columns, "auto") is None
+    assert group_columns("auto", columns) == size
+    weight = torch.randn(3, columns, generator=torch.Generator().manual_seed(columns))
+    chosen, given = (fit(weight, 4, group, symmetric=True, search=True) for group in ("auto", size))
+    assert torch.equal(chosen.scale, given.scale)
+
+
+def test_auto_where_nothing_divides() -> None:
+    expected = (
+        "in=40 is not a multiple of any of 128, 64, 32, which group_size=auto tries; use 10, 20, 40, or -1 for the whole row"
+    )
+    assert indivisible(40, "auto") == expected
+
+
+@pytest.mark.parametrize("wrong", ["Auto", "-2", -2, True, None, 64.0, ""])
+def test_what_is_no_group_size(wrong: object) -> None:
+    with pytest.raises(ValueError, match="a number of columns, -1 for the whole row, or auto"):
+        read_group_size(wrong)
+
+
+def test_group_sizes_as_text() -> None:
+    assert [read_group_size(text) for text in ("64", "-1", "auto")] == [64, -1, "auto"]
