@@ -7,9 +7,10 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from compress._version import __version__
 from compress.commands.bench import bench_command
@@ -35,8 +36,53 @@ EXIT_CODES = """Exit codes: 0 done; 1 a bug; 2 wrong command line or recipe; 3 a
 4 calibration data; 5 the job folder holds another job; 6 the result cannot be written; 7 verification failed; 8 a kernel;
 9 `diff` or `doctor` found something; 130 interrupted."""
 
+# All commands, by what they are for.
+_TASKS: dict[str, dict[str, Callable[..., None]]] = {
+    "Compress": {
+        "quantize": quantize,
+        "prune": prune,
+        "run": run,
+        "plan": plan_command,
+        "rehearse": rehearse,
+        "sweep": sweep_command,
+        "cut": cut,
+        "retrain": retrain,
+    },
+    "Look": {
+        "inspect": inspect,
+        "methods": methods,
+        "recipes": recipes,
+        "compare": compare,
+        "diff": diff,
+    },
+    "Check": {
+        "eval": evaluate_command,
+        "bench": bench_command,
+        "verify": verify,
+        "doctor": doctor,
+        "bisect": bisect,
+    },
+    "Publish": {
+        "export": export,
+        "convert": convert,
+        "push": push,
+    },
+}
+
+
+class _ByTask(TyperGroup):
+    """Lists commands under what they are for."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each task."""
+        for task, names in _TASKS.items():
+            with formatter.section(task):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=200)) for name in names])
+
+
 app = typer.Typer(
     name="compress",
+    cls=_ByTask,
     help="Make a language model smaller and keep it good.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
@@ -83,29 +129,6 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "quantize": quantize,
-    "prune": prune,
-    "run": run,
-    "plan": plan_command,
-    "rehearse": rehearse,
-    "cut": cut,
-    "retrain": retrain,
-    "export": export,
-    "convert": convert,
-    "sweep": sweep_command,
-    "diff": diff,
-    "doctor": doctor,
-    "inspect": inspect,
-    "eval": evaluate_command,
-    "bench": bench_command,
-    "compare": compare,
-    "bisect": bisect,
-    "verify": verify,
-    "push": push,
-    "methods": methods,
-    "recipes": recipes,
-}
-for _name, _command in _COMMANDS.items():
+for _name, _command in (pair for commands in _TASKS.values() for pair in commands.items()):
     _first = re.split(r"[.;:]\s", " ".join((_command.__doc__ or "").split()), maxsplit=1)[0]  # whole, not what fits a line
     app.command(_name, short_help=_first.rstrip("."))(spread(_command))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -56,6 +57,10 @@ def test_help_of_every_command_loads_nothing_heavy() -> None:
     for command, text in texts.items():
         assert text.startswith("Usage: "), command
     assert "130 interrupted" in " ".join(texts["--help"].split())
+    sections = [line.removesuffix(":") for line in texts["--help"].splitlines() if line.endswith(":") and line[0] != " "]
+    assert [section for section in sections if section != "Options"] == ["Compress", "Look", "Check", "Publish"]
+    listed = re.findall(r"^  ([a-z]+)  ", texts["--help"], re.MULTILINE)
+    assert sorted(listed) == sorted(text.split()[0] for text in texts if text != "--help")
 
 
 def test_help_answers_at_once() -> None:
