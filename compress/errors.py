@@ -59,6 +59,10 @@ class CheckpointError(CompressError):
     exit_code = 3
 
 
+class FamilyError(CheckpointError):
+    """Nothing is known of the architecture of a checkpoint that is whole otherwise."""
+
+
 class FormatError(CheckpointError):
     """Packed tensors do not fit their description."""
 

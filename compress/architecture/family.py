@@ -5,7 +5,8 @@ Names are those on disk. The families themselves are in `families/`, one file pe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Taps = tuple[tuple[str, ...], ...]
@@ -25,7 +26,9 @@ class Experts:
     module: str = "mlp.experts"
     inputs: tuple[str, ...] = ("gate_proj", "up_proj")  # read the block's tokens; their outputs are joined in this order
     output: str = "down_proj"
-    fused: bool = False  # on disk one (experts, in, out) tensor {disk}.{linear} for all experts
+    fused: bool = False  # on disk one tensor {disk}.{linear} for all experts
+    turned: bool = True  # which is (experts, in, out), or (experts, out, in)
+    tensors: tuple[tuple[str, str], ...] = ()  # linear, and its tensor within the block where that has another name
     routers: tuple[str, ...] = ("mlp.gate.weight",)  # tensors of a block with a row or number for each expert
 
 
@@ -103,6 +106,8 @@ class Family:
     drop: tuple[str, ...] = ("*.rotary_emb.inv_freq",)  # globs of tensors that no current model reads
     transposed: bool = False  # weights are stored (in, out)
     renames: tuple[tuple[str, str], ...] = ()  # text of a disk name -> text of the module's parameter name
+    # Disk names of single tensors -> those of the parameters; of several that are joined into one by rows, in that order.
+    names: Mapping[str, str] = field(default_factory=dict)
     prefix: str = "model."  # what old checkpoints leave out in front of every name but the head's
 
     def nested(self, model_type: str, within: str, aside: tuple[str, ...]) -> Family:

@@ -53,9 +53,12 @@ def _expert_sites(source: Source, family: Family, block: int, names: set[str]) -
     sites = []
     linears = [(name, "input") for name in layout.inputs] + [(layout.output, "hidden")]
     for linear, side in linears:
-        fused = layout.fused and f"{base}.{linear}" in names  # packed experts are stored singly, even if they were fused before
+        within = dict(layout.tensors).get(linear)
+        whole = f"{base}.{linear}" if within is None else f"{family.blocks}.{block}.{within}"
+        fused = layout.fused and whole in names  # packed experts are stored singly, even if they were fused before
+        turned = fused and layout.turned
         if fused:
-            numbers = range(source.entries[f"{base}.{linear}"].shape[0])
+            numbers = range(source.entries[whole].shape[0])
         else:
             pattern = re.compile(re.escape(base) + r"\.(0|[1-9][0-9]*)\." + re.escape(linear) + r"\.weight")
             numbers_found = sorted(int(m[1]) for m in map(pattern.fullmatch, names) if m)
@@ -66,11 +69,11 @@ def _expert_sites(source: Source, family: Family, block: int, names: set[str]) -
                 )
         for expert in numbers:
             name = f"{base}.{expert}.{linear}"
-            tensor = f"{base}.{linear}" if fused else f"{name}.weight"
-            shape = _shape(source, source.entries[tensor], fused, fused)
+            tensor = whole if fused else f"{name}.weight"
+            shape = _shape(source, source.entries[tensor], turned, fused)
             tap = f"{layout.disk}.{expert}.{side}"
             kind = f"{layout.disk}.{linear}"
-            sites.append(Site(name, shape, block, tap, kind, tensor, expert, expert if fused else None, fused))
+            sites.append(Site(name, shape, block, tap, kind, tensor, expert, expert if fused else None, turned))
     return sites
 
 

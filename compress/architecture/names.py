@@ -13,7 +13,11 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def parameter_name(family: Family, name: str) -> str:
-    """Return the name that a copied tensor has in the model of transformers."""
+    """Return the name that a tensor, or a linear, has in the model of transformers."""
+    if name in family.names:
+        return family.names[name]
+    if f"{name}.weight" in family.names:
+        return family.names[f"{name}.weight"].removesuffix(".weight")
     for disk, module in family.renames:
         if disk:
             name = name.replace(disk, module, 1)

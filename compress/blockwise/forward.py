@@ -15,7 +15,7 @@ from compress.model.streamed import StreamedModel
 
 def open_streamed(source: Source, dtype: torch.dtype, device: torch.device) -> StreamedModel:
     """Return the streamed model of a checkpoint, dense or compressed."""
-    return StreamedModel(source, take_inventory(source, find_family(source)), dtype, device)
+    return StreamedModel(source, take_inventory(source, find_family(source)), dtype, device).check()
 
 
 def last_hidden(source: Source, ids: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[StreamedModel, Tensor]:

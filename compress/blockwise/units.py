@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from compress.calibration.cache import BlockCache
 from compress.calibration.observe import Tap, observe, passes
 from compress.calibration.statistics import Hessian, Statistics, Stats, statistic
+from compress.errors import CalibrationError
 from compress.model.streamed import StreamedModel
 from compress.recipe.assignment import Assignment
 from compress.system import distributed
@@ -72,6 +73,19 @@ def taps(streamed: StreamedModel, work: Sequence[Unit]) -> list[Tap]:
     return result
 
 
+def _check_finite(streamed: StreamedModel, work: Sequence[Unit], collected: Mapping[str, Stats]) -> None:
+    """Raise CalibrationError for the first tap whose inputs overflowed."""
+    sites = {unit.tap: unit.assignments[0].site for unit in work}
+    for tap, stats in collected.items():
+        if tap in sites and not all(bool(t.isfinite().all()) for s in stats.values() for t in s.tensors()):
+            name = str(streamed.dtype).removeprefix("torch.")
+            advice = "float32 has the widest range" if name == "float32" else "--dtype float32 has a wider range"
+            raise CalibrationError(
+                f"{sites[tap].name}: its inputs are not finite: what the model computes before it overflows in {name}. {advice}; "
+                "or use a method that needs no text, such as quant/rtn"
+            )
+
+
 def _reduce(collected: dict[str, Stats], owners: dict[str, int]) -> None:
     """Sum statistics over ranks: each tap's at its owner, pooled ones on all ranks."""
     for tap, stats in collected.items():
@@ -125,6 +139,7 @@ def observed(
         if collected is None:
             kept = cache.read(group) if cache is not None and group else None
             collected = kept if kept is not None else observe(group, run, streamed.device) if group else {}
+            _check_finite(streamed, work, collected)
             _reduce(collected, owner)
             if cache is not None and group and kept is None:
                 cache.write(group, collected)

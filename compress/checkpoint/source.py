@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,14 @@ from compress.weights.site_input import SiteInput
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SIZES_KEY = "compress_sizes"  # in config.json: [out, in] of linears that are smaller than its other entries say
+_ADAPTER = "adapter_config.json"
+# What frameworks put before the names of a model that they hold, and who does.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "data-parallel training",
+    "base_model.model.": "an adapter of PEFT",
+    "_fsdp_wrapped_module.": "sharded training",
+}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = (
     "*.safetensors",
@@ -81,6 +89,7 @@ class Source:
         config = _read_config(folder)
         as_read = _digest(config)
         entries = _entries(folder)
+        _check_names(folder, entries)
         _check_config(folder / "config.json", config, entries)
         config, entries, coded = decoded(config, entries)
         return cls(folder.resolve(), str(model), config, entries, found, coded=coded, as_read=as_read)
@@ -194,9 +203,24 @@ def check_finite(tensor: Tensor, place: str) -> None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    if not os.path.lexists(path) and (folder / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder}: holds an adapter ({_ADAPTER}), not a model; merge it into its base model first, as "
+            "PeftModel.merge_and_unload does, and save that with save_pretrained"
+        )
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: not found; a Hugging Face checkpoint has one; is this the folder of a model?")
     return read_object(path)
+
+
+def _check_names(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Raise CheckpointError where all names begin as those of a model within another do, which transformers would not know."""
+    for prefix, made in _WRAPPERS.items():
+        if all(name.startswith(prefix) for name in entries):
+            raise CheckpointError(
+                f"{folder}: every tensor's name begins with {prefix!r}, as {made} leaves it; load the weights without it, "
+                "and save the model within it with save_pretrained"
+            )
 
 
 def _check_config(path: Path, config: dict[str, Any], entries: dict[str, Entry]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compress.architecture.inventory import take_inventory
+from compress.architecture.inventory import Inventory, take_inventory
+from compress.architecture.known import INFERRED
 from compress.checkpoint import packing
 from compress.checkpoint.packed_source import PackedSource
+from compress.errors import FamilyError
 from compress.interop.foreign import open_any
 from compress.model.detect import find_family
 
@@ -44,6 +46,7 @@ class Contents:
     other_tensors: int
     other_bytes: int
     by_block: list[tuple[str, int, int]]  # block, weights, bytes
+    notice: str | None = None  # why its weights are not told apart
 
     def plain(self) -> dict[str, Any]:
         """The contents as JSON values."""
@@ -66,7 +69,12 @@ def _bytes(source: Any, name: str, tensor: str, numel: int) -> int:
 def contents(model: str) -> Contents:
     """Read the headers of a checkpoint and add up. Raises CheckpointError."""
     source = open_any(model)
-    inventory = take_inventory(source, find_family(source))
+    notice: str | None = None
+    try:
+        inventory = take_inventory(source, find_family(source))
+    except FamilyError as error:  # what is there can be listed all the same
+        inventory = Inventory(INFERRED, copied=list(source.entries))
+        notice = error.message
     groups: dict[tuple[str, str], list[Any]] = {}
     blocks: dict[str, tuple[int, int]] = {}
     seen = 0
@@ -100,4 +108,5 @@ def contents(model: str) -> Contents:
         len(inventory.copied),
         source.stored_nbytes - seen,
         [(label, weights, size) for label, (weights, size) in blocks.items()],
+        notice,
     )

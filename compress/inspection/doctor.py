@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from compress.architecture.config import tied, vocabulary
+from compress.architecture.config import vocabulary
 from compress.architecture.inventory import Inventory, take_inventory
 from compress.architecture.names import matches, parameter_name
 from compress.checkpoint import packing, site_table
@@ -21,7 +21,7 @@ from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.recorded_files import recorded_files, sha256_of
 from compress.checkpoint.source import INDEX, SINGLE, Source
 from compress.checkpoint.tensor_file import Entry, read_header, read_tensor
-from compress.errors import CheckpointError, CompressError
+from compress.errors import CheckpointError, CompressError, FamilyError
 from compress.interop import gguf_file, targets
 from compress.interop.foreign import ForeignSource, importer, open_any
 from compress.model.detect import find_family
@@ -259,6 +259,9 @@ def _model(source: Source, found: Diagnosis) -> None:
             return
     try:
         inventory = take_inventory(bare, find_family(bare))
+    except FamilyError as error:
+        found.add("note", "model", str(error))
+        return
     except CheckpointError as error:
         found.add("error", "model", str(error))
         return
@@ -278,7 +281,7 @@ def _model(source: Source, found: Diagnosis) -> None:
         what = f"{len(extra)} tensors have no place in the model of config.json, such as {', '.join(extra[:_SHOWN])}"
         advice = "they are kept byte for byte and never loaded; prediction heads and towers are such, others should not be there"
         found.add("note", "model", f"{source.folder}: {what}; {advice}")
-    missing = _missing(bare, inventory, streamed)
+    missing = streamed.unfilled()
     if missing:
         what = f"{len(missing)} parameters of the model have no tensor, such as {', '.join(missing[:_SHOWN])}"
         found.add("error", "model", f"{source.folder}: {what}; loaders would fill them at random. Fetch the checkpoint again")
@@ -308,22 +311,6 @@ def _extra(inventory: Inventory, streamed: StreamedModel) -> list[str]:
     known = {name for name, _ in (*streamed.model.named_parameters(), *streamed.model.named_buffers())}
     aside = inventory.family.aside
     return [n for n in inventory.copied if parameter_name(inventory.family, n) not in known and not matches(n, aside)]
-
-
-def _missing(source: Source, inventory: Inventory, streamed: StreamedModel) -> list[str]:
-    have = {parameter_name(inventory.family, name) for name in inventory.copied}
-    filled = {id(parameter) for site in inventory.sites for parameter in _weight_of(streamed, site)}
-    head = streamed.model.get_output_embeddings()
-    if head is not None and tied(source, inventory.family):
-        filled.add(id(head.weight))
-    return [name for name, p in streamed.model.named_parameters() if name not in have and id(p) not in filled]
-
-
-def _weight_of(streamed: StreamedModel, site: Any) -> list[Any]:
-    try:
-        return [getattr(streamed.linear(site), "weight", None)]
-    except AttributeError:
-        return []
 
 
 def _values(source: Source, found: Diagnosis, progress: Callable[[float], None]) -> None:

@@ -7,10 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress import registry
 from compress._version import __version__
 from compress.architecture.family import Family
-from compress.architecture.known import family_of
 from compress.architecture.names import parameter_name
 from compress.checkpoint import packing
 from compress.checkpoint.packed_source import PackedSource
@@ -20,6 +21,9 @@ from compress.errors import FormatError, OutputError, RecipeError
 from compress.interop import readme as export_card
 from compress.interop.foreign import open_any
 from compress.interop.layout import MARKER, RECORD, SHARD, Exporting, Layout
+from compress.model.detect import find_family
+from compress.model.disk_names import DiskNames
+from compress.model.meta import build_model
 from compress.output import seal
 from compress.report.redaction import base_model
 from compress.system.files import empty_folder, locked, remove_folder, write_json, write_text, writing
@@ -83,13 +87,13 @@ def prepare(model: str | PackedSource, name: str) -> Exporting:
         raise FormatError(
             f"{site}: {reason}; {form.name} holds {form.holds}{more}. What to do: {instead}, or compress with options that fit"
         )
-    family = family_of(source.model_type)
+    family = find_family(source)
     if not form.own:
         _names_fit(source, family, form, source.table)
     schemes = {site: form.scheme(spec, scale) for site, spec in source.table.items()}
     form.check(source, schemes)
     head = parameter_name(family, family.head)
-    dense = _dense(source, family)
+    dense = _dense(source)
     try:
         table = form.config(schemes, dense, head)
     except FormatError as error:
@@ -141,13 +145,14 @@ def _holds(source: PackedSource, site: str, dtype: str) -> bool:
     return all(bool((scale.to(kind).double() == scale.double()).all()) for scale in scales)
 
 
-def _dense(source: PackedSource, family: Family) -> list[str]:
+def _dense(source: PackedSource) -> list[str]:
     """Names of modules with a matrix that stays as it is, those of the model and on disk: readers must not expect codes."""
     found: set[str] = set()
+    names = DiskNames(build_model(source.config, str(source.folder), torch.bfloat16))
     for name, entry in source.entries.items():
         site, _, leaf = name.rpartition(".")
         if leaf == "weight" and len(entry.shape) == 2 and site not in source.table:
-            found |= {site, parameter_name(family, site)}
+            found |= {site, names.parameter(name).removesuffix(".weight")}
     return sorted(found, key=seal.natural)
 
 

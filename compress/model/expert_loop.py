@@ -29,7 +29,7 @@ class ExpertLoop(nn.Module):
     def __init__(self, experts: nn.Module, layout: Experts, make: MakeLinear) -> None:
         super().__init__()
         self.layout = layout
-        transposed = bool(getattr(experts, "is_transposed", False))
+        transposed = turned(experts)
         joined, down = _sizes(experts, transposed)  # rows of the joined inputs; (out, in) of the output
         width = joined // len(layout.inputs)
         self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
@@ -44,14 +44,16 @@ class ExpertLoop(nn.Module):
                 else:
                     linears.add_module(name, linear)
             self.add_module(str(expert), linears)
-        for name, parameter in list(experts.named_parameters(recurse=False)):
+        gone = dict(experts.named_parameters(recurse=False))
+        for name, parameter in gone.items():
             delattr(experts, name)
             if name.endswith("_bias") or name in fused:  # biases stay joined, as they are on disk
                 self.register_parameter(name, parameter)
         self.listener: Callable[[int, Tensor], None] | None = None  # told each expert's outputs (tokens, width) as they count
         self.products: Products | None = None  # set where the model runs, if anything is faster than experts in turn
         # A bound method, so that the emptied module is kept without becoming a child with state of its own.
-        self.apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
+        gated = hasattr(experts, "gate_up_proj") or "gate_up_proj" in gone
+        self.apply_gate: Callable[[Tensor], Tensor] = _gate(experts) if gated else experts.act_fn  # type: ignore[assignment]
 
     def linear(self, expert: int, name: str) -> nn.Module:
         """One matrix of one expert."""
@@ -74,8 +76,14 @@ class ExpertLoop(nn.Module):
             result = result + bias[expert]
         return result
 
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """hidden (tokens, width), index and weights (tokens, experts per token) -> (tokens, width)."""
+    def forward(self, hidden: Tensor, index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """hidden (tokens, width), index and weights (tokens, experts per token) -> (tokens, width).
+
+        Without an index, hidden (experts * tokens, width) has the rows of each expert, and so has the result.
+        """
+        if index is None or weights is None:
+            own = hidden.view(self.num_experts, -1, hidden.shape[-1])
+            return torch.cat([self._run(expert, rows) for expert, rows in enumerate(own)])
         if self.products is not None and hidden.is_cuda:
             together = self.together(hidden, index, weights, self.products)
             if together is not None:
@@ -126,12 +134,43 @@ class ExpertLoop(nn.Module):
         return scaled.sum(1, dtype=torch.float32).to(hidden.dtype)
 
 
+def turned(experts: nn.Module) -> bool:
+    """Whether a fused module holds its parameters (experts, in, out)."""
+    stated = getattr(experts, "is_transposed", None)
+    if stated is not None:
+        return bool(stated)
+    parameters = dict(experts.named_parameters(recurse=False))
+    if "gate_up_proj" not in parameters or "down_proj" not in parameters:
+        return False
+    joined, down = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
+    return (joined[2], joined[1]) != (down[1], 2 * down[2]) and (joined[1], joined[2]) == (down[2], 2 * down[1])
+
+
+def _gate(experts: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What is between the two products of an expert: the module's own, or the usual product of two halves."""
+    if hasattr(experts, "_apply_gate"):
+        own: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]
+        return own
+
+    def apply(joined: Tensor) -> Tensor:
+        gate, up = joined.chunk(2, dim=-1)
+        result: Tensor = experts.act_fn(gate) * up  # type: ignore[operator]
+        return result
+
+    return apply
+
+
 def _sizes(experts: nn.Module, transposed: bool) -> tuple[int, tuple[int, int]]:
     parameters = dict(experts.named_parameters(recurse=False))
-    if "gate_up_proj" not in parameters or "down_proj" not in parameters or not hasattr(experts, "_apply_gate"):
+    first = "gate_up_proj" if "gate_up_proj" in parameters else "up_proj"
+    if (
+        first not in parameters
+        or "down_proj" not in parameters
+        or not (hasattr(experts, "_apply_gate") or hasattr(experts, "act_fn"))
+    ):
         raise CheckpointError(
             f"{type(experts).__name__}: holds {', '.join(parameters) or 'no parameters'}; expected gate_up_proj and "
             "down_proj, as in the tested range of transformers. Install a version in that range"
         )
-    joined, down = parameters["gate_up_proj"].shape, parameters["down_proj"].shape
+    joined, down = parameters[first].shape, parameters["down_proj"].shape
     return (joined[2], (down[2], down[1])) if transposed else (joined[1], (down[1], down[2]))

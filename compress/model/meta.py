@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from compress.architecture.config import sees
 from compress.errors import CheckpointError
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand)
@@ -58,9 +59,42 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def auto_class(config: Mapping[str, Any]) -> Any:
+    """Return the class of transformers that loads all of a checkpoint with this config.json: also what sees, if it has that."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+
+
+def decoder_path(model: Any) -> str:
+    """Return the path of the language model within a model that may also see, with a dot behind it; "" where it is the whole."""
+    decoder = model.get_decoder()
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    return f"{path}." if path else ""
+
+
+@contextmanager
+def without_weights(model: nn.Module, but: str) -> Iterator[None]:
+    """Within a `with` statement, parameters outside the modules at `but` are real and zero, and take no memory."""
+    before: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for path, module in model.named_modules():
+        if path == but or path.startswith(f"{but}."):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                before.append((module, name, parameter))
+                nothing = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(nothing, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, parameter in before:
+            module._parameters[name] = parameter
+
+
 def build_model(config: dict[str, Any], folder: str, dtype: torch.dtype) -> nn.Module:
-    """Return the causal language model of a config with parameters on meta, computing in `dtype`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Return the language model of a config with parameters on meta, computing in `dtype`."""
+    from transformers import AutoConfig
 
     try:
         loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -70,7 +104,7 @@ def build_model(config: dict[str, Any], folder: str, dtype: torch.dtype) -> nn.M
             if config.get(key):
                 setattr(loaded, key, True)
         with parameters_on_meta():
-            model: nn.Module = AutoModelForCausalLM.from_config(loaded, dtype=dtype)
+            model: nn.Module = auto_class(config).from_config(loaded, dtype=dtype)
     except Exception as error:  # a config of someone else's goes through code of someone else's: anything may come of it
         kind, why = config.get("model_type"), " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder}: transformers cannot build model_type {kind!r} ({why}); check config.json") from error

@@ -6,7 +6,8 @@ Parameters are on the meta device and buffers are real: with everything on meta,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,21 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.architecture.config import tied
+from compress.architecture.config import tied, vocabulary
 from compress.architecture.family import Site
 from compress.architecture.inventory import Inventory
 from compress.architecture.names import matches, parameter_name
 from compress.checkpoint.source import Source
 from compress.errors import CheckpointError
 from compress.model import layer_sizes as uneven
+from compress.model.block_calls import Calls, Recorder, outputs_of, replaced
 from compress.model.expert_loop import ExpertLoop
-from compress.model.meta import build_model
+from compress.model.meta import build_model, decoder_path
 from compress.model.rounded_inputs import RoundedInputs
 from compress.system import memory
 from compress.weights.site_input import SiteInput
 from compress.weights.weight import CompressedWeight
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block in addition to the hidden states: masks, positions
 
 
 class _Linear(nn.Linear):
@@ -89,7 +89,42 @@ class StreamedModel:
             inside = name.startswith(self.family.blocks + ".") and block.isdigit()
             self._copied.setdefault(block if inside else "", []).append(rest if inside else name)
         self._rounded = RoundedInputs()
-        self._calls: dict[tuple[int, ...], list[Call]] = {}  # by samples and length; one call per block
+        self._calls: dict[tuple[int, ...], Calls] = {}  # by samples and length
+
+    def unfilled(self) -> list[str]:
+        """Parameters of the model that no tensor of the source fills."""
+        filled: set[str | int] = {parameter_name(self.family, name) for name in self.inventory.copied}
+        for site in self.inventory.sites:
+            try:
+                filled.add(id(self.linear(site).weight))
+            except AttributeError:  # a linear that the model does not have, which is another fault
+                continue
+        head = self.model.get_output_embeddings()
+        if head is not None and tied(self.source, self.family):
+            filled.add(id(head.weight))
+        text = decoder_path(self.model) if self.family.aside else ""
+        mine = [(name, parameter) for name, parameter in self.model.named_parameters() if name.startswith((text, "lm_head."))]
+        return [name for name, parameter in mine if not filled & {name, id(parameter)}]
+
+    def check(self) -> StreamedModel:
+        """Raise CheckpointError where a parameter would be left without a value."""
+        if empty := self.unfilled():
+            raise CheckpointError(
+                f"{self.source.folder}: nothing fills {empty[0]} ({len(empty)} in all); the checkpoint is incomplete, "
+                "fetch it again"
+            )
+        return self
+
+    def _empty_aside(self) -> None:
+        """Give what text does not pass through empty parameters, as models ask the first that they have for their device."""
+        for name in (name for name in self.inventory.copied if matches(name, self.family.aside)):
+            path, _, leaf = parameter_name(self.family, name).rpartition(".")
+            try:
+                owner = self.model.get_submodule(path)
+            except AttributeError:  # the model's class has no place for it
+                continue
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(torch.empty(0, device=self.device, dtype=self.dtype), requires_grad=False)
 
     def _split_experts(self) -> None:
         layout = self.family.experts
@@ -117,11 +152,11 @@ class StreamedModel:
 
     def _within(self, site: Site) -> str:
         """Path of a site's module within its block."""
-        rest = site.name.removeprefix(f"{self.family.blocks}.{site.block}.")
         layout = self.family.experts
         if site.expert is not None and layout is not None:
+            rest = site.name.removeprefix(f"{self.family.blocks}.{site.block}.")
             return layout.module + rest.removeprefix(layout.disk)
-        return rest
+        return parameter_name(self.family, site.name).removeprefix(f"{self.path}.{site.block}.")
 
     def weight(self, site: Site) -> Tensor:
         """Read a site's weight (out, in) from the source, in its own dtype."""
@@ -154,8 +189,11 @@ class StreamedModel:
         for site in self.sites[number]:
             self._fill(site)
         base = f"{self.family.blocks}.{number}."
+        joined: dict[str, list[str]] = {}
         for rest in self._copied.get(str(number), []):
-            self._assign(block, self._inside(number, base + rest), base + rest)
+            joined.setdefault(self._inside(number, base + rest), []).append(base + rest)
+        for inside, names in joined.items():
+            self._assign(block, inside, *(names if len(names) == 1 else sorted(names, key=list(self.family.names).index)))
         self._complete(block, base)
         return block
 
@@ -167,14 +205,14 @@ class StreamedModel:
             self._rounded.set(self.linear(by_name[name]), weights.inputs.get(name))
         self.set_tensors(number, weights.others)
 
-    def _assign(self, module: nn.Module, inside: str, name: str) -> None:
-        """Set the parameter or buffer `inside` of a module to the tensor `name` of the source."""
+    def _assign(self, module: nn.Module, inside: str, name: str, *more: str) -> None:
+        """Set the parameter or buffer `inside` of a module to the tensor `name` of the source, or to several joined by rows."""
         path, _, leaf = inside.rpartition(".")
         try:
             owner = module.get_submodule(path)
         except AttributeError:
             owner = nn.Module()
-        value = self.source.tensor(name)
+        value = torch.cat([self.source.tensor(one) for one in (name, *more)]) if more else self.source.tensor(name)
         known = {**owner._parameters, **owner._buffers}.get(leaf)
         if known is None or tuple(known.shape) != tuple(value.shape):
             expected = "no such parameter" if known is None else f"shape {list(known.shape)}"
@@ -202,6 +240,7 @@ class StreamedModel:
     @contextmanager
     def embeddings_and_head(self) -> Iterator[None]:
         """Fill the embeddings, the last norm and the head within a `with` statement."""
+        self._empty_aside()
         known = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         for name in self._copied.get("", []):
             module = parameter_name(self.family, name)
@@ -222,52 +261,38 @@ class StreamedModel:
         if head is not None and head.weight.is_meta and tied(self.source, self.family):
             head.weight = table.weight
 
-    @contextmanager
-    def _bypassed(self, first: Callable[[Tensor], Tensor], calls: list[Call]) -> Iterator[None]:
-        """Make every block return its input and record its arguments; the first one returns the result of `first`."""
+    def _calls_of(self, ids: Tensor) -> Calls:
+        """How the model calls its blocks for ids of this shape; needs `embeddings_and_head`."""
+        shape = (ids.shape[0], ids.shape[1])
+        if shape not in self._calls:
+            # What differs for other tokens comes from the tokens.
+            other = (ids + 1) % vocabulary(self.source)
+            self._calls[shape] = Calls.recorded(self.path, shape, self._bypass(ids), self._bypass(other), len(self.blocks))
+        return self._calls[shape]
 
-        passed: list[Tensor] = []
+    def _bypass(self, ids: Tensor, known: Calls | None = None) -> Recorder:
+        """Run the model without its blocks and record how it calls them."""
 
-        def forward(number: int) -> Callable[..., Tensor]:
-            def bypass(hidden: Tensor, *args: Any, **given: Any) -> Tensor:
-                if number > 0 and hidden is not passed[-1]:
-                    raise CheckpointError(
-                        f"{self.path}.{number}: does not take what the block before gives; this architecture cannot be streamed"
-                    )
-                calls.append((args, given))
-                passed.append(first(hidden) if number == 0 else hidden)
-                return passed[-1]
+        def outputs(number: int, args: tuple[Any, ...], kwargs: dict[str, Any], main: Tensor) -> Any:
+            return outputs_of(self.blocks[number], args, kwargs, main, (ExpertLoop,))[0]
 
-            return bypass
-
-        for number, block in enumerate(self.blocks):
-            block.forward = forward(number)
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                del block.forward
+        recorder = Recorder(self.path, outputs, known)
+        with torch.no_grad(), replaced(self.blocks, recorder):
+            self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
+        return recorder
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (samples, length) -> input of the first block (samples, length, width); needs `embeddings_and_head`."""
-        kept: list[Tensor] = []
+        """Token ids (samples, length) -> hidden states before the first block (samples, length, width).
 
-        def first(hidden: Tensor) -> Tensor:
-            kept.append(hidden)
-            return hidden
-
-        calls: list[Call] = []
-        with torch.no_grad(), self._bypassed(first, calls):
-            self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
-        self._calls[tuple(ids.shape)] = calls
-        return kept[0]
+        Needs `embeddings_and_head`. The width is that of the model, and more where blocks take more than one tensor.
+        """
+        calls = self._calls_of(ids)
+        return calls.pack(0, calls.entering(self._bypass(ids, calls)))
 
     def forward(self, number: int, hidden: Tensor) -> Tensor:
         """Run a filled block on hidden states (samples, length, width); a batch of this shape must have been embedded before."""
         with torch.no_grad():
-            args, kwargs = self._calls[tuple(hidden.shape[:2])][number]
-            output: Tensor | tuple[Tensor, ...] = self.blocks[number](hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+            return self._calls[tuple(hidden.shape[:2])].run(number, hidden, self.blocks[number])
 
     def differentiable(self, number: int, hidden: Tensor, weights: Mapping[Site, Tensor], others: Mapping[str, Tensor]) -> Tensor:
         """Run a filled block with some weights (out, in) and other tensors (by disk name) replaced; gradients pass through."""
@@ -278,12 +303,12 @@ class StreamedModel:
         for name, value in others.items():
             inside = self._inside(number, name)
             given[inside] = value.to(self.blocks[number].get_parameter(inside).dtype)
-        args, kwargs = self._calls[tuple(hidden.shape[:2])][number]
-        output: Tensor | tuple[Tensor, ...] = torch.func.functional_call(
-            self.blocks[number], given, (hidden, *args), dict(kwargs)
-        )
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        block = self.blocks[number]
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(block, given, args, kwargs)
+
+        return self._calls[tuple(hidden.shape[:2])].run(number, hidden, called)
 
     @contextmanager
     def all_blocks(self) -> Iterator[None]:
@@ -331,7 +356,8 @@ class StreamedModel:
         """The copied floating-point parameters of a filled block by disk name, in float32."""
         base, parameters = f"{self.family.blocks}.{number}.", dict(self.blocks[number].named_parameters())
         names = [base + rest for rest in self._copied.get(str(number), [])]
-        found = {name: parameters.get(self._inside(number, name)) for name in names}
+        inside = Counter(self._inside(number, name) for name in names)
+        found = {n: parameters.get(self._inside(number, n)) for n in names if inside[self._inside(number, n)] == 1}
         return {name: value.detach().float() for name, value in found.items() if value is not None and value.is_floating_point()}
 
     def holds(self, number: int, name: str) -> bool:
@@ -363,7 +389,8 @@ class StreamedModel:
 
         Needs `embeddings_and_head`.
         """
-        with torch.set_grad_enabled(gradients), self._bypassed(lambda _: hidden, []):
+        calls = self._calls_of(ids)
+        with torch.set_grad_enabled(gradients), replaced(self.blocks, calls.at_the_end(hidden)):
             result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
         return result
 

@@ -56,7 +56,7 @@ def run(
         raise RecipeError("retraining: is done in one process; take it out, and run `compress retrain` afterwards")
     streamed = StreamedModel(
         plan.source, plan.inventory, plan.dtype, device
-    )  # before the folder: a config that builds no model leaves none
+    ).check()  # before the folder: a config that builds no model leaves none
     text = recipe_reading.dump(effective(plan, ids))
     leader = distributed.rank() == 0
     job = Job.open(folder, mine, text, owner=True) if leader else None

@@ -17,13 +17,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.architecture.family import Family
+from compress.architecture.family import Experts, Family
 from compress.architecture.known import family_of
-from compress.architecture.names import parameter_name
 from compress.checkpoint import packing, site_table
 from compress.checkpoint.tensor_file import DTYPE_NAMES, read_header
 from compress.errors import FormatError
 from compress.model import layer_sizes as uneven
+from compress.model.disk_names import DiskNames, fused_experts
 from compress.model.expert_loop import ExpertLoop, MakeLinear
 from compress.runtime.experts import ExpertProducts
 from compress.runtime.linear import CompressedLinear
@@ -42,24 +42,31 @@ class CompressConfig(QuantizationConfigMixin):
             setattr(self, key, value)
 
 
-def _within(family: Family, site: str) -> tuple[str, tuple[str, int, str] | None]:
-    """Return the module path of a site; for an expert also its experts' module, its number and the matrix's name."""
-    bare = family.blocks.removeprefix(family.prefix)
-    if not site.startswith(family.blocks + ".") and site.startswith(bare + "."):
-        site = family.prefix + site
-    if family.experts is not None and f".{family.experts.disk}." in site:
-        base, _, rest = site.rpartition(f".{family.experts.disk}.")
-        number, _, name = rest.partition(".")
-        if number.isdecimal():
-            module = f"{base}.{family.experts.module}"
-            return f"{module}.{number}.{name}", (module, int(number), name)
-    return parameter_name(family, site), None
+class Places:
+    """Where the sites of a checkpoint are in a model that is still as transformers builds it."""
 
+    def __init__(self, model: Any) -> None:
+        self.model, self.names = model, DiskNames(model)
+        self.fused = fused_experts(model)
 
-def _in_this(model: nn.Module, path: str) -> str:
-    """Return the path of a module in a model that may be without its head: `AutoModel` begins where `model.` would lead."""
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    return path.removeprefix(f"{prefix}.") if prefix and not hasattr(model, prefix) else path
+    def of(self, site: str) -> tuple[str, tuple[str, int, str] | None]:
+        """Return the module path of a site; for an expert also its experts' module, its number and the matrix's name."""
+        owner, _, leaf = self.names.parameter(f"{site}.weight").rpartition(".")
+        _, number, name = ("", "", *site.rsplit(".", 2))[-3:]
+        if leaf != "weight" and owner in self.fused:  # joined with those of other experts
+            return f"{owner}.{number}.{name}", (owner, int(number), name)
+        module, _, _ = owner.rpartition(f".{number}.{name}")
+        if number.isdecimal() and module in self.fused:  # one of a tensor that is fused on disk too
+            return owner, (module, int(number), name)
+        return owner, None
+
+    def layout(self, module: str) -> Experts:
+        """How the experts of a fused module are called, one by one."""
+        inputs, output = self.fused[module]
+        single = [self.names.joined(f"{module}.{name}") for name in (inputs, output)]
+        if single[0] is not None and single[1] is not None:
+            return Experts(module, module, single[0], single[1][0])
+        return Experts(module, module, (inputs,), output, fused=True)
 
 
 def without_absent_head(model: nn.Module, table: Mapping[str, packing.Spec]) -> dict[str, packing.Spec]:
@@ -114,40 +121,39 @@ def check_files(family: Family, table: Mapping[str, packing.Spec], files: Iterab
         )
 
 
-def replace_modules(model: Any, table: Mapping[str, packing.Spec], guard: str | None) -> bool:
+def replace_modules(model: Any, table: Mapping[str, packing.Spec], guard: str | None, places: Places | None = None) -> bool:
     """Give every compressed site of a model on meta its packed module; return whether single experts on disk stay single.
 
     Raises FormatError for a site that the model does not have.
     """
-    family = family_of(model.config.model_type)
+    places = places or Places(model)
     experts: dict[str, dict[tuple[int, str], packing.Spec]] = {}
+    at = {name: places.of(name) for name in (*table, *([guard.removesuffix(".weight")] if guard is not None else []))}
     for site, spec in table.items():
-        path, expert = _within(family, site)
-        path = _in_this(model, path)
+        path, expert = at[site]
         if expert is not None:
             module, number, name = expert
-            experts.setdefault(_in_this(model, module), {})[number, name] = spec
+            experts.setdefault(module, {})[number, name] = spec
             continue
         dense, shape = _linear_at(model, path, site)
         if shape != spec["shape"]:
             raise FormatError(f"{site}: shape {spec['shape']} in quantization_config; the model has {shape}")
         model.set_submodule(path, CompressedLinear(spec, dense.bias))
-    layout = family.experts if experts else None
-    single = layout is not None and not layout.fused
-    if layout is not None and single:
+    layouts = {path: places.layout(path) for path in places.fused}
+    single = any(not layouts[path].fused for path in experts)
+    if single:
         # Then those of all blocks: transformers joins tensors of single experts by their names, in all blocks or in none.
-        for path, module in model.named_modules():
-            if path.endswith(f".{layout.module}") and hasattr(module, "gate_up_proj"):
+        for path, layout in layouts.items():
+            if not layout.fused:
                 experts.setdefault(path, {})
     for path, specs in experts.items():
-        assert layout is not None
-        loop = ExpertLoop(_module_at(model, path, path), layout, _make(specs, model.dtype, layout.fused))
+        loop = ExpertLoop(_module_at(model, path, path), layouts[path], _make(specs, model.dtype, layouts[path].fused))
         loop.products = ExpertProducts(loop)
         model.set_submodule(path, loop)
         for number, name in specs:
             _module_at(model, f"{path}.{number}.{name}", f"{path}.{number}.{name}")
     if guard is not None:
-        _stand_in(model, family, guard)
+        _stand_in(model, at[guard.removesuffix(".weight")][0], guard)
     return single
 
 
@@ -167,13 +173,12 @@ def _make(specs: Mapping[tuple[int, str], packing.Spec], dtype: torch.dtype, fus
     return make
 
 
-def _stand_in(model: nn.Module, family: Family, guard: str) -> None:
+def _stand_in(model: nn.Module, path: str, guard: str) -> None:
     """Make a place for the guard, so that it is loaded and saved again."""
-    name, _, leaf = guard.rpartition(".")
-    owner = _module_at(model, _in_this(model, _within(family, name)[0]), guard)
+    owner = _module_at(model, path, guard)
     if not isinstance(owner, CompressedLinear | ExpertLoop):
         raise FormatError(f"{guard}: guard of quantization_config, but that is not compressed; check config.json")
-    owner.register_buffer(leaf, torch.empty(0, device="meta"))
+    owner.register_buffer(guard.rpartition(".")[2], torch.empty(0, device="meta"))
 
 
 class CompressQuantizer(HfQuantizer):
@@ -195,8 +200,9 @@ class CompressQuantizer(HfQuantizer):
         if guard is not None and not without_absent_head(model, {guard.removesuffix(".weight"): {}}):
             guard = None
         family = family_of(model.config.model_type)
-        uneven.resize(model, uneven.sizes_of(model.config.to_dict()), lambda name: _within(family, name)[0])
-        self._single_experts = replace_modules(model, table, guard)
+        places = Places(model)
+        uneven.resize(model, uneven.sizes_of(model.config.to_dict()), lambda name: places.of(name)[0])
+        self._single_experts = replace_modules(model, table, guard, places)
         blocks = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
         check_files(family, table, kwargs.get("checkpoint_files") or (), blocks)
 

@@ -30,8 +30,11 @@ def show_contents(c: Contents) -> None:
     table.add_row("other tensors", str(c.other_tensors), "", "", "", human_bytes(c.other_bytes), "")
     out.print(table)
     sizes = [size for label, _, size in c.by_block if label != "head"]
-    least, most = human_bytes(min(sizes)), human_bytes(max(sizes))
-    out.print(f"{c.blocks} blocks of {least}" + ("" if least == most else f" to {most}"))
+    if sizes:
+        least, most = human_bytes(min(sizes)), human_bytes(max(sizes))
+        out.print(f"{c.blocks} blocks of {least}" + ("" if least == most else f" to {most}"))
+    if c.notice is not None:
+        out.print(f"note       {c.notice}", soft_wrap=True, markup=False)
     out.print(f"{c.weights:,} weights in {human_bytes(c.bytes)}: {c.bytes * 8 / c.weights:.3f} bits per weight")
 
 

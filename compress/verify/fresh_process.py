@@ -32,12 +32,15 @@ def load_and_run(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
+    from compress.architecture.config import sees
     from compress.system.device import DTYPES
 
     start = time.perf_counter()
     device = torch.device(request["device"])
     ids = torch.tensor([request["ids"]], device=device)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(request["folder"], dtype=DTYPES[request["dtype"]]).eval()
+    config = json.loads((Path(request["folder"]) / "config.json").read_text(encoding="utf-8"))
+    build = transformers.AutoModelForImageTextToText if sees(config) else transformers.AutoModelForCausalLM
+    model: Any = build.from_pretrained(request["folder"], dtype=DTYPES[request["dtype"]]).eval()
     model.to(device)
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits.float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,9 @@ from compress.architecture.known import model_types
 from compress.blockwise.forward import last_hidden, open_streamed
 from compress.checkpoint.packed_source import PackedSource
 from compress.checkpoint.source import Source
-from compress.errors import CheckpointError
+from compress.errors import CalibrationError, CheckpointError
+from compress.inspection.contents import contents
+from compress.inspection.doctor import diagnose
 from compress.model.detect import find_family
 from compress.model.streamed import StreamedModel
 
@@ -193,12 +196,15 @@ def test_of_alternatives_a_block_has_one(tiny: Tiny, tmp_path: Path) -> None:
     assert other in {site.tensor for site in take_inventory(one, find_family(one)).sites}
 
 
-def test_a_missing_norm_is_an_error_and_not_garbage(tiny: Tiny, tmp_path: Path) -> None:
-    folder = changed(tiny("llama"), tmp_path / "gap", without("model.layers.2.input_layernorm.weight"))
-    source = Source.open(folder)
-    streamed = StreamedModel(source, take_inventory(source, find_family(source)), torch.float32, CPU)
-    with pytest.raises(CheckpointError, match=r"nothing fills model.layers.2.input_layernorm.weight"):
-        streamed.load(2)
+@pytest.mark.parametrize("name", ["model.layers.2.input_layernorm", "model.norm", "model.embed_tokens", "lm_head"])
+def test_a_missing_tensor_is_an_error_and_not_garbage(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    folder = changed(tiny("llama"), tmp_path / "gap", without(f"{name}.weight"))
+    expected = rf"gap: nothing fills {name}.weight \(1 in all\)"
+    with pytest.raises(CheckpointError, match=expected):
+        open_streamed(Source.open(folder), torch.float32, CPU)
+    with pytest.raises(CheckpointError, match=expected):
+        run(folder, tmp_path / "out", None, steps("quant/rtn", bits=4, group_size=16))
+    assert not (tmp_path / "out.job").exists()
 
 
 def test_experts_out_of_order_are_an_error(tiny: Tiny, tmp_path: Path) -> None:
@@ -266,15 +272,68 @@ def test_a_family_that_is_not_written_is_inferred(
     )
 
 
-def test_what_cannot_be_inferred_says_which_field_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TINY, "granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2})
-    with pytest.raises(
-        CheckpointError, match=r"granitemoe.*experts in block_sparse_moe.experts\. Write a family, with `experts`"
-    ):
-        find_family(Source.open(tiny_checkpoint(tmp_path / "model", "granitemoe")))
+def test_what_an_inferred_family_does_not_know_is_left_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TINY, "olmo2", {})
+    made, extra = tiny_checkpoint(tmp_path / "model", "olmo2"), "model.layers.1.extra.weight"
+    source = Source.open(changed(made, tmp_path / "odd", lambda t: t.update({extra: torch.ones(3)})))
+    with pytest.raises(CheckpointError, match=r"no rule claims 1 tensors, such as 'model.layers.1.extra.weight'.*`drop:`"):
+        take_inventory(source, find_family(source))
+    assert extra in take_inventory(source, find_family(source), drop=("*.extra.*",)).dropped
+    inventory = take_inventory(source, find_family(source), copy=("*.extra.*",))
+    StreamedModel(source, inventory, torch.float32, CPU).load(1)
 
 
 def test_an_already_compressed_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     run(tiny("llama"), tmp_path / "out", None, steps("quant/rtn", bits=4, group_size=16))
     with pytest.raises(CheckpointError, match="already compressed"):
         find_family(Source.open(tmp_path / "out"))
+
+
+def test_activations_that_overflow_are_named_where_they_do(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
+    def large(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"model.layers.1.mlp.{name}.weight"] *= 1e20
+
+    folder = changed(tiny("llama"), tmp_path / "large", large)
+    with pytest.raises(CalibrationError, match=r"layers.1.mlp.down_proj: its inputs are not finite: .* overflows in float32"):
+        run(folder, tmp_path / "out", ids, steps(bits=4, group_size=16))
+
+
+def test_a_quantization_config_above_plain_weights_is_left_over(tiny: Tiny, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("llama"), tmp_path / "merged")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    run(folder, tmp_path / "out", None, steps("quant/rtn", bits=4, group_size=16))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "compress"
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_of_a_framework_are_said_to_be_that(prefix: str, tiny: Tiny, tmp_path: Path) -> None:
+    def wrapped(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    folder = changed(tiny("llama"), tmp_path / "wrapped", wrapped)
+    with pytest.raises(
+        CheckpointError, match=rf"wrapped: every tensor's name begins with '{re.escape(prefix)}', as .* leaves it"
+    ):
+        Source.open(folder)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds an adapter .* merge it into its base model first"):
+        Source.open(tmp_path)
+
+
+def test_what_is_not_known_can_be_looked_at(tiny: Tiny, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("llama"), tmp_path / "unknown")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama_of_tomorrow"}))
+    found = contents(str(folder))
+    assert found.notice is not None
+    assert "'llama_of_tomorrow' is not a known family" in found.notice
+    assert found.other_tensors == len(Source.open(folder).entries)
+    assert found.bytes == found.other_bytes
+    problems = [problem for problem in diagnose(folder, None, 1, lambda *_: None).problems if problem.stage == "model"]
+    assert [problem.severity for problem in problems] == ["note"]
