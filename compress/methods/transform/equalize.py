@@ -35,7 +35,7 @@ from torch import Tensor
 
 from compress.calibration.statistics import Hessian, Statistics, statistic
 from compress.methods.block import Block, Scalable, TransformResult
-from compress.methods.method import Method, group_columns, indivisible
+from compress.methods.method import GroupSize, Method, group_columns, indivisible
 from compress.methods.solvers.compensated import compensated
 from compress.methods.solvers.error_feedback import factorise, full_precision, importance
 from compress.methods.solvers.uniform_grid import encode, fit
@@ -54,7 +54,7 @@ class _Rounding:
     """What is known of the grid of a method that rounds, and whether it compensates for errors."""
 
     bits: int
-    group_size: int
+    group_size: GroupSize
     symmetric: bool
     compensates: bool
 
@@ -62,7 +62,7 @@ class _Rounding:
     def of(cls, method: Method) -> _Rounding | None:
         """Read it from the method's options; None where it has no grid with bits and groups."""
         bits, size = getattr(method, "bits", None), getattr(method, "group_size", None)
-        if not isinstance(bits, int) or not isinstance(size, int):
+        if not isinstance(bits, int) or size is None:
             return None
         return cls(bits, size, bool(getattr(method, "symmetric", True)), Hessian in method.needs or method.scope == "block")
 
