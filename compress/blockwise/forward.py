@@ -9,13 +9,14 @@ from compress.architecture.inventory import take_inventory
 from compress.blockwise.stream import Stream, slices
 from compress.blockwise.walk import Tell, quiet, walk
 from compress.checkpoint.source import Source
+from compress.model.complete import complete
 from compress.model.detect import find_family
 from compress.model.streamed import StreamedModel
 
 
 def open_streamed(source: Source, dtype: torch.dtype, device: torch.device) -> StreamedModel:
     """Return the streamed model of a checkpoint, dense or compressed."""
-    return StreamedModel(source, take_inventory(source, find_family(source)), dtype, device).check()
+    return complete(StreamedModel(source, take_inventory(source, find_family(source)), dtype, device))
 
 
 def last_hidden(source: Source, ids: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[StreamedModel, Tensor]:

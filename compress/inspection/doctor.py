@@ -24,6 +24,7 @@ from compress.checkpoint.tensor_file import Entry, read_header, read_tensor
 from compress.errors import CheckpointError, CompressError, FamilyError
 from compress.interop import gguf_file, targets
 from compress.interop.foreign import ForeignSource, importer, open_any
+from compress.model.complete import unfilled
 from compress.model.detect import find_family
 from compress.model.streamed import StreamedModel
 from compress.system.progress import Progress
@@ -281,7 +282,7 @@ def _model(source: Source, found: Diagnosis) -> None:
         what = f"{len(extra)} tensors have no place in the model of config.json, such as {', '.join(extra[:_SHOWN])}"
         advice = "they are kept byte for byte and never loaded; prediction heads and towers are such, others should not be there"
         found.add("note", "model", f"{source.folder}: {what}; {advice}")
-    missing = streamed.unfilled()
+    missing = unfilled(streamed)
     if missing:
         what = f"{len(missing)} parameters of the model have no tensor, such as {', '.join(missing[:_SHOWN])}"
         found.add("error", "model", f"{source.folder}: {what}; loaders would fill them at random. Fetch the checkpoint again")

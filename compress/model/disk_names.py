@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from compress.architecture.family import Experts
-from compress.model.expert_loop import turned as is_turned
+from compress.model.expert_loop import is_transposed
 
 _FUSED = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))  # the 3-D parameters of all experts, by kind of module
 
@@ -89,7 +89,7 @@ def experts_layout(names: DiskNames, block: nn.Module, base: str, disk: Mapping[
             inside = next((name for name, whole in disk.items() if names.parameter(whole) in parameters), "")
             found = re.fullmatch(r"(.+)\.\d+\.[^.]+\.weight", inside)
             return Experts(found[1] if found else path, path, single[0], single[1][0])
-        matrices = is_turned(block.get_submodule(path))
+        matrices = is_transposed(block.get_submodule(path))
         tensors = {names.parameter(whole): name for name, whole in disk.items()}
         at = tuple((name, tensors[p]) for name, p in zip((inputs, output), parameters, strict=True) if p in tensors)
         return Experts(path, path, (inputs,), output, fused=True, turned=matrices, tensors=at)

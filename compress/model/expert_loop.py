@@ -29,7 +29,7 @@ class ExpertLoop(nn.Module):
     def __init__(self, experts: nn.Module, layout: Experts, make: MakeLinear) -> None:
         super().__init__()
         self.layout = layout
-        transposed = turned(experts)
+        transposed = is_transposed(experts)
         joined, down = _sizes(experts, transposed)  # rows of the joined inputs; (out, in) of the output
         width = joined // len(layout.inputs)
         self.num_experts = int(experts.num_experts)  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ class ExpertLoop(nn.Module):
         return scaled.sum(1, dtype=torch.float32).to(hidden.dtype)
 
 
-def turned(experts: nn.Module) -> bool:
+def is_transposed(experts: nn.Module) -> bool:
     """Whether a fused module holds its parameters (experts, in, out)."""
     stated = getattr(experts, "is_transposed", None)
     if stated is not None:

@@ -19,7 +19,7 @@ from compress.model.block_calls import outputs_of
 
 _SAME = {"view", "reshape", "contiguous", "to", "float", "type_as", "detach", "flatten", "unflatten", "clone", "type", "bfloat16"}
 # What keeps channels apart between values and what reads heads.
-_MOVED = _SAME | {"transpose", "permute", "expand", "unsqueeze", "__getitem__", "squeeze", "movedim"}
+_MOVED = _SAME | {"transpose", torch.permute.__name__, "expand", "unsqueeze", "__getitem__", "squeeze", "movedim"}
 
 
 @dataclass

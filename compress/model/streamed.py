@@ -24,7 +24,7 @@ from compress.errors import CheckpointError
 from compress.model import layer_sizes as uneven
 from compress.model.block_calls import Calls, Recorder, outputs_of, replaced
 from compress.model.expert_loop import ExpertLoop
-from compress.model.meta import build_model, decoder_path
+from compress.model.meta import build_model
 from compress.model.rounded_inputs import RoundedInputs
 from compress.system import memory
 from compress.weights.site_input import SiteInput
@@ -90,30 +90,6 @@ class StreamedModel:
             self._copied.setdefault(block if inside else "", []).append(rest if inside else name)
         self._rounded = RoundedInputs()
         self._calls: dict[tuple[int, ...], Calls] = {}  # by samples and length
-
-    def unfilled(self) -> list[str]:
-        """Parameters of the model that no tensor of the source fills."""
-        filled: set[str | int] = {parameter_name(self.family, name) for name in self.inventory.copied}
-        for site in self.inventory.sites:
-            try:
-                filled.add(id(self.linear(site).weight))
-            except AttributeError:  # a linear that the model does not have, which is another fault
-                continue
-        head = self.model.get_output_embeddings()
-        if head is not None and tied(self.source, self.family):
-            filled.add(id(head.weight))
-        text = decoder_path(self.model) if self.family.aside else ""
-        mine = [(name, parameter) for name, parameter in self.model.named_parameters() if name.startswith((text, "lm_head."))]
-        return [name for name, parameter in mine if not filled & {name, id(parameter)}]
-
-    def check(self) -> StreamedModel:
-        """Raise CheckpointError where a parameter would be left without a value."""
-        if empty := self.unfilled():
-            raise CheckpointError(
-                f"{self.source.folder}: nothing fills {empty[0]} ({len(empty)} in all); the checkpoint is incomplete, "
-                "fetch it again"
-            )
-        return self
 
     def _empty_aside(self) -> None:
         """Give what text does not pass through empty parameters, as models ask the first that they have for their device."""

@@ -13,6 +13,7 @@ from compress.architecture.config import settings, vocabulary
 from compress.blockwise.units import Unit, units
 from compress.calibration.statistics import Hessian
 from compress.errors import OutputError
+from compress.model.complete import complete
 from compress.model.streamed import StreamedModel
 from compress.recipe.assignment import Assignment
 from compress.recipe.schema import parse_size
@@ -149,7 +150,9 @@ def _work(unit: Unit) -> int:
 
 def timed(expected: Estimate, plan: RunPlan, samples: int, length: int, reload: bool) -> Estimate:
     """Add the bytes that this process occupies now and the seconds the run will take on this machine; runs a short probe."""
-    StreamedModel(plan.source, plan.inventory, plan.dtype, torch.device("cpu")).check()  # loads the model's code, as the run will
+    complete(
+        StreamedModel(plan.source, plan.inventory, plan.dtype, torch.device("cpu"))
+    )  # loads the model's code, as the run will
     base = memory.current()
     if not plan.calibrated:
         samples, length = 1, 32

@@ -14,6 +14,7 @@ from compress.blockwise.stream import COMPRESSED, Stream, slices
 from compress.blockwise.walk import walk
 from compress.checkpoint import packed_source
 from compress.errors import CalibrationError, CheckpointError, RecipeError
+from compress.model.complete import complete
 from compress.model.streamed import StreamedModel
 from compress.output import seal
 from compress.output.job import Job, differ, flatten, remove_leftover
@@ -54,9 +55,8 @@ def run(
     check_disk(expected, folder)
     if plan.retraining and distributed.world() > 1:
         raise RecipeError("retraining: is done in one process; take it out, and run `compress retrain` afterwards")
-    streamed = StreamedModel(
-        plan.source, plan.inventory, plan.dtype, device
-    ).check()  # before the folder: a config that builds no model leaves none
+    # Before the folder: a config that builds no model, or one that files do not fill, leaves none.
+    streamed = complete(StreamedModel(plan.source, plan.inventory, plan.dtype, device))
     text = recipe_reading.dump(effective(plan, ids))
     leader = distributed.rank() == 0
     job = Job.open(folder, mine, text, owner=True) if leader else None

@@ -47,7 +47,7 @@ def walks(module: str, text: str) -> set[str]:
     homes = {
         "load": ("blockwise.walk", "model.streamed"),
         "release": ("blockwise.walk", "model.streamed"),
-        "register_forward_pre_hook": ("calibration.observe", "model.expert_loop", "model.rounded_inputs"),
+        "register_forward_pre_hook": ("calibration.observe", "model.expert_loop", "model.reads", "model.rounded_inputs"),
     }
     found = set()
     for node in ast.walk(tree):
