@@ -30,6 +30,7 @@ def complete(streamed: StreamedModel) -> StreamedModel:
     """Return a model whose every parameter has a tensor. Raises CheckpointError where one has none."""
     if empty := unfilled(streamed):
         raise CheckpointError(
-            f"{streamed.source.folder}: nothing fills {empty[0]} ({len(empty)} in all); the checkpoint is incomplete, fetch it again"
+            f"{streamed.source.folder}: nothing fills {empty[0]} ({len(empty)} in all); the checkpoint is incomplete, fetch it "
+            "again"
         )
     return streamed
