@@ -36,6 +36,10 @@ Bos = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Begin every window with the bos token; else as the tokenizer begins a text."),
 ]
+GroupSize = Annotated[
+    str | None,
+    typer.Option(help="Input columns that share a scale; -1: the row; auto: 128, or 64 or 32 where it does not divide them."),
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: steps.0.options.bits=3. May be repeated.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and its sizes, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]

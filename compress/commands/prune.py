@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.commands._options import DataFlags, Model, Output, Quiet, RunFlags
+from compress.commands._options import DataFlags, GroupSize, Model, Output, Quiet, RunFlags
 from compress.commands._shared import progress, run_and_show
 
 
@@ -30,10 +30,7 @@ class PruningFlags:
         None
     )
     bits: Annotated[int | None, typer.Option(help="Also quantize what is kept, in the same pass, 2 to 8 bits.")] = None
-    group_size: Annotated[
-        str | None,
-        typer.Option(help="Input columns that share a scale; -1: the row; auto: 128, or 64 or 32 where it does not divide them."),
-    ] = None
+    group_size: GroupSize = None
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid without or with zero points.")] = None
     retrain: Annotated[
         str | None, typer.Option(help="Then train every block on what the original's gives: perp, or ast, which moves masks too.")

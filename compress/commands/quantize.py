@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.commands._options import BudgetFlags, DataFlags, DeliveryFlags, Model, Output, Quiet, RunFlags
+from compress.commands._options import BudgetFlags, DataFlags, DeliveryFlags, GroupSize, Model, Output, Quiet, RunFlags
 from compress.commands._shared import progress, run_and_show, show_what_fits
 from compress.errors import RecipeError
 
@@ -25,10 +25,7 @@ def quantize(
         str | None, typer.Option(help="Instead of a method: fast (no data), normal (default: scales, then GPTQ), best (trained).")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits per code, 1 to 8.")] = None,
-    group_size: Annotated[
-        str | None,
-        typer.Option(help="Input columns that share a scale; -1: the row; auto: 128, or 64 or 32 where it does not divide them."),
-    ] = None,
+    group_size: GroupSize = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid without or with zero points.")] = None,
     budget: BudgetFlags,
     text: DataFlags,
