@@ -128,7 +128,8 @@ def replace_modules(model: Any, table: Mapping[str, packing.Spec], guard: str | 
     """
     places = places or Places(model)
     experts: dict[str, dict[tuple[int, str], packing.Spec]] = {}
-    at = {name: places.of(name) for name in (*table, *([guard.removesuffix(".weight")] if guard is not None else []))}
+    at = {name: places.of(name) for name in table}
+    beside = None if guard is None else places.of(guard.rpartition(".")[0])[0]
     for site, spec in table.items():
         path, expert = at[site]
         if expert is not None:
@@ -152,8 +153,8 @@ def replace_modules(model: Any, table: Mapping[str, packing.Spec], guard: str | 
         model.set_submodule(path, loop)
         for number, name in specs:
             _module_at(model, f"{path}.{number}.{name}", f"{path}.{number}.{name}")
-    if guard is not None:
-        _stand_in(model, at[guard.removesuffix(".weight")][0], guard)
+    if guard is not None and beside is not None:
+        _stand_in(model, beside, guard)
     return single
 
 
