@@ -28,7 +28,6 @@ Experts   reached by few tokens in the backward pass: G is shrunk towards the me
 from __future__ import annotations
 
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,8 +50,9 @@ from compress.planning.candidates import Candidate
 from compress.planning.sensitivity import Reference, Sensitivity, SiteCosts, references, sites_of, split
 from compress.recipe.assignment import Assignment
 from compress.runs.prepare import RunPlan
-from compress.system.files import replacing, writing
+from compress.system.files import writing
 from compress.system.progress import Progress
+from compress.system.state_file import load_state, save_state
 from compress.weights.weight import CompressedWeight
 
 GRADIENT_TOKENS = 8192  # tokens of the backward pass
@@ -155,18 +155,21 @@ class Measurement:
         """Restore what an earlier run of the same measurement saved; return the number of steps done."""
         if self.folder is None or not (state := self.folder / "state.pt").exists():
             return 0
+        values = load_state(state, "cpu", self._again)
         try:
-            values = torch.load(state, map_location="cpu", weights_only=True)
             for name in _FOUND:
                 setattr(self, name, values[name])
             for stream, hidden in zip(self._streams(), values["hidden"], strict=True):
                 stream.states.put(hidden)
             self.gradients, self.before, done = values["gradients"], values["seconds"], int(values["done"])
-        except (OSError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError) as error:
-            raise CheckpointError(
-                f"{state}: is damaged ({type(error).__name__}); remove {self.folder} to measure anew"
-            ) from error
+        except (LookupError, ValueError) as error:
+            raise CheckpointError(f"{state}: is damaged ({type(error).__name__}); {self._again}") from error
         return done
+
+    @property
+    def _again(self) -> str:
+        """What to do about a file that is damaged."""
+        return f"remove {self.folder} to measure anew"
 
     def _save(self, done: int, seconds: float) -> None:
         """Save everything that the steps after the first `done` need."""
@@ -174,21 +177,19 @@ class Measurement:
             return
         values = {name: getattr(self, name) for name in _FOUND}
         values |= {"hidden": [stream.states.batches() for stream in self._streams()], "gradients": self.gradients}
-        with replacing(self.folder / "state.pt") as path:
-            torch.save(values | {"done": done, "seconds": seconds}, path)
+        save_state(self.folder / "state.pt", values | {"done": done, "seconds": seconds})
 
     def _keep(self, block: int) -> None:
         """Keep the inputs of a block for the backward pass."""
         if self.folder is None:
             self.kept[block] = self.gradient.states.batches()
             return
-        with replacing(self.folder / f"inputs-{block}.pt") as path:
-            torch.save(self.gradient.states.batches(), path)
+        save_state(self.folder / f"inputs-{block}.pt", self.gradient.states.batches())
 
     def _entering(self, block: int) -> list[Tensor]:
         if self.folder is None:
             return self.kept.pop(block)
-        entering: list[Tensor] = torch.load(self.folder / f"inputs-{block}.pt", map_location="cpu", weights_only=True)
+        entering: list[Tensor] = load_state(self.folder / f"inputs-{block}.pt", "cpu", self._again)
         return entering
 
     def _tell(self, block: int, step: str, share: float) -> None:

@@ -29,7 +29,7 @@ from compress.model.streamed import StreamedModel
 from compress.recipe.assignment import StageAssignment
 from compress.recipe.schema import Retrain
 from compress.runs.student import Student
-from compress.system.files import replacing
+from compress.system.state_file import load_state, save_state
 
 SAVE_SECONDS = 60.0  # time between two saves of the training state
 EVALUATIONS = 4  # evaluations on held-out windows, evenly over the steps
@@ -171,14 +171,13 @@ class Training:
             "best": self.best,
             "adam": self.adam.state_dict(),
         }
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        save_state(path, state)
 
     def restore(self, path: Path, identity: str) -> None:
         """Resume from a state that was saved for the same training; any other is ignored."""
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.streamed.device, weights_only=True)
+        state = load_state(path, self.streamed.device, "remove it to train from the start")
         if state["identity"] != identity:
             return
         self.step, self.losses, self.best = state["step"], state["losses"], state["best"]

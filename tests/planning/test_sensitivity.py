@@ -22,6 +22,7 @@ from compress.planning.candidates import Candidate, candidate
 from compress.planning.measure import Measurement, above_deviation, measure
 from compress.planning.sensitivity import Reference, Sensitivity, SiteCosts, check, split
 from compress.runs import prepare as run_prepare
+from compress.weights.weight import CompressedWeight
 
 Tiny = Callable[..., Path]
 ROOM = 1 << 30
@@ -123,10 +124,10 @@ def test_errors_are_those_of_the_hessian(tiny: Tiny, ids: Path) -> None:
     rows = torch.randn(50, site.shape[1], generator=torch.Generator().manual_seed(3))
     statistic = Hessian(site.shape[1], torch.device("cpu"))
     statistic.add(rows)
-    decoded: dict[int, dict[str, Tensor]] = {1: {}}
-    measurement._try([site], {Hessian: statistic}, decoded)
+    made: dict[int, list[tuple[str, CompressedWeight]]] = {1: []}
+    measurement._try([site], {Hessian: statistic}, made)
     weight = measurement.streamed.weight(site).double()
-    delta = weight - decoded[1][site.name].double()
+    delta = weight - made[1][0][1].dequantize().double()
     expected = torch.stack([(rows.double() @ delta[o]).square().mean() for o in range(site.shape[0])])
     error = measurement.errors[site.name][1]
     assert error is not None
@@ -303,5 +304,5 @@ def test_a_measurement_that_is_interrupted_goes_on(family: str, tiny: Tiny, ids:
 def test_what_was_begun_and_is_damaged_is_named(tiny: Tiny, ids: Path, tmp_path: Path) -> None:
     plan, tokens = planned(tiny("llama"), ids)
     (tmp_path / "state.pt").write_bytes(b"half of")
-    with pytest.raises(CheckpointError, match=r"state.pt: is damaged .* to measure anew"):
+    with pytest.raises(CheckpointError, match=r"state.pt: is damaged.* to measure anew"):
         measure(plan, tokens, tried(), ROOM, silent, tmp_path)
