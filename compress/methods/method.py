@@ -140,16 +140,21 @@ def group_columns(group_size: GroupSize, columns: int) -> int:
     return columns if group_size == -1 else group_size
 
 
-def indivisible(columns: int, group_size: GroupSize) -> str | None:
-    """Say what is wrong with a group size that does not divide the columns, and name sizes that do: those of runtimes first."""
+def indivisible(columns: int, group_size: GroupSize, option: str = "group_size") -> str | None:
+    """Say what is wrong with a group size that does not divide the columns, and name sizes that do: those of runtimes first.
+
+    `option` is its name, where that is another: it has no `auto` then.
+    """
     size = group_columns(group_size, columns)
     if size > 0 and columns % size == 0:
         return None
     near = sorted((n for n in range(1, columns + 1) if columns % n == 0), key=lambda n: abs(n - size))[:3]
     common = [n for n in AUTO_SIZES if columns % n == 0]
-    use = ", ".join(map(str, [*common, AUTO] if common else sorted(near)))
+    if common and option == "group_size":
+        common.append(AUTO)
+    use = ", ".join(map(str, common or sorted(near)))
     tried = ", ".join(map(str, AUTO_SIZES))
-    wrong = f"any of {tried}, which group_size=auto tries" if group_size == AUTO else f"group_size={size}"
+    wrong = f"any of {tried}, which group_size=auto tries" if group_size == AUTO else f"{option}={size}"
     return f"in={columns} is not a multiple of {wrong}; use {use}, or -1 for the whole row"
 
 

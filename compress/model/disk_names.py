@@ -27,6 +27,7 @@ class DiskNames:
         self._converters = [one for one in found if isinstance(one, WeightConverter)]
         self._prefix = str(model.base_model_prefix or "")
         self.known = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+        self._within = any(name.startswith(f"{self._prefix}.") for name in self.known)  # whether the model is more than its base
 
     def parameter(self, name: str) -> str:
         """Return the name of the parameter."""
@@ -35,10 +36,10 @@ class DiskNames:
         renamed: str = rename_source_key(name, self._renamings, self._converters)[0]
         if renamed in self.known or not self._prefix:
             return renamed
-        other = (
-            renamed.removeprefix(f"{self._prefix}.") if renamed.startswith(f"{self._prefix}.") else f"{self._prefix}.{renamed}"
-        )
-        return other if other in self.known else renamed
+        prefixed = renamed.startswith(f"{self._prefix}.")
+        other = renamed.removeprefix(f"{self._prefix}.") if prefixed else f"{self._prefix}.{renamed}"
+        # One of several experts is no parameter, where these are one tensor on disk and in the model.
+        return other if other in self.known or (prefixed and not self._within) else renamed
 
     def in_order(self, parameters: Mapping[str, str]) -> list[str]:
         """Names on disk, those that are joined into one parameter in the order in which they are."""

@@ -101,7 +101,7 @@ def test_a_tokenizer_that_puts_bos_first_does_so_in_every_window(tmp_path: Path,
 
 def test_a_prefix_needs_room(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, lab: Any) -> None:
     path = lab.write_jsonl(tmp_path / "text.jsonl", [{"text": "x"}])
-    monkeypatch.setattr(data_module, "_prefix", lambda _: [1, 2])
+    monkeypatch.setattr(data_module, "_prefix", lambda *_: [1, 2])
     assert "length: 2, but the tokenizer puts 2 tokens before a text; use 3 or more" in lab.error(path, models["bos"], length=2)
 
 

@@ -82,7 +82,7 @@ def test_a_checkpoint_that_cannot_be_read_is_3(run: Run, model: Path, packed: Pa
         done = run("quantize", folder, "-o", tmp_path / "out", "--data", ids, "--group-size", 16, "--device", "cpu")
         assert (done.code, done.err.splitlines()[-1].startswith("error: ")) == (3, True), (name, done)
         assert not (tmp_path / "out").exists()
-        if name not in ("nan", "compressed"):
+        if name not in ("nan", "compressed", "family"):  # what can be said of a family that nobody knows is said
             assert run("inspect", folder).code == 3, name
 
 

@@ -62,6 +62,7 @@ class Signs:
 FORMAT = """
 import torch
 
+from compress.errors import FormatError
 from compress.weights.signs import Signs
 
 
@@ -82,7 +83,12 @@ class SignBytes:
     def pack(self, part):
         return {"signs": part.signs, "scale": part.scale}
 
+    def check(self, described, shape, tensors):
+        if not bool(((tensors["signs"] == 1) | (tensors["signs"] == -1)).all()):
+            raise FormatError("signs: a sign is neither 1 nor -1; the file is damaged")
+
     def unpack(self, described, shape, tensors):
+        self.check(described, shape, tensors)
         return Signs(tensors["signs"], tensors["scale"])
 
     def cut_rows(self, described, shape, tensors, start, stop):

@@ -101,8 +101,7 @@ class FineQuant(Method):
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Say whether the largest group size does not divide the columns of a weight (out, in)."""
-        complaint = indivisible(shape[1], self.g_max)
-        return None if complaint is None else complaint.replace("group_size", "g_max")
+        return indivisible(shape[1], self.g_max, "g_max")
 
     def describe(self, shape: tuple[int, int], dtype: str | None = None) -> Described:
         """Say how a weight of this shape (out, in) will be stored."""

@@ -234,7 +234,7 @@ def test_given_tensors_are_left_alone() -> None:
 
 
 def test_options() -> None:
-    assert METHOD().model_dump() == {"bits": 4, "group_size": 128, "range": "mse", "damp": 0.01, "refinements": 2}
+    assert METHOD().model_dump() == {"bits": 4, "group_size": "auto", "range": "mse", "damp": 0.01, "refinements": 2}
     refused: list[dict[str, Any]] = [
         {"bits": 9},
         {"bits": 0},

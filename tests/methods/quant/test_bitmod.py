@@ -166,7 +166,7 @@ def test_rows_are_independent() -> None:
 def test_options() -> None:
     assert METHOD().model_dump() == {
         "datatype": "fp4",
-        "group_size": 128,
+        "group_size": "auto",
         "range": "mse",
         "compensate": True,
         "damp": 0.01,

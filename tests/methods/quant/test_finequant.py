@@ -217,7 +217,7 @@ def test_options() -> None:
         METHOD(g_max=16)
     assert not METHOD.rows_independent
     assert METHOD(g_max=48).check((8, 96)) is None
-    assert METHOD(g_max=40).check((8, 96)) == "in=96 is not a multiple of g_max=40; use 24, 32, 48, or -1 for the whole row"
+    assert METHOD(g_max=40).check((8, 96)) == "in=96 is not a multiple of g_max=40; use 32, or -1 for the whole row"
 
 
 def test_stored_bits_are_known_where_there_is_one_size() -> None:

@@ -55,7 +55,7 @@ def test_weights_of_other_dtypes_round_like_their_values() -> None:
 
 
 def test_options() -> None:
-    assert METHOD().model_dump() == {"bits": 4, "group_size": 128, "symmetric": True, "range": "mse"}
+    assert METHOD().model_dump() == {"bits": 4, "group_size": "auto", "symmetric": True, "range": "mse"}
     refused: list[dict[str, Any]] = [{"bits": 0}, {"bits": 9}, {"group_size": -2}, {"range": "max"}, {"nonsense": 1}]
     for wrong in refused:
         with pytest.raises(ValidationError):

@@ -237,7 +237,7 @@ def test_given_tensors_are_left_alone() -> None:
 def test_options_and_notes() -> None:
     assert METHOD().model_dump() == {
         "bits": 2.0,
-        "group_size": 128,
+        "group_size": "auto",
         "symmetric": True,
         "allocation": "free",
         "spread": 3,
