@@ -149,7 +149,7 @@ def indivisible(columns: int, group_size: GroupSize, option: str = "group_size")
     if size > 0 and columns % size == 0:
         return None
     near = sorted((n for n in range(1, columns + 1) if columns % n == 0), key=lambda n: abs(n - size))[:3]
-    common = [n for n in AUTO_SIZES if columns % n == 0]
+    common: list[int | str] = [n for n in AUTO_SIZES if columns % n == 0]
     if common and option == "group_size":
         common.append(AUTO)
     use = ", ".join(map(str, common or sorted(near)))
