@@ -6,9 +6,9 @@ Problem     all columns of a group share one step, as wide as the group's larges
             compensation (GPTQ) leaves of an error depends on neither, and scales chosen so lose at low bits.
 Loss        With H = R R^T in processing order and pivots r_k = R_kk, compensated rounding costs sum_k r_k^2 |e_k|^2, e_k the
             rounding error of column k (see `error_feedback`). In the same order the pivots of the scaled Hessian
-            S^-1 H S^-1 are r_k / s_k, so no further factorisation is needed:
+            S^-1 H S^-1 are r_k / s_k, so a step of the search needs no factorisation:
                 L(s) = sum over groups g of  sum_o step_og(s)^2 / 12 * sum_{k in g} (r_k / s_k)^2,
-            step_og = (2 / (2^b - 1)) max_{j in g} |w_oj s_j|, the maximum as a norm of order `_NORM`. Where the method that
+            step_og = (2 / (2^b - 1)) max_{j in g} |w_oj s_j|, the maximum as a norm of order 8. Where the method that
             rounds compensates nothing, r_k^2 is H_kk. Linears of one place, and experts each with their own H times its
             tokens, add up.
 Places      as for AWQ: a norm and all that reads it; v_proj for o_proj; up_proj for down_proj; the family says where.
